@@ -1,0 +1,231 @@
+//! A bounded series of samples per allocation site.
+//!
+//! The engine pushes every snapshot in; rules and reports read trends out. Memory is bounded: a site keeps at
+//! most `samples` points and all sites together about `points`; when a series is full, every second point of
+//! its older half is dropped, so that the whole run stays covered, coarser the older it is.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::snapshot::{ProcessSample, Site, SiteKey, SiteSample, Snapshot, Totals};
+
+/// Fewest points a series keeps however many sites there are.
+const MIN_SAMPLES: usize = 32;
+/// Most sites of ended processes that are kept for the report.
+const MAX_ENDED_SITES: usize = 2_000;
+
+/// Totals of a site, a process or a run at one time.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Sample {
+    /// Seconds since the collector started.
+    pub time_s: f64,
+    /// Totals at that time.
+    pub totals: Totals,
+}
+
+/// Samples in order of time, thinned when full.
+#[derive(Clone, Debug, Default)]
+pub struct Series {
+    samples: Vec<Sample>,
+}
+
+impl Series {
+    /// Appends a sample; `cap` (at least 2) bounds the length.
+    pub fn push(&mut self, sample: Sample, cap: usize) {
+        if self.samples.len() >= cap.max(2) {
+            self.thin();
+        }
+        self.samples.push(sample);
+    }
+
+    /// Samples, oldest first.
+    pub fn samples(&self) -> &[Sample] {
+        &self.samples
+    }
+
+    /// Drops every second sample of the older half; the first sample stays.
+    fn thin(&mut self) {
+        let half = self.samples.len() / 2;
+        let mut index = 0;
+        self.samples.retain(|_| {
+            let keep = index >= half || index % 2 == 0;
+            index += 1;
+            keep
+        });
+    }
+}
+
+impl From<Vec<Sample>> for Series {
+    fn from(samples: Vec<Sample>) -> Self {
+        Series { samples }
+    }
+}
+
+/// What is known of one site over the whole run.
+#[derive(Clone, Debug)]
+pub struct SiteHistory {
+    /// Its samples; the first is from the snapshot that saw the site first.
+    pub series: Series,
+    /// Its newest state.
+    pub latest: SiteSample,
+    /// When its process ended, seconds since the collector started; `None` while it runs.
+    pub ended_s: Option<f64>,
+}
+
+impl SiteHistory {
+    /// The site.
+    pub fn site(&self) -> &Arc<Site> {
+        &self.latest.site
+    }
+
+    /// Age of the oldest block that may still be outstanding, in seconds at time `now_s`: the age of the start of
+    /// the oldest cohort with a survivor, so an upper bound. 0 when nothing is outstanding.
+    pub fn oldest_age_s(&self, now_s: f64) -> f64 {
+        self.latest.cohorts.iter().find(|c| c.outstanding_count > 0).map_or(0.0, |c| (now_s - c.start_s).max(0.0))
+    }
+}
+
+/// Bounds of a [`History`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// Most points of one series.
+    pub samples: usize,
+    /// Most points of all site series together (40 bytes each).
+    pub points: usize,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Bounds { samples: 500, points: 1_000_000 }
+    }
+}
+
+/// All series of a run.
+#[derive(Clone, Debug, Default)]
+pub struct History {
+    bounds: Bounds,
+    sites: HashMap<SiteKey, SiteHistory>,
+    totals: Series,
+    processes: HashMap<u32, ProcessSample>,
+    snapshots: u64,
+    time_s: f64,
+    wall_s: f64,
+}
+
+impl History {
+    /// An empty history.
+    pub fn new(bounds: Bounds) -> Self {
+        History { bounds, ..History::default() }
+    }
+
+    /// Takes a snapshot in. Sites whose process the snapshot says has ended are kept, marked as ended.
+    pub fn push(&mut self, snapshot: &Snapshot) {
+        self.snapshots += 1;
+        self.time_s = snapshot.time_s;
+        self.wall_s = snapshot.wall_s;
+        self.totals.push(Sample { time_s: snapshot.time_s, totals: snapshot.totals() }, self.bounds.samples);
+        let cap =
+            (self.bounds.points / snapshot.sites.len().max(1)).clamp(MIN_SAMPLES, self.bounds.samples.max(MIN_SAMPLES));
+        for s in &snapshot.sites {
+            let sample = Sample { time_s: snapshot.time_s, totals: s.totals };
+            match self.sites.get_mut(&s.site.key) {
+                Some(h) => {
+                    h.series.push(sample, cap);
+                    h.latest = s.clone();
+                }
+                None => {
+                    let series = Series::from(vec![sample]);
+                    self.sites.insert(s.site.key, SiteHistory { series, latest: s.clone(), ended_s: None });
+                }
+            }
+        }
+        for p in &snapshot.processes {
+            if !p.alive {
+                for h in self.sites.values_mut().filter(|h| h.site().key.instance == p.process.instance) {
+                    h.ended_s.get_or_insert(snapshot.time_s);
+                }
+            }
+            self.processes.insert(p.process.instance, p.clone());
+        }
+        self.drop_ended();
+    }
+
+    /// Keeps only the largest sites of ended processes.
+    fn drop_ended(&mut self) {
+        let mut ended: Vec<_> = (self.sites.iter())
+            .filter(|(_, h)| h.ended_s.is_some())
+            .map(|(k, h)| (h.latest.totals.outstanding_bytes(), *k))
+            .collect();
+        if ended.len() <= MAX_ENDED_SITES {
+            return;
+        }
+        ended.sort_unstable_by(|a, b| b.cmp(a));
+        for (_, key) in &ended[MAX_ENDED_SITES..] {
+            self.sites.remove(key);
+        }
+    }
+
+    /// One site.
+    pub fn site(&self, key: SiteKey) -> Option<&SiteHistory> {
+        self.sites.get(&key)
+    }
+
+    /// All sites, in no order.
+    pub fn sites(&self) -> impl Iterator<Item = &SiteHistory> {
+        self.sites.values()
+    }
+
+    /// Sites of processes that still run, in no order: what rules look at.
+    pub fn live_sites(&self) -> impl Iterator<Item = &SiteHistory> {
+        self.sites.values().filter(|h| h.ended_s.is_none())
+    }
+
+    /// Totals over all sites of each snapshot.
+    pub fn totals(&self) -> &Series {
+        &self.totals
+    }
+
+    /// The newest state of every process seen, in no order.
+    pub fn processes(&self) -> impl Iterator<Item = &ProcessSample> {
+        self.processes.values()
+    }
+
+    /// The newest state of one process.
+    pub fn process(&self, instance: u32) -> Option<&ProcessSample> {
+        self.processes.get(&instance)
+    }
+
+    /// Number of snapshots taken in.
+    pub fn snapshots(&self) -> u64 {
+        self.snapshots
+    }
+
+    /// Time of the newest snapshot, seconds since the collector started.
+    pub fn time_s(&self) -> f64 {
+        self.time_s
+    }
+
+    /// Wall-clock time of the newest snapshot, seconds since 1970.
+    pub fn wall_s(&self) -> f64 {
+        self.wall_s
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Thinning must keep the first and the newest samples in order, or trends over the whole run are lost.
+    #[test]
+    fn a_full_series_keeps_both_ends_in_order() {
+        let mut s = Series::default();
+        for i in 0..1_000 {
+            s.push(Sample { time_s: f64::from(i), ..Sample::default() }, 50);
+        }
+        let times: Vec<f64> = s.samples().iter().map(|s| s.time_s).collect();
+        assert!(times.len() <= 50, "{}", times.len());
+        assert_eq!(times[0], 0.0);
+        assert_eq!(times[times.len() - 1], 999.0);
+        assert!(times.windows(2).all(|w| w[0] < w[1]));
+    }
+}

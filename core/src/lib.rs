@@ -1,0 +1,15 @@
+//! The memory-leak detector's engine: probe sets in, snapshots, history, rules, findings, alerts and reports out.
+//!
+//! ```text
+//! read maps -> snapshot -> history -> symbolize -> rules -> alerts -> sinks
+//! ```
+
+pub mod config;
+pub mod error;
+pub mod finding;
+pub mod history;
+pub mod snapshot;
+pub mod symbolize;
+pub mod units;
+
+pub use error::{Error, ErrorKind, Result};

@@ -1,0 +1,271 @@
+//! What is outstanding at one instant.
+//!
+//! A [`Snapshot`] is made once per interval by the collector and never changes afterwards. It knows
+//! allocation sites by [`SiteKey`] (what the kernel side counts by) and carries plain totals; names, trends
+//! and verdicts are made from it by later stages. Nothing here talks to the kernel.
+
+use std::sync::{Arc, OnceLock};
+
+use serde::Serialize;
+
+use crate::symbolize::Frame;
+
+/// What the kernel side counts by: one process instance, one probe set, one call stack.
+///
+/// Unique within one run of the collector. [`Site::id`] is the identity that survives restarts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SiteKey {
+    /// Number of the watched process instance; 0 is the kernel. A pid that is reused gets a new instance.
+    pub instance: u32,
+    /// Number of the probe set within this run.
+    pub probe_set: u32,
+    /// Hash of the call stack's return addresses and the allocator function.
+    pub stack: u64,
+}
+
+/// One watched process, from its start (or exec) to its exit (or next exec).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Process {
+    /// Number of this instance within the run; starts at 1.
+    pub instance: u32,
+    /// Process id as the collector sees it.
+    pub pid: u32,
+    /// Start time in clock ticks after boot (`/proc/PID/stat` field 22): with `pid` it names the process.
+    pub start_ticks: u64,
+    /// Short name (`/proc/PID/comm`). Hostile text.
+    pub comm: String,
+    /// Path of the executable as the process sees it. Hostile text.
+    pub exe: String,
+    /// Command line, arguments joined by spaces. Hostile text.
+    pub cmdline: String,
+}
+
+/// An allocation site: process instance + probe set + call stack. Shared by all snapshots of a run.
+#[derive(Debug)]
+pub struct Site {
+    /// Key within this run.
+    pub key: SiteKey,
+    /// Stable identity: hash of executable, probe set, allocator function and normalised frames (build id or
+    /// path, and file offset), so that it is the same after a restart with other addresses.
+    pub id: u64,
+    /// The process it belongs to.
+    pub process: Arc<Process>,
+    /// Name of the probe set, for example `glibc`.
+    pub probe_set: Arc<str>,
+    /// The allocator function that was called, for example `calloc`.
+    pub function: Arc<str>,
+    /// Return addresses, innermost (the allocator's caller) first.
+    pub addresses: Vec<u64>,
+    /// Why the stack ends early; `None` when nothing says that it does.
+    pub truncated: Option<Arc<str>>,
+    /// Symbolized frames, innermost first; filled on first use, see [`crate::symbolize`].
+    pub frames: OnceLock<Vec<Frame>>,
+}
+
+impl Site {
+    /// Symbolized frames; empty until the symbolizer has filled them.
+    pub fn frames(&self) -> &[Frame] {
+        self.frames.get().map_or(&[], Vec::as_slice)
+    }
+}
+
+/// Running totals of one site since the collector attached. All counters only grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Totals {
+    /// Bytes allocated.
+    pub allocated_bytes: u64,
+    /// Blocks allocated.
+    pub allocated_count: u64,
+    /// Bytes freed, implicit frees included.
+    pub freed_bytes: u64,
+    /// Blocks freed, implicit frees included.
+    pub freed_count: u64,
+}
+
+impl Totals {
+    /// Bytes allocated and not freed yet.
+    pub fn outstanding_bytes(&self) -> u64 {
+        self.allocated_bytes.saturating_sub(self.freed_bytes)
+    }
+
+    /// Blocks allocated and not freed yet.
+    pub fn outstanding_count(&self) -> u64 {
+        self.allocated_count.saturating_sub(self.freed_count)
+    }
+
+    /// Adds another site's totals.
+    pub fn add(&mut self, other: &Totals) {
+        self.allocated_bytes += other.allocated_bytes;
+        self.allocated_count += other.allocated_count;
+        self.freed_bytes += other.freed_bytes;
+        self.freed_count += other.freed_count;
+    }
+}
+
+/// Blocks of one site that were born in the same period, and what is left of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Cohort {
+    /// Start of the period, seconds since the collector started.
+    pub start_s: f64,
+    /// End of the period, seconds since the collector started; the current cohort ends at the snapshot's time.
+    pub end_s: f64,
+    /// Bytes allocated in the period.
+    pub born_bytes: u64,
+    /// Blocks allocated in the period.
+    pub born_count: u64,
+    /// Bytes of them still outstanding.
+    pub outstanding_bytes: u64,
+    /// Blocks of them still outstanding.
+    pub outstanding_count: u64,
+}
+
+/// Number of lifetime classes: class 0 is below 1 us, class n is from 2^(n-1) to 2^n us; the last is open-ended.
+pub const LIFETIME_CLASSES: usize = 32;
+
+/// One site in one snapshot.
+#[derive(Clone, Debug)]
+pub struct SiteSample {
+    /// The site.
+    pub site: Arc<Site>,
+    /// Totals at the snapshot's time.
+    pub totals: Totals,
+    /// Time of the newest allocation, seconds since the collector started.
+    pub last_allocation_s: f64,
+    /// Cohorts by birth, oldest first; adjacent periods, the last one ends now.
+    pub cohorts: Vec<Cohort>,
+    /// How long freed blocks lived: number of frees per class, see [`LIFETIME_CLASSES`].
+    pub lifetimes: [u64; LIFETIME_CLASSES],
+}
+
+/// What was lost or could not be known. Every field is a count of events; all zero means exact.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Losses {
+    /// Allocations not recorded because the table of outstanding allocations was full.
+    pub outstanding_full: u64,
+    /// Allocations not recorded because the table of sites was full.
+    pub sites_full: u64,
+    /// Sites without a stored stack because the table of stacks was full.
+    pub stacks_full: u64,
+    /// Stacks of which not even one frame could be read.
+    pub stacks_failed: u64,
+    /// Calls not followed because the table of threads was full.
+    pub threads_full: u64,
+    /// Calls that were entered and never seen to return (`longjmp`, a killed thread, an exception).
+    pub missed_returns: u64,
+    /// Blocks whose free was not seen: their address was handed out again.
+    pub implicit_frees: u64,
+    /// Calls that unmapped or resized part of a recorded range in a way that cannot be followed.
+    pub partial_ranges: u64,
+    /// Returned pointers that could not be read from the process's memory.
+    pub pointers_unreadable: u64,
+    /// Events for user space that did not fit its ring buffer.
+    pub events_dropped: u64,
+}
+
+impl Losses {
+    /// Name and count of every kind, in the order of the fields.
+    pub fn entries(&self) -> [(&'static str, u64); 10] {
+        [
+            ("outstanding_full", self.outstanding_full),
+            ("sites_full", self.sites_full),
+            ("stacks_full", self.stacks_full),
+            ("stacks_failed", self.stacks_failed),
+            ("threads_full", self.threads_full),
+            ("missed_returns", self.missed_returns),
+            ("implicit_frees", self.implicit_frees),
+            ("partial_ranges", self.partial_ranges),
+            ("pointers_unreadable", self.pointers_unreadable),
+            ("events_dropped", self.events_dropped),
+        ]
+    }
+
+    /// Sum over all kinds.
+    pub fn total(&self) -> u64 {
+        self.entries().iter().map(|(_, n)| n).sum()
+    }
+
+    /// Adds another process's losses.
+    pub fn add(&mut self, other: &Losses) {
+        self.outstanding_full += other.outstanding_full;
+        self.sites_full += other.sites_full;
+        self.stacks_full += other.stacks_full;
+        self.stacks_failed += other.stacks_failed;
+        self.threads_full += other.threads_full;
+        self.missed_returns += other.missed_returns;
+        self.implicit_frees += other.implicit_frees;
+        self.partial_ranges += other.partial_ranges;
+        self.pointers_unreadable += other.pointers_unreadable;
+        self.events_dropped += other.events_dropped;
+    }
+}
+
+/// How the numbers of a process were obtained.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Every call is traced.
+    #[default]
+    Exact,
+    /// Numbers are scaled up from a sample or from windows.
+    Estimated,
+}
+
+/// What a snapshot says of one process as a whole.
+#[derive(Clone, Debug, Default)]
+pub struct ProcessSample {
+    /// The process.
+    pub process: Arc<Process>,
+    /// False once it has exited or called exec; its last sites stay in the snapshot that says so.
+    pub alive: bool,
+    /// How its numbers were obtained.
+    pub mode: Mode,
+    /// Traced calls (entries and returns) since attach.
+    pub hits: u64,
+    /// Frees of blocks that are not in the table: allocated before the attach, or lost.
+    pub unmatched_frees: u64,
+    /// What was lost.
+    pub losses: Losses,
+    /// Resident set size in bytes (`/proc/PID/statm`); `None` when it cannot be read.
+    pub rss_bytes: Option<u64>,
+    /// CPU time used by the process so far, seconds; `None` when it cannot be read.
+    pub cpu_s: Option<f64>,
+    /// Estimated CPU time that tracing has cost the process so far, seconds (hits x assumed cost per hit).
+    pub overhead_s: f64,
+}
+
+/// Everything that is outstanding at one instant.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// Number of the snapshot; the first is 1.
+    pub number: u64,
+    /// Monotonic time in seconds since the collector started.
+    pub time_s: f64,
+    /// Wall-clock time in seconds since 1970.
+    pub wall_s: f64,
+    /// Watched processes, by instance.
+    pub processes: Vec<ProcessSample>,
+    /// Every site that has been seen, largest outstanding bytes first.
+    pub sites: Vec<SiteSample>,
+    /// CPU time that reading this snapshot has cost the collector, seconds.
+    pub collect_cpu_s: f64,
+}
+
+impl Snapshot {
+    /// Totals over all sites.
+    pub fn totals(&self) -> Totals {
+        let mut sum = Totals::default();
+        for s in &self.sites {
+            sum.add(&s.totals);
+        }
+        sum
+    }
+
+    /// Losses over all processes.
+    pub fn losses(&self) -> Losses {
+        let mut sum = Losses::default();
+        for p in &self.processes {
+            sum.add(&p.losses);
+        }
+        sum
+    }
+}
