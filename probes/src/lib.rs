@@ -1,1 +1,31 @@
+//! The kernel side of the memory-leak detector, and the only crate that talks to it.
+//!
+//! Owns the BPF programs (`bpf/`), their maps, where probes are placed, how they are attached, and how totals are
+//! read back. Knows nothing of settings files, rules or output; function names and roles are handed in as
+//! [`FunctionSpec`]s.
+//!
+//! ```text
+//! features   what works here, found out by attaching
+//! elf        symbols of a mapped file -> file offsets
+//! placement  the cheapest safe instruction of a function
+//! tracker    load, add a process, attach, forget
+//! reader     totals, stacks and counters in batches
+//! events     exec, exit, fork, load; every allocation and free for `trace`
+//! ```
 
+pub mod elf;
+mod error;
+pub mod events;
+pub mod features;
+pub mod placement;
+pub mod reader;
+mod skeleton;
+pub mod tracker;
+mod types;
+
+pub use error::{Error, ErrorKind, Result};
+pub use events::{Event, EventKind, ProcessEvent};
+pub use features::{Backend, Features};
+pub use reader::{Counters, SiteKey, SiteTotals, Stack, StackEnd};
+pub use tracker::{Attached, FunctionSpec, Library, ProbeSetSpec, Returns, Role, Settings, Size, Tracker};
+pub use types::{COHORTS, LIFETIME_CLASSES, MAX_DOMAINS, MAX_FRAMES, MAX_TARGETS};

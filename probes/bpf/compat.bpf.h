@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Differences between kernels and architectures; nothing else tests for them.
+ */
+#ifndef COMPAT_BPF_H
+#define COMPAT_BPF_H
+
+#include "kernel_types.bpf.h"
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+
+/*
+ * bpf_session_is_return() came without an argument (6.13) and takes the context since 7.0. libbpf resolves a weak
+ * extern by its prototype and ignores what follows the three underscores, so that one of the two names is there.
+ */
+extern bool bpf_session_is_return___plain(void) __ksym __weak;
+extern bool bpf_session_is_return___ctx(void *ctx) __ksym __weak;
+
+static __always_inline bool session_is_return(void *ctx)
+{
+	if (bpf_ksym_exists(bpf_session_is_return___ctx))
+		return bpf_session_is_return___ctx(ctx);
+	if (bpf_ksym_exists(bpf_session_is_return___plain))
+		return bpf_session_is_return___plain();
+	return false;
+}
+
+#if defined(__TARGET_ARCH_x86)
+/* `ret` pops the return address. */
+#define RETURN_SP_RISE 8
+
+/* Where the function that was just entered will return to; 0 when it cannot be read. */
+static __always_inline u64 return_address(struct pt_regs *ctx, u64 sp)
+{
+	u64 address = 0;
+
+	bpf_probe_read_user(&address, sizeof(address), (void *)sp);
+	return address;
+}
+#elif defined(__TARGET_ARCH_arm64)
+#define RETURN_SP_RISE 0
+
+static __always_inline u64 return_address(struct pt_regs *ctx, u64 sp)
+{
+	return PT_REGS_RET(ctx);
+}
+#else
+#error "unsupported architecture"
+#endif
+
+#endif

@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The kernel types that we read, and only their fields that we read: offsets come from the running kernel's BTF
+ * (CO-RE), so nothing here needs to match the real layout. What is stable interface (struct pt_regs, the helpers'
+ * structures) comes from the system's own headers.
+ */
+#ifndef KERNEL_TYPES_BPF_H
+#define KERNEL_TYPES_BPF_H
+
+#include <linux/types.h>
+#include <linux/bpf.h>
+#include <linux/ptrace.h>
+#include <stdbool.h>
+
+typedef __u8 u8;
+typedef __u32 u32;
+typedef __u64 u64;
+
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+
+typedef struct {
+	int counter;
+} atomic_t;
+
+struct signal_struct {
+	atomic_t live; /* threads that have not exited */
+};
+
+struct task_struct {
+	int tgid;
+	struct signal_struct *signal;
+};
+
+#pragma clang attribute pop
+
+#endif

@@ -1,0 +1,130 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Maps and settings. Every hash map is bounded, its bound is set by the loader; an entry costs memory only while it
+ * exists (BPF_F_NO_PREALLOC). A map that is full never blocks anything: the event is dropped and counted.
+ */
+#ifndef MAPS_BPF_H
+#define MAPS_BPF_H
+
+#include "kernel_types.bpf.h"
+#include <bpf/bpf_helpers.h>
+#include "memleak_types.h"
+
+/* Settings, written before load: the verifier drops what they switch off. */
+const volatile u32 max_frames = 64; /* most frames of a stack, 1 .. MEMLEAK_MAX_FRAMES */
+const volatile u64 min_size = 0; /* smaller allocations are not recorded */
+const volatile bool trace_events = false; /* emit every allocation and free into `events` */
+const volatile u64 hash_seed = 0; /* random, so that no target can craft stacks that collide */
+const volatile u64 pidns_dev = 0; /* the collector's pid namespace; 0: it is the kernel's first one */
+const volatile u64 pidns_ino = 0;
+const volatile u32 fixed_function = ~0U; /* the function of this copy of the programs; ~0: the attach cookie says */
+
+/* Birth generation of what is allocated now; advanced by the collector after it has read `sites`. */
+volatile u32 cohort_now = 0;
+
+/* Watched processes by tgid. Written by the collector; removed here on exec and exit. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MEMLEAK_MAX_TARGETS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, u32);
+	__type(value, struct memleak_target);
+} targets SEC(".maps");
+
+/* Children that the collector has launched: tgid -> 1; stopped at each exec until the collector lets them go on. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MEMLEAK_MAX_TARGETS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, u32);
+	__type(value, u32);
+} launched SEC(".maps");
+
+/* What each probed function does, by attach cookie. Written by the collector before it attaches. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, MEMLEAK_MAX_FUNCTIONS);
+	__type(key, u32);
+	__type(value, struct memleak_function);
+} functions SEC(".maps");
+
+/* Outstanding allocations. Full: COUNTER_OUTSTANDING_FULL. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct memleak_block_key);
+	__type(value, struct memleak_block);
+} blocks SEC(".maps");
+
+/* Totals per site; read by the collector in batches, removed by it when the process has ended. Full: COUNTER_SITES_FULL. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct memleak_site_key);
+	__type(value, struct memleak_site);
+} sites SEC(".maps");
+
+/* Call stacks, written before their site; read once per new site. Full: COUNTER_STACKS_FULL. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct memleak_site_key);
+	__type(value, struct memleak_stack);
+} stacks SEC(".maps");
+
+/* Pending calls; an entry stays until its thread exits, so that a call costs a lookup. Full: COUNTER_THREADS_FULL. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct memleak_thread_key);
+	__type(value, struct memleak_thread);
+} threads SEC(".maps");
+
+/* Counters by target slot; read by the collector, summed over CPUs. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, MEMLEAK_MAX_TARGETS);
+	__type(key, u32);
+	__type(value, struct memleak_counters);
+} counters SEC(".maps");
+
+/* Starts, ends and loads of processes. Full: COUNTER_EVENTS_DROPPED; the collector also looks at /proc. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 256 * 1024);
+} process_events SEC(".maps");
+
+/* Every allocation and free, only with trace_events. Full: COUNTER_EVENTS_DROPPED. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 4096);
+} events SEC(".maps");
+
+static const struct memleak_site empty_site;
+static const struct memleak_thread empty_thread;
+
+static __always_inline void count(u32 slot, enum memleak_counter counter)
+{
+	struct memleak_counters *row = bpf_map_lookup_elem(&counters, &slot);
+
+	if (row)
+		__sync_fetch_and_add(&row->values[counter], 1);
+}
+
+/* tgid << 32 | tid in the collector's pid namespace; 0 when the task is not visible from there. */
+static __always_inline u64 current_pid_tgid(void)
+{
+	struct bpf_pidns_info info = {};
+
+	if (!pidns_ino)
+		return bpf_get_current_pid_tgid();
+	if (bpf_get_ns_current_pid_tgid(pidns_dev, pidns_ino, &info, sizeof(info)))
+		return 0;
+	return (u64)info.tgid << 32 | info.pid;
+}
+
+#endif

@@ -1,0 +1,192 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Structures and limits shared by the BPF programs and the loader. This header is the only place that defines
+ * them: the Rust side gets generated twins (probes/src/types.rs) and asserts their sizes.
+ *
+ * Times are nanoseconds of CLOCK_MONOTONIC. Sizes are bytes.
+ */
+#ifndef MEMLEAK_TYPES_H
+#define MEMLEAK_TYPES_H
+
+#define MEMLEAK_MAX_FRAMES 127 /* most return addresses of a stack: a power of two less one */
+#define MEMLEAK_COHORTS 16 /* birth generations that a site tells apart */
+#define MEMLEAK_LIFETIME_CLASSES 32 /* class 0: < 1 us; class n: < 2^n us; the last is open */
+#define MEMLEAK_MAX_FUNCTIONS 8192 /* probed functions over all targets */
+#define MEMLEAK_MAX_TARGETS 1024 /* watched process instances at once */
+#define MEMLEAK_MAX_DOMAINS 8 /* independent groups of probe sets */
+
+/* What a probed function does with a block. */
+enum memleak_role {
+	ROLE_ALLOC = 1, /* hands out a block */
+	ROLE_REALLOC = 2, /* takes a block back and hands one out */
+	ROLE_FREE = 3, /* takes a block back */
+};
+
+enum memleak_function_flags {
+	FUNCTION_RANGE = 1, /* the block is an address range: it may be freed in parts (munmap) */
+};
+
+/* One probed function: what its arguments mean. Its index is the attach cookie. */
+struct memleak_function {
+	__u32 probe_set;
+	__u32 name; /* number of the function's name within the run */
+	__u8 role; /* enum memleak_role */
+	__u8 domain; /* nested calls within a domain count once */
+	__u8 flags; /* enum memleak_function_flags */
+	__s8 size_arg; /* argument with the size; -1: none */
+	__s8 times_arg; /* argument that multiplies it; -1: none */
+	__s8 block_arg; /* argument with the block that is freed or resized; -1: none */
+	__s8 out_arg; /* argument that points at the block when the call returns `ok`; -1: the return value is the block */
+	__u8 pad;
+	__u64 size_const; /* size when there is no size argument */
+	__u64 expect; /* out_arg: return value of success; else: return value of failure */
+	__u64 sp_offset; /* stack pointer at the probe + sp_offset = stack pointer at the function's entry */
+};
+
+/* A watched process. Key of `targets`: tgid. Removed by the kernel side on exec and exit. */
+struct memleak_target {
+	__u32 instance; /* number of the process instance within the run */
+	__u32 slot; /* its row in `counters` */
+	__u32 stop_on_load; /* stop the process (SIGSTOP) when its dynamic linker has mapped something */
+	__u32 pad;
+};
+
+/* Key of `blocks`. */
+struct memleak_block_key {
+	__u64 address;
+	__u32 instance; /* 0: the kernel */
+	__u32 domain;
+};
+
+/* An outstanding allocation. */
+struct memleak_block {
+	__u64 size;
+	__u64 birth_ns;
+	__u64 stack; /* with instance and probe_set: the site */
+	__u32 probe_set;
+	__u32 cohort; /* birth generation */
+	__u32 tid;
+	__u32 name; /* allocator function */
+};
+
+/* Key of `sites` and `stacks`. */
+struct memleak_site_key {
+	__u64 stack; /* hash of frames and function */
+	__u32 instance;
+	__u32 probe_set;
+};
+
+struct memleak_cohort {
+	__s64 bytes;
+	__s64 count;
+};
+
+/*
+ * Totals of a site. The counters only grow, except for the cohorts: slot g % MEMLEAK_COHORTS holds births minus
+ * deaths of generation g while g is younger than MEMLEAK_COHORTS - 1 generations; later deaths go to older_freed.
+ */
+struct memleak_site {
+	__u64 allocated_bytes;
+	__u64 allocated_count;
+	__u64 freed_bytes;
+	__u64 freed_count;
+	__u64 last_allocation_ns;
+	__u64 older_freed_bytes;
+	__u64 older_freed_count;
+	struct memleak_cohort cohorts[MEMLEAK_COHORTS];
+	__u64 lifetimes[MEMLEAK_LIFETIME_CLASSES];
+};
+
+/* Why a stack holds fewer frames than there are. */
+enum memleak_stack_end {
+	STACK_WALKED = 0, /* the walk ended by itself (outermost frame, or no frame pointer) */
+	STACK_CUT = 1, /* the limit of frames was reached */
+	STACK_UNREADABLE = 2, /* the walk failed: only the caller is known */
+};
+
+/* A call stack: addresses[start .. start + count], innermost first. */
+struct memleak_stack {
+	__u32 start; /* 0 or 1 */
+	__u32 count;
+	__u32 end; /* enum memleak_stack_end */
+	__u32 name; /* allocator function */
+	__u64 addresses[MEMLEAK_MAX_FRAMES + 1];
+};
+
+/* A thread's call that has been entered and has not returned yet. Key: struct memleak_thread_key. */
+struct memleak_thread {
+	__u64 sp; /* stack pointer at entry of the outermost call; 0: no call is pending */
+	__u64 size;
+	__u64 out_pointer;
+	__u64 old_address; /* realloc: the block taken back; 0: none was recorded */
+	__u64 stack_hash;
+	struct memleak_block old;
+	__u32 filtered; /* below min_size: do not record */
+	__u32 function; /* index of the pending function */
+	struct memleak_stack stack;
+};
+
+struct memleak_thread_key {
+	__u64 pid_tgid;
+	__u64 domain;
+};
+
+/* Rows of `counters`, per target slot. */
+enum memleak_counter {
+	COUNTER_HITS, /* probes hit: entries and returns */
+	COUNTER_UNMATCHED_FREES, /* frees of unknown blocks */
+	COUNTER_OUTSTANDING_FULL,
+	COUNTER_SITES_FULL,
+	COUNTER_STACKS_FULL,
+	COUNTER_STACKS_FAILED,
+	COUNTER_THREADS_FULL,
+	COUNTER_MISSED_RETURNS,
+	COUNTER_IMPLICIT_FREES,
+	COUNTER_PARTIAL_RANGES,
+	COUNTER_POINTERS_UNREADABLE,
+	COUNTER_EVENTS_DROPPED,
+	COUNTER_MAX = 16,
+};
+
+struct memleak_counters {
+	__u64 values[COUNTER_MAX];
+};
+
+enum memleak_process_event_kind {
+	PROCESS_EXEC = 1, /* any process of the machine */
+	PROCESS_EXIT = 2, /* a watched process has ended */
+	PROCESS_FORK = 3, /* a watched process has a child */
+	PROCESS_LOAD = 4, /* the dynamic linker of a watched process has mapped or unmapped something */
+};
+
+struct memleak_process_event {
+	__u32 kind; /* enum memleak_process_event_kind */
+	__u32 pid; /* tgid in the collector's pid namespace */
+	__u32 instance; /* 0: not watched */
+	__u32 child; /* PROCESS_FORK: tgid of the child in the kernel's first pid namespace */
+	__u64 time_ns;
+};
+
+enum memleak_event_kind {
+	EVENT_ALLOC = 1,
+	EVENT_FREE = 2,
+	EVENT_IMPLICIT_FREE = 3,
+};
+
+/* One allocation or free, for `memleak trace`. */
+struct memleak_event {
+	__u64 time_ns;
+	__u64 address;
+	__u64 size;
+	__u64 lifetime_ns; /* frees: time since the allocation */
+	__u64 stack; /* of this call: key of `stacks` together with instance and probe_set */
+	__u32 kind; /* enum memleak_event_kind */
+	__u32 instance;
+	__u32 probe_set;
+	__u32 name;
+	__u32 pid;
+	__u32 tid;
+	char comm[16];
+};
+
+#endif

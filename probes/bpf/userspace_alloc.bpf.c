@@ -1,0 +1,349 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Allocator calls of watched processes, caught by uprobes.
+ *
+ * One generic tracker: what a function does, and which of its arguments mean what, comes from `functions` by attach
+ * cookie, so that an allocator is a manifest and not a program. Oldest kernel intended: 5.10 (there, one copy of the
+ * programs per function, see fixed_function). Three ways in, of which the loader takes one: a session (one program
+ * sees entry and return), multi links, perf events.
+ *
+ * Cost per event: the trap (0.5-1 us) plus 0.3-1 us for stack, hash and tables.
+ */
+#include "track.bpf.h"
+#include <bpf/bpf_tracing.h>
+#include <bpf/bpf_core_read.h>
+#include "compat.bpf.h"
+#include <stddef.h>
+
+char LICENSE[] SEC("license") = "GPL";
+
+/* Keeps types that only the collector reads in this object's type information, from which its Rust twins are made. */
+struct memleak_kept_types {
+	enum memleak_role role;
+	enum memleak_function_flags function_flags;
+	enum memleak_stack_end stack_end;
+	enum memleak_counter counter;
+	enum memleak_process_event_kind process_event_kind;
+	enum memleak_event_kind event_kind;
+	struct memleak_process_event process_event;
+	struct memleak_event event;
+} kept_types;
+
+/* Nested calls of one allocator stay within this distance below the outermost one; beyond it is another stack. */
+#define NESTED_STACK_BYTES (256 * 1024)
+
+/* A session program returns 1 to leave out the return probe of this call. */
+enum { FOLLOW = 0, SKIP = 1 };
+
+/* In assembly: clang merges plain loads into one at a variable offset, which the verifier refuses for a context. */
+#define ARGUMENT(ctx, n)                                                                            \
+	({                                                                                          \
+		u64 value;                                                                          \
+		asm volatile("%0 = *(u64 *)(%1 + %2)"                                               \
+			     : "=r"(value)                                                          \
+			     : "r"(ctx), "i"(offsetof(typeof(*__PT_REGS_CAST(ctx)), __PT_PARM##n##_REG))); \
+		value;                                                                              \
+	})
+
+static __always_inline u64 argument(struct pt_regs *ctx, int n)
+{
+	switch (n) {
+	case 0:
+		return ARGUMENT(ctx, 1);
+	case 1:
+		return ARGUMENT(ctx, 2);
+	case 2:
+		return ARGUMENT(ctx, 3);
+	case 3:
+		return ARGUMENT(ctx, 4);
+	case 4:
+		return ARGUMENT(ctx, 5);
+	case 5:
+		return ARGUMENT(ctx, 6);
+	default:
+		return 0;
+	}
+}
+
+/* a * b, or ~0 when it does not fit. By halves: clang turns the usual checks into a 128-bit call that BPF lacks. */
+static __always_inline u64 saturating_product(u64 a, u64 b)
+{
+	u64 big = a > b ? a : b, small = a > b ? b : a;
+	u64 low, high;
+
+	if (small >> 32)
+		return ~0ULL;
+	low = (big & 0xffffffff) * small;
+	high = (big >> 32) * small + (low >> 32);
+	if (high >> 32)
+		return ~0ULL;
+	return high << 32 | (low & 0xffffffff);
+}
+
+/* Requested bytes. What a hostile process asks for must not wrap to little. */
+static __always_inline u64 requested_size(struct pt_regs *ctx, const struct memleak_function *function)
+{
+	u64 size;
+
+	if (function->size_arg < 0)
+		return function->size_const;
+	size = argument(ctx, function->size_arg);
+	if (function->times_arg < 0)
+		return size;
+	return saturating_product(size, argument(ctx, function->times_arg));
+}
+
+/*
+ * The stack at a function's entry. The walk starts at the function itself, whose frame is not set up yet, and on most
+ * kernels leaves out its caller; the caller's address is on top of the stack (x86-64) or in the link register.
+ */
+static __always_inline void walk(struct pt_regs *ctx, u64 sp, struct memleak_stack *stack, u32 name, u32 slot)
+{
+	u64 caller = return_address(ctx, sp);
+	u32 bytes = max_frames * sizeof(u64);
+	long got;
+	u32 n;
+
+	if (bytes > MEMLEAK_MAX_FRAMES * sizeof(u64))
+		bytes = MEMLEAK_MAX_FRAMES * sizeof(u64);
+	stack->name = name;
+	stack->start = 0;
+	stack->end = STACK_WALKED;
+	got = bpf_get_stack(ctx, stack->addresses, bytes, BPF_F_USER_STACK);
+	if (got < 8) {
+		stack->end = STACK_UNREADABLE;
+		stack->addresses[0] = caller;
+		stack->count = caller ? 1 : 0;
+		if (!caller)
+			count(slot, COUNTER_STACKS_FAILED);
+		return;
+	}
+	n = (u32)got / 8;
+	if (n >= max_frames)
+		stack->end = STACK_CUT;
+	if (n > 1 && stack->addresses[1] == caller) {
+		stack->start = 1;
+		n -= 1;
+	} else if (caller) {
+		stack->addresses[0] = caller;
+	}
+	stack->count = n;
+}
+
+/* The pending call was left without returning: what it took back is gone, what it would hand out is unknown. */
+static __always_inline void abandon(struct memleak_actor *actor, struct memleak_thread *thread)
+{
+	count(actor->slot, COUNTER_MISSED_RETURNS);
+	if (thread->old_address)
+		settle(&thread->old, actor->instance, bpf_ktime_get_ns(), thread->old.size, true);
+	thread->old_address = 0;
+	thread->sp = 0;
+}
+
+static __always_inline bool find_actor(struct memleak_actor *actor)
+{
+	struct memleak_target *target;
+	u32 tgid;
+
+	actor->pid_tgid = current_pid_tgid();
+	tgid = actor->pid_tgid >> 32;
+	target = bpf_map_lookup_elem(&targets, &tgid);
+	if (!target)
+		return false;
+	actor->instance = target->instance;
+	actor->slot = target->slot;
+	count(actor->slot, COUNTER_HITS);
+	return true;
+}
+
+static __always_inline struct memleak_thread *thread_of(struct memleak_actor *actor)
+{
+	struct memleak_thread_key key = { .pid_tgid = actor->pid_tgid, .domain = actor->domain };
+	struct memleak_thread *thread = bpf_map_lookup_elem(&threads, &key);
+
+	if (thread)
+		return thread;
+	bpf_map_update_elem(&threads, &key, &empty_thread, BPF_NOEXIST);
+	thread = bpf_map_lookup_elem(&threads, &key);
+	if (!thread)
+		count(actor->slot, COUNTER_THREADS_FULL);
+	return thread;
+}
+
+static __always_inline const struct memleak_function *function_of(struct pt_regs *ctx, u32 *index)
+{
+	*index = fixed_function != ~0U ? fixed_function : (u32)bpf_get_attach_cookie(ctx);
+	return bpf_map_lookup_elem(&functions, index);
+}
+
+/* In a trace, frees show the stack that freed; otherwise nobody needs it. */
+static __always_inline u64 stack_of_free(struct pt_regs *ctx, struct memleak_actor *actor,
+					 const struct memleak_function *function)
+{
+	struct memleak_site_key key = { .instance = actor->instance, .probe_set = function->probe_set };
+	struct memleak_thread *thread;
+
+	if (!trace_events)
+		return 0;
+	thread = thread_of(actor);
+	/* A pending call's stack is still needed for what it hands out. */
+	if (!thread || thread->sp)
+		return 0;
+	walk(ctx, PT_REGS_SP(ctx) + function->sp_offset, &thread->stack, function->name, actor->slot);
+	key.stack = hash_stack(&thread->stack);
+	bpf_map_update_elem(&stacks, &key, &thread->stack, BPF_NOEXIST);
+	return key.stack;
+}
+
+static __always_inline int on_enter(struct pt_regs *ctx)
+{
+	const struct memleak_function *function;
+	struct memleak_actor actor;
+	struct memleak_thread *thread;
+	u64 sp, block = 0;
+	u32 index;
+
+	function = function_of(ctx, &index);
+	if (!function || !find_actor(&actor))
+		return SKIP;
+	actor.domain = function->domain;
+	if (function->block_arg >= 0)
+		block = argument(ctx, function->block_arg);
+	if (function->role == ROLE_FREE) {
+		if (block)
+			track_free(&actor, function, block, requested_size(ctx, function),
+				   stack_of_free(ctx, &actor, function));
+		return SKIP;
+	}
+	sp = PT_REGS_SP(ctx) + function->sp_offset;
+	thread = thread_of(&actor);
+	if (!thread) {
+		struct memleak_block old;
+
+		/* What it hands out will be unknown; what it takes back must not stay. */
+		if (function->role == ROLE_REALLOC && block && take(&actor, block, &old))
+			settle(&old, actor.instance, bpf_ktime_get_ns(), old.size, true);
+		return SKIP;
+	}
+	if (thread->sp) {
+		/* Stacks grow down: a nested call is below the pending one, and not far. */
+		if (sp < thread->sp && thread->sp - sp < NESTED_STACK_BYTES)
+			return SKIP;
+		abandon(&actor, thread);
+	}
+	thread->size = requested_size(ctx, function);
+	thread->out_pointer = function->out_arg >= 0 ? argument(ctx, function->out_arg) : 0;
+	thread->filtered = thread->size < min_size;
+	thread->function = index;
+	thread->old_address = 0;
+	/* Taken back at entry: as soon as the call runs, another thread may own the address. */
+	if (function->role == ROLE_REALLOC && block && take(&actor, block, &thread->old))
+		thread->old_address = block;
+	if (!thread->filtered) {
+		walk(ctx, sp, &thread->stack, function->name, actor.slot);
+		thread->stack_hash = hash_stack(&thread->stack);
+	}
+	thread->sp = sp;
+	return FOLLOW;
+}
+
+static __always_inline int on_return(struct pt_regs *ctx)
+{
+	struct memleak_thread_key key = {};
+	const struct memleak_function *function;
+	struct memleak_actor actor;
+	struct memleak_thread *thread;
+	u64 sp, block, old_address;
+	bool failed;
+	u32 index;
+
+	function = function_of(ctx, &index);
+	if (!function || !find_actor(&actor))
+		return 0;
+	actor.domain = function->domain;
+	key.pid_tgid = actor.pid_tgid;
+	key.domain = actor.domain;
+	thread = bpf_map_lookup_elem(&threads, &key);
+	if (!thread || !thread->sp)
+		return 0; /* entered before the probes were there */
+	sp = PT_REGS_SP(ctx) - RETURN_SP_RISE;
+	if (sp != thread->sp) {
+		if (sp > thread->sp)
+			abandon(&actor, thread);
+		return 0; /* a nested call returns */
+	}
+	thread->sp = 0;
+	old_address = thread->old_address;
+	thread->old_address = 0;
+	block = PT_REGS_RC(ctx);
+	if (function->out_arg >= 0) {
+		failed = (u32)block != (u32)function->expect;
+		block = 0;
+		if (!failed && bpf_probe_read_user(&block, sizeof(block), (void *)thread->out_pointer)) {
+			count(actor.slot, COUNTER_POINTERS_UNREADABLE);
+			failed = true;
+		}
+		failed = failed || !block;
+	} else {
+		failed = block == function->expect;
+	}
+	if (failed) {
+		u64 now = bpf_ktime_get_ns();
+
+		if (!old_address)
+			return 0;
+		/* realloc(p, 0) frees and returns NULL; any other failure leaves the old block as it was. */
+		if (thread->size) {
+			put_back(&actor, old_address, &thread->old, now);
+		} else {
+			settle(&thread->old, actor.instance, now, thread->old.size, true);
+			emit(&actor, EVENT_FREE, old_address, thread->old.size, now, now - thread->old.birth_ns,
+			     thread->stack_hash, function->probe_set, function->name);
+		}
+		return 0;
+	}
+	if (old_address) {
+		u64 now = bpf_ktime_get_ns();
+
+		settle(&thread->old, actor.instance, now, thread->old.size, true);
+		emit(&actor, EVENT_FREE, old_address, thread->old.size, now, now - thread->old.birth_ns,
+		     thread->stack_hash, function->probe_set, function->name);
+	}
+	if (!thread->filtered)
+		track_alloc(&actor, function, block, thread->size, thread->stack_hash, &thread->stack);
+	return 0;
+}
+
+SEC("uprobe.session")
+int alloc_session(struct pt_regs *ctx)
+{
+	return session_is_return(ctx) ? on_return(ctx) : on_enter(ctx);
+}
+
+SEC("uprobe.multi")
+int alloc_multi_enter(struct pt_regs *ctx)
+{
+	on_enter(ctx);
+	return 0;
+}
+
+SEC("uretprobe.multi")
+int alloc_multi_return(struct pt_regs *ctx)
+{
+	return on_return(ctx);
+}
+
+SEC("uprobe")
+int alloc_perf_enter(struct pt_regs *ctx)
+{
+	on_enter(ctx);
+	return 0;
+}
+
+SEC("uretprobe")
+int alloc_perf_return(struct pt_regs *ctx)
+{
+	return on_return(ctx);
+}
+
+#include "process.bpf.h"

@@ -1,0 +1,157 @@
+//! Symbols of a file that a process has mapped, as file offsets.
+//!
+//! The file belongs to the traced side: it may be anything. Only the tables that are needed are read, nothing is
+//! trusted to be in range, and sizes are bounded.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use object::read::elf::{FileHeader, ProgramHeader, SectionHeader, Sym};
+use object::read::{ReadCache, ReadRef};
+use object::{Endianness, elf};
+
+use crate::{Error, ErrorKind, Result};
+
+/// Symbol tables with more entries than this are refused (the largest known executables have some 5 million).
+const MAX_SYMBOLS: usize = 20_000_000;
+/// A function's code is read up to this size for placement.
+const MAX_CODE: u64 = 64 * 1024;
+
+/// A function in a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Function {
+    /// Offset of its first byte in the file.
+    pub offset: u64,
+    /// Its machine code, from the first byte; empty when the symbol has no size.
+    pub code: Vec<u8>,
+}
+
+/// What the wanted names are in a file.
+#[derive(Clone, Debug, Default)]
+pub struct Symbols {
+    /// By name: the functions that have it (several versions of a symbol may exist). Names without one are absent.
+    pub functions: HashMap<String, Vec<Function>>,
+    /// The file's own name (`DT_SONAME`), when it has one.
+    pub soname: Option<String>,
+    /// True when the file has no symbols at all, as a stripped static binary.
+    pub stripped: bool,
+}
+
+/// Looks `names` up in the dynamic and the full symbol table of `path`.
+///
+/// # Errors
+/// [`ErrorKind::Elf`] when the file cannot be opened or is not a sane 64-bit ELF file.
+pub fn read_symbols(path: &Path, names: &[&str]) -> Result<Symbols> {
+    let fail = |why: String| Error::new(ErrorKind::Elf, format!("failed to read symbols of {}: {why}", path.display()));
+    // O_NONBLOCK: a path that a hostile process made a FIFO must not block us.
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC | libc::O_NOCTTY)
+        .open(path)
+        .map_err(|e| fail(e.to_string()))?;
+    let meta = file.metadata().map_err(|e| fail(e.to_string()))?;
+    if meta.mode() & libc::S_IFMT != libc::S_IFREG {
+        return Err(fail("it is not a regular file".into()));
+    }
+    let cache = ReadCache::new(file);
+    read(&cache, names).map_err(|e| fail(e.to_string()))
+}
+
+fn read<'a, R: ReadRef<'a>>(data: R, names: &[&str]) -> object::read::Result<Symbols> {
+    let header = elf::FileHeader64::<Endianness>::parse(data)?;
+    let endian = header.endian()?;
+    let segments = header.program_headers(endian, data)?;
+    let sections = header.sections(endian, data)?;
+    let mut out = Symbols { stripped: true, ..Symbols::default() };
+    for section in sections.iter() {
+        if let Some((dynamic, link)) = section.dynamic(endian, data)? {
+            let strings = sections.strings(endian, data, link)?;
+            for entry in dynamic {
+                use object::read::elf::Dyn;
+                if entry.d_tag(endian) == elf::DT_SONAME
+                    && let Ok(at) = u32::try_from(entry.d_val(endian))
+                    && let Ok(name) = strings.get(at).map(String::from_utf8_lossy)
+                {
+                    out.soname = Some(name.into_owned());
+                }
+            }
+        }
+    }
+    for kind in [elf::SHT_DYNSYM, elf::SHT_SYMTAB] {
+        let table = sections.symbols(endian, data, kind)?;
+        if table.len() > MAX_SYMBOLS {
+            continue;
+        }
+        for symbol in table.iter() {
+            if symbol.is_undefined(endian) || symbol.st_type() != elf::STT_FUNC || symbol.st_value(endian) == 0 {
+                continue;
+            }
+            out.stripped = false;
+            let Ok(name) = table.symbol_name(endian, symbol) else { continue };
+            let Some(name) = names.iter().find(|n| n.as_bytes() == name) else { continue };
+            let Some(function) = locate(segments, endian, data, symbol) else { continue };
+            let known = out.functions.entry((*name).to_owned()).or_default();
+            if known.iter().all(|f: &Function| f.offset != function.offset) {
+                known.push(function);
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// Where a symbol's code lies in the file; `None` when it is in no executable segment.
+fn locate<'a, R: ReadRef<'a>>(
+    segments: &[elf::ProgramHeader64<Endianness>],
+    endian: Endianness,
+    data: R,
+    symbol: &elf::Sym64<Endianness>,
+) -> Option<Function> {
+    let address = symbol.st_value(endian);
+    let segment = segments.iter().find(|s| {
+        s.p_type(endian) == elf::PT_LOAD
+            && s.p_flags(endian).0 & elf::PF_X.0 != 0
+            && address >= s.p_vaddr(endian)
+            && address - s.p_vaddr(endian) < s.p_filesz(endian)
+    })?;
+    let into = address - segment.p_vaddr(endian);
+    let offset = segment.p_offset(endian).checked_add(into)?;
+    let size = symbol.st_size(endian).min(segment.p_filesz(endian) - into).min(MAX_CODE);
+    let code = data.read_bytes_at(offset, size).map(<[u8]>::to_vec).unwrap_or_default();
+    Some(Function { offset, code })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A FIFO in place of a library must neither block nor be read.
+    #[test]
+    fn a_fifo_is_refused_at_once() {
+        let dir = std::env::temp_dir().join(format!("memleak-elf-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let fifo = dir.join("libc.so.6");
+        let name = std::ffi::CString::new(fifo.to_str().unwrap()).unwrap();
+        // SAFETY: `name` is a valid C string.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        let message = read_symbols(&fifo, &["malloc"]).unwrap_err().to_string();
+        std::fs::remove_dir_all(&dir).unwrap();
+        assert!(message.contains("not a regular file"), "{message}");
+    }
+
+    /// Truncated and scribbled ELF files are errors or empty results, never panics.
+    #[test]
+    fn damaged_files_do_not_panic() {
+        let whole = std::fs::read("/proc/self/exe").unwrap();
+        for cut in [0, 3, 16, 63, 64, 100, 1000, whole.len() / 2] {
+            let _ = read(&whole[..cut], &["main"]);
+        }
+        let mut scribbled = whole[..4096.min(whole.len())].to_vec();
+        for at in 16..scribbled.len() {
+            scribbled[at] ^= 0xff;
+            let _ = read(scribbled.as_slice(), &["main"]);
+            scribbled[at] ^= 0xff;
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! What the kernel side tells as it happens: lives of processes, and, in a trace, every allocation and free.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::time::Duration;
+
+use libbpf_rs::{MapCore, RingBuffer, RingBufferBuilder};
+
+use crate::reader::SiteKey;
+use crate::types::{
+    from_bytes, memleak_event, memleak_event_kind as kind, memleak_process_event, memleak_process_event_kind as process,
+};
+use crate::{Error, Result};
+
+/// Something happened to a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProcessEvent {
+    /// A process of this machine runs a new program. `instance` is the watched instance that this ended, if any.
+    Exec {
+        /// Process id.
+        pid: u32,
+        /// The instance that ended.
+        instance: Option<u32>,
+    },
+    /// A watched process has ended.
+    Exit {
+        /// Process id.
+        pid: u32,
+        /// The instance that ended.
+        instance: u32,
+    },
+    /// A watched process has forked.
+    Fork {
+        /// The parent's process id.
+        pid: u32,
+        /// The parent's instance.
+        instance: u32,
+        /// The child's process id in the kernel's first pid namespace.
+        child: u32,
+    },
+    /// The dynamic linker of a watched process has mapped or unmapped something.
+    Load {
+        /// Process id.
+        pid: u32,
+        /// Its instance.
+        instance: u32,
+    },
+}
+
+/// What an [`Event`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EventKind {
+    /// A block was handed out.
+    Alloc,
+    /// A block was given back.
+    Free,
+    /// A block must have been given back unseen: its address is handed out again.
+    ImplicitFree,
+}
+
+/// One allocation or free.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// Nanoseconds of CLOCK_MONOTONIC.
+    pub time_ns: u64,
+    /// What it is.
+    pub kind: EventKind,
+    /// Address of the block.
+    pub address: u64,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Frees: nanoseconds since the allocation. Allocations: 0.
+    pub lifetime_ns: u64,
+    /// Key of the stack of this call, see [`crate::Tracker::read_stack`].
+    pub site: SiteKey,
+    /// Number of the function's name, see [`crate::Tracker::function_name`].
+    pub name: u32,
+    /// Process id.
+    pub pid: u32,
+    /// Thread id.
+    pub tid: u32,
+    /// The thread's name. Hostile bytes.
+    pub comm: String,
+}
+
+/// Reads both ring buffers.
+pub(crate) struct Rings {
+    ring: RingBuffer<'static>,
+    processes: Rc<RefCell<VecDeque<ProcessEvent>>>,
+    events: Rc<RefCell<VecDeque<Event>>>,
+}
+
+impl Rings {
+    pub(crate) fn new(process_events: &dyn MapCore, events: Option<&dyn MapCore>) -> Result<Rings> {
+        let rings = (Rc::new(RefCell::new(VecDeque::new())), Rc::new(RefCell::new(VecDeque::new())));
+        let mut builder = RingBufferBuilder::new();
+        let processes = Rc::clone(&rings.0);
+        builder
+            .add(process_events, move |bytes| {
+                processes.borrow_mut().extend(decode_process_event(bytes));
+                0
+            })
+            .map_err(|e| Error::bpf("read process events", &e))?;
+        if let Some(map) = events {
+            let queue = Rc::clone(&rings.1);
+            builder
+                .add(map, move |bytes| {
+                    queue.borrow_mut().extend(decode_event(bytes));
+                    0
+                })
+                .map_err(|e| Error::bpf("read allocation events", &e))?;
+        }
+        let ring = builder.build().map_err(|e| Error::bpf("set up ring buffers", &e))?;
+        Ok(Rings { ring, processes: rings.0, events: rings.1 })
+    }
+
+    /// Waits until something has happened, at most `timeout`. A signal ends the wait early and is no error.
+    pub(crate) fn poll(&self, timeout: Duration) -> Result<()> {
+        match self.ring.poll(timeout) {
+            Err(e) if e.kind() != libbpf_rs::ErrorKind::Interrupted => Err(Error::bpf("poll ring buffers", &e)),
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn next_process_event(&self) -> Option<ProcessEvent> {
+        self.processes.borrow_mut().pop_front()
+    }
+
+    pub(crate) fn next_event(&self) -> Option<Event> {
+        self.events.borrow_mut().pop_front()
+    }
+}
+
+fn decode_process_event(bytes: &[u8]) -> Option<ProcessEvent> {
+    let raw: memleak_process_event = from_bytes(bytes)?;
+    let memleak_process_event { pid, instance, child, .. } = raw;
+    match process(raw.kind) {
+        process::PROCESS_EXEC => Some(ProcessEvent::Exec { pid, instance: (instance != 0).then_some(instance) }),
+        process::PROCESS_EXIT => Some(ProcessEvent::Exit { pid, instance }),
+        process::PROCESS_FORK => Some(ProcessEvent::Fork { pid, instance, child }),
+        process::PROCESS_LOAD => Some(ProcessEvent::Load { pid, instance }),
+        _ => None,
+    }
+}
+
+fn decode_event(bytes: &[u8]) -> Option<Event> {
+    let raw: memleak_event = from_bytes(bytes)?;
+    let comm: Vec<u8> = raw.comm.iter().map(|c| c.cast_unsigned()).take_while(|c| *c != 0).collect();
+    Some(Event {
+        time_ns: raw.time_ns,
+        kind: match kind(raw.kind) {
+            kind::EVENT_ALLOC => EventKind::Alloc,
+            kind::EVENT_FREE => EventKind::Free,
+            kind::EVENT_IMPLICIT_FREE => EventKind::ImplicitFree,
+            _ => return None,
+        },
+        address: raw.address,
+        size: raw.size,
+        lifetime_ns: raw.lifetime_ns,
+        site: SiteKey { stack: raw.stack, instance: raw.instance, probe_set: raw.probe_set },
+        name: raw.name,
+        pid: raw.pid,
+        tid: raw.tid,
+        comm: String::from_utf8_lossy(&comm).into_owned(),
+    })
+}

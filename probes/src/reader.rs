@@ -1,0 +1,271 @@
+//! Totals, stacks and counters out of the maps.
+//!
+//! Reading costs O(sites), never O(outstanding allocations). Hash maps are read in batches into one buffer.
+
+use std::os::fd::AsRawFd;
+
+use libbpf_rs::{MapCore, MapFlags};
+
+use crate::types::{
+    COHORTS, LIFETIME_CLASSES, Plain, bytes_of, from_bytes, memleak_block_key, memleak_counter as counter,
+    memleak_counters, memleak_site, memleak_site_key, memleak_stack, memleak_stack_end as stack_end,
+};
+use crate::{Error, ErrorKind, Result};
+
+/// Elements read by one system call.
+const BATCH: u32 = 4096;
+
+/// What the kernel side counts by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SiteKey {
+    /// Number of the process instance.
+    pub instance: u32,
+    /// Number of the probe set.
+    pub probe_set: u32,
+    /// Hash of the stack.
+    pub stack: u64,
+}
+
+impl SiteKey {
+    fn to_raw(self) -> memleak_site_key {
+        memleak_site_key { stack: self.stack, instance: self.instance, probe_set: self.probe_set }
+    }
+
+    fn from_raw(raw: memleak_site_key) -> Self {
+        SiteKey { instance: raw.instance, probe_set: raw.probe_set, stack: raw.stack }
+    }
+}
+
+/// Running totals of a site. Counters only grow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SiteTotals {
+    /// Bytes allocated.
+    pub allocated_bytes: u64,
+    /// Blocks allocated.
+    pub allocated_count: u64,
+    /// Bytes freed.
+    pub freed_bytes: u64,
+    /// Blocks freed.
+    pub freed_count: u64,
+    /// Time of the newest allocation, nanoseconds of CLOCK_MONOTONIC.
+    pub last_allocation_ns: u64,
+    /// Bytes freed of generations that had left the ring of cohorts.
+    pub older_freed_bytes: u64,
+    /// Blocks freed of generations that had left the ring of cohorts.
+    pub older_freed_count: u64,
+    /// Per slot: bytes and blocks born minus died. Slot g % COHORTS belongs to generation g; what an earlier
+    /// generation left in it stays in it (subtract the value read when the slot was taken over).
+    pub cohorts: [(i64, i64); COHORTS],
+    /// Frees by lifetime class.
+    pub lifetimes: [u64; LIFETIME_CLASSES],
+}
+
+/// Why a stack may have had more frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StackEnd {
+    /// The walk ended by itself.
+    Walked,
+    /// The limit of frames was reached.
+    Cut,
+    /// Only the caller could be read.
+    Unreadable,
+}
+
+/// A call stack.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stack {
+    /// Return addresses, innermost first. The first one is the allocator's caller.
+    pub addresses: Vec<u64>,
+    /// How it ended.
+    pub end: StackEnd,
+    /// Number of the allocator function's name.
+    pub name: u32,
+}
+
+/// Counters of one process instance.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)] // each is documented at enum memleak_counter in bpf/memleak_types.h
+pub struct Counters {
+    pub hits: u64,
+    pub unmatched_frees: u64,
+    pub outstanding_full: u64,
+    pub sites_full: u64,
+    pub stacks_full: u64,
+    pub stacks_failed: u64,
+    pub threads_full: u64,
+    pub missed_returns: u64,
+    pub implicit_frees: u64,
+    pub partial_ranges: u64,
+    pub pointers_unreadable: u64,
+    pub events_dropped: u64,
+}
+
+/// All sites.
+pub(crate) fn read_sites(map: &dyn MapCore) -> Result<Vec<(SiteKey, SiteTotals)>> {
+    let mut out = Vec::new();
+    for_each::<memleak_site_key, memleak_site>(map, |key, site| {
+        out.push((
+            SiteKey::from_raw(*key),
+            SiteTotals {
+                allocated_bytes: site.allocated_bytes,
+                allocated_count: site.allocated_count,
+                freed_bytes: site.freed_bytes,
+                freed_count: site.freed_count,
+                last_allocation_ns: site.last_allocation_ns,
+                older_freed_bytes: site.older_freed_bytes,
+                older_freed_count: site.older_freed_count,
+                cohorts: site.cohorts.map(|c| (c.bytes, c.count)),
+                lifetimes: site.lifetimes,
+            },
+        ));
+    })?;
+    Ok(out)
+}
+
+/// One stack; `None` when it was not stored.
+pub(crate) fn read_stack(map: &dyn MapCore, key: SiteKey) -> Result<Option<Stack>> {
+    let found = map.lookup(bytes_of(&key.to_raw()), MapFlags::ANY).map_err(|e| Error::bpf("read a call stack", &e))?;
+    let Some(raw) = found.and_then(|bytes| from_bytes::<memleak_stack>(&bytes)) else { return Ok(None) };
+    let start = (raw.start as usize).min(raw.addresses.len());
+    let end = start.saturating_add(raw.count as usize).min(raw.addresses.len());
+    Ok(Some(Stack {
+        addresses: raw.addresses[start..end].to_vec(),
+        end: match stack_end(raw.end) {
+            stack_end::STACK_CUT => StackEnd::Cut,
+            stack_end::STACK_UNREADABLE => StackEnd::Unreadable,
+            _ => StackEnd::Walked,
+        },
+        name: raw.name,
+    }))
+}
+
+/// Counters of one slot, summed over all CPUs.
+pub(crate) fn read_counters(map: &dyn MapCore, slot: u32) -> Result<Counters> {
+    let per_cpu = map
+        .lookup_percpu(&slot.to_ne_bytes(), MapFlags::ANY)
+        .map_err(|e| Error::bpf("read counters", &e))?
+        .unwrap_or_default();
+    let mut sum = [0_u64; 16];
+    for row in per_cpu.iter().filter_map(|bytes| from_bytes::<memleak_counters>(bytes)) {
+        for (total, value) in sum.iter_mut().zip(row.values) {
+            *total += value;
+        }
+    }
+    let get = |c: counter| sum[c.0 as usize];
+    Ok(Counters {
+        hits: get(counter::COUNTER_HITS),
+        unmatched_frees: get(counter::COUNTER_UNMATCHED_FREES),
+        outstanding_full: get(counter::COUNTER_OUTSTANDING_FULL),
+        sites_full: get(counter::COUNTER_SITES_FULL),
+        stacks_full: get(counter::COUNTER_STACKS_FULL),
+        stacks_failed: get(counter::COUNTER_STACKS_FAILED),
+        threads_full: get(counter::COUNTER_THREADS_FULL),
+        missed_returns: get(counter::COUNTER_MISSED_RETURNS),
+        implicit_frees: get(counter::COUNTER_IMPLICIT_FREES),
+        partial_ranges: get(counter::COUNTER_PARTIAL_RANGES),
+        pointers_unreadable: get(counter::COUNTER_POINTERS_UNREADABLE),
+        events_dropped: get(counter::COUNTER_EVENTS_DROPPED),
+    })
+}
+
+/// Zeroes one slot's counters on all CPUs.
+pub(crate) fn reset_counters(map: &dyn MapCore, slot: u32) -> Result<()> {
+    let cpus = libbpf_rs::num_possible_cpus().map_err(|e| Error::bpf("count CPUs", &e))?;
+    let zero = vec![vec![0_u8; size_of::<memleak_counters>()]; cpus];
+    map.update_percpu(&slot.to_ne_bytes(), &zero, MapFlags::ANY).map_err(|e| Error::bpf("reset counters", &e))
+}
+
+/// Removes every block, site and stack of an instance. Costs O(outstanding allocations): for ends of processes.
+pub(crate) fn forget(blocks: &dyn MapCore, sites: &dyn MapCore, stacks: &dyn MapCore, instance: u32) -> Result<()> {
+    let mut old_blocks = Vec::new();
+    for_each_key::<memleak_block_key>(blocks, |key| {
+        if key.instance == instance {
+            old_blocks.push(*key);
+        }
+    })?;
+    for key in &old_blocks {
+        // It may have gone meanwhile: that is what was wanted.
+        let _ = blocks.delete(bytes_of(key));
+    }
+    for map in [sites, stacks] {
+        let mut old = Vec::new();
+        for_each_key::<memleak_site_key>(map, |key| {
+            if key.instance == instance {
+                old.push(*key);
+            }
+        })?;
+        for key in &old {
+            let _ = map.delete(bytes_of(key));
+        }
+    }
+    Ok(())
+}
+
+fn for_each_key<K: Plain>(map: &dyn MapCore, mut visit: impl FnMut(&K)) -> Result<()> {
+    batches(map, &mut |keys, _values, count| {
+        for bytes in keys.chunks_exact(size_of::<K>()).take(count) {
+            if let Some(key) = from_bytes::<K>(bytes) {
+                visit(&key);
+            }
+        }
+    })
+}
+
+fn for_each<K: Plain, V: Plain>(map: &dyn MapCore, mut visit: impl FnMut(&K, &V)) -> Result<()> {
+    batches(map, &mut |keys, values, count| {
+        let pairs = keys.chunks_exact(size_of::<K>()).zip(values.chunks_exact(size_of::<V>()));
+        for (key, value) in pairs.take(count) {
+            if let (Some(key), Some(value)) = (from_bytes::<K>(key), from_bytes::<V>(value)) {
+                visit(&key, &value);
+            }
+        }
+    })
+}
+
+/// Calls `visit` with the keys, the values and the number of elements of each batch of a hash map.
+///
+/// Not libbpf-rs's iterator: that one ends silently on an error, and a snapshot that is cut short must not pass for a
+/// whole one.
+fn batches(map: &dyn MapCore, visit: &mut dyn FnMut(&[u8], &[u8], usize)) -> Result<()> {
+    let mut batch = BATCH.min(map.max_entries().max(1));
+    // The kernel's position in the map: opaque, at least 4 bytes or a key.
+    let mut position = vec![0_u8; (map.key_size() as usize).max(8)];
+    let mut keys = Vec::new();
+    let mut values = Vec::new();
+    let mut first = true;
+    loop {
+        keys.resize(map.key_size() as usize * batch as usize, 0);
+        values.resize(map.value_size() as usize * batch as usize, 0);
+        let mut count = batch;
+        let input = if first { std::ptr::null_mut() } else { position.as_mut_ptr() };
+        // SAFETY: the buffers hold `count` keys and values of the map's sizes; `position` is large enough for the
+        // kernel's cursor and may be both input and output; the descriptor is valid while `map` is borrowed.
+        let result = unsafe {
+            libbpf_sys::bpf_map_lookup_batch(
+                map.as_fd().as_raw_fd(),
+                input.cast(),
+                position.as_mut_ptr().cast(),
+                keys.as_mut_ptr().cast(),
+                values.as_mut_ptr().cast(),
+                &raw mut count,
+                std::ptr::null(),
+            )
+        };
+        match -result {
+            0 => {
+                first = false;
+                visit(&keys, &values, count as usize);
+            }
+            libc::ENOENT => {
+                visit(&keys, &values, count as usize);
+                return Ok(());
+            }
+            // One bucket holds more than the whole batch.
+            libc::ENOSPC if batch < map.max_entries() => batch = batch.saturating_mul(2),
+            errno => {
+                let cause = std::io::Error::from_raw_os_error(errno);
+                return Err(Error::new(ErrorKind::Kernel, format!("failed to read a BPF map in batches: {cause}")));
+            }
+        }
+    }
+}

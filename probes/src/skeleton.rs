@@ -1,0 +1,13 @@
+//! Generated skeletons of the BPF objects.
+
+/// The tracker of allocator calls.
+#[allow(unused_qualifications, clippy::undocumented_unsafe_blocks, unreachable_pub, unused_imports)]
+pub(crate) mod userspace_alloc {
+    include!(concat!(env!("OUT_DIR"), "/userspace_alloc.skel.rs"));
+}
+
+/// The feature tests.
+#[allow(unused_qualifications, clippy::undocumented_unsafe_blocks, unreachable_pub, unused_imports)]
+pub(crate) mod features {
+    include!(concat!(env!("OUT_DIR"), "/features.skel.rs"));
+}

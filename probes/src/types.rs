@@ -1,0 +1,71 @@
+//! Rust twins of the structures in `bpf/memleak_types.h`, generated from the BPF object's type information.
+
+pub(crate) use crate::skeleton::userspace_alloc::types::{
+    memleak_block, memleak_block_key, memleak_cohort, memleak_counter, memleak_counters, memleak_event,
+    memleak_event_kind, memleak_function, memleak_function_flags, memleak_process_event, memleak_process_event_kind,
+    memleak_role, memleak_site, memleak_site_key, memleak_stack, memleak_stack_end, memleak_target,
+};
+
+/// Birth generations that a site tells apart.
+pub const COHORTS: usize = cohorts(|s| &s.cohorts);
+/// Classes of the lifetime histogram: class 0 is below 1 us, class n from 2^(n-1) to 2^n us, the last is open.
+pub const LIFETIME_CLASSES: usize = lifetimes(|s| &s.lifetimes);
+/// Most return addresses of a stack.
+pub const MAX_FRAMES: usize = addresses(|s| &s.addresses) - 1;
+/// Most independent groups of probe sets.
+pub const MAX_DOMAINS: usize = 8;
+/// Most watched process instances at once.
+pub const MAX_TARGETS: usize = 1024;
+
+const fn cohorts<const N: usize>(_: fn(&memleak_site) -> &[memleak_cohort; N]) -> usize {
+    N
+}
+const fn lifetimes<const N: usize>(_: fn(&memleak_site) -> &[u64; N]) -> usize {
+    N
+}
+const fn addresses<const N: usize>(_: fn(&memleak_stack) -> &[u64; N]) -> usize {
+    N
+}
+
+/// Structures that are plain bytes: every bit pattern is valid, and there is no padding.
+///
+/// # Safety
+/// The implementor has only integer fields (or arrays of them) and no padding.
+pub(crate) unsafe trait Plain: Copy {}
+
+macro_rules! plain {
+    ($($name:ident: $size:expr),* $(,)?) => {$(
+        // SAFETY: integers only; the size assert below shows that there is no padding.
+        unsafe impl Plain for $name {}
+        const _: () = assert!(size_of::<$name>() == $size, stringify!($name));
+    )*};
+}
+
+// The sizes are sums over the fields in memleak_types.h.
+plain! {
+    memleak_block: 3 * 8 + 4 * 4,
+    memleak_block_key: 8 + 2 * 4,
+    memleak_counters: 16 * 8,
+    memleak_event: 5 * 8 + 6 * 4 + 16,
+    memleak_function: 2 * 4 + 8 + 3 * 8,
+    memleak_process_event: 4 * 4 + 8,
+    memleak_site: 7 * 8 + 16 * COHORTS + 8 * LIFETIME_CLASSES,
+    memleak_site_key: 8 + 2 * 4,
+    memleak_stack: 4 * 4 + 8 * (MAX_FRAMES + 1),
+    memleak_target: 4 * 4,
+}
+
+/// The bytes of a plain value.
+pub(crate) fn bytes_of<T: Plain>(value: &T) -> &[u8] {
+    // SAFETY: `Plain` has no padding, so all size_of::<T>() bytes are initialised; the borrow keeps them alive.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
+}
+
+/// A plain value from (at least) its bytes; `None` when there are too few.
+pub(crate) fn from_bytes<T: Plain>(bytes: &[u8]) -> Option<T> {
+    if bytes.len() < size_of::<T>() {
+        return None;
+    }
+    // SAFETY: long enough, any bit pattern is valid for `Plain`, and the read does not need alignment.
+    Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+}
