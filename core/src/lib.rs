@@ -8,6 +8,7 @@ pub mod config;
 pub mod error;
 pub mod finding;
 pub mod history;
+pub mod plugin;
 pub mod snapshot;
 pub mod symbolize;
 pub mod units;
