@@ -1,0 +1,232 @@
+//! The keys: which there are, their types and ranges, and where their values go.
+
+use std::time::Duration;
+
+use super::read::{Reader, Section, boolean, string, wrong_type};
+use super::tree::{Entries, Node, Problem, Value};
+use super::{Backend, Config, TargetSpec, WebhookSettings};
+use crate::units::Bytes;
+
+const MS: Duration = Duration::from_millis(1);
+const DAY: Duration = Duration::from_secs(86_400);
+/// Where cgroup paths start; users may write it or leave it out.
+const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+/// The largest process id that Linux gives out (`PID_MAX_LIMIT`).
+const MAX_PID: i64 = 4_194_304;
+
+/// Reads the whole tree; keys that are not given keep their defaults. Problems are left in the reader.
+pub(super) fn decode(reader: &mut Reader, entries: Entries) -> Config {
+    let mut config = Config::default();
+    let mut root = Section::root(reader, entries);
+    root.duration("interval", 10 * MS..=DAY, &mut config.interval);
+    root.optional_duration("duration", MS..=3_650 * DAY, &mut config.duration);
+    if let Some(nodes) = root.read("target", list_of_tables) {
+        config.targets = nodes.into_iter().filter_map(|node| target(root.reader, node)).collect();
+    }
+    // Also without a target the keys of one are known, so that one that is misplaced can be named.
+    for key in ["pid", "name", "exe", "cgroup", "command"] {
+        root.reader.known.insert(format!("target.{key}"));
+    }
+    collector(root.section("collector"), &mut config);
+    history(root.section("history"), &mut config);
+    plugins(root.section("plugins"), &mut config);
+    rules(root.section("rules"), &mut config);
+    alerts(root.section("alerts"), &mut config);
+    report(root.section("report"), &mut config);
+    let mut templates = root.section("templates");
+    templates.path("dir", &mut config.templates_dir);
+    templates.finish();
+    let mut live = root.section("live");
+    live.integer("sites", 0..=1_000_000, &mut config.live.sites);
+    live.finish();
+    root.finish();
+    config
+}
+
+fn collector(mut s: Section<'_>, config: &mut Config) {
+    let c = &mut config.collector;
+    let backends =
+        [("auto", Backend::Auto), ("session", Backend::Session), ("multi", Backend::Multi), ("perf", Backend::Perf)];
+    s.choice("backend", &backends, &mut c.backend);
+    s.integer("max_outstanding", 1..=200_000_000, &mut c.max_outstanding);
+    s.integer("max_sites", 1..=4_194_304, &mut c.max_sites);
+    s.integer("max_threads", 1..=4_194_304, &mut c.max_threads);
+    s.integer("max_frames", 1..=127, &mut c.max_frames);
+    s.bytes("min_size", Bytes(0)..=Bytes(1 << 40), &mut c.min_size);
+    s.finish();
+}
+
+fn history(mut s: Section<'_>, config: &mut Config) {
+    s.integer("samples", 32..=1_000_000, &mut config.history.samples);
+    s.integer("points", 1_000..=1_000_000_000, &mut config.history.points);
+    s.finish();
+}
+
+fn plugins(mut s: Section<'_>, config: &mut Config) {
+    s.path("dir", &mut config.plugins.dir);
+    for (name, entry) in s.rest() {
+        let Some(mut plugin) = s.named(&name, entry) else { continue };
+        if let Some(enabled) = plugin.read("enabled", boolean) {
+            config.plugins.enabled.insert(name, enabled);
+        }
+        plugin.finish();
+    }
+    s.finish();
+}
+
+fn rules(mut s: Section<'_>, config: &mut Config) {
+    s.path("dir", &mut config.rules.dir);
+    s.integer("max_instructions", 1_000..=1_000_000_000_000, &mut config.rules.max_instructions);
+    s.bytes("max_memory", Bytes(256 << 10)..=Bytes(64 << 30), &mut config.rules.max_memory);
+    for (name, entry) in s.rest() {
+        let Some(mut rule) = s.named(&name, entry) else { continue };
+        let mut params = toml::Table::new();
+        if let Some(enabled) = rule.read("enabled", boolean) {
+            params.insert("enabled".to_owned(), toml::Value::Boolean(enabled));
+        }
+        // Which parameters there are is known to the rule alone.
+        params.extend(rule.rest().into_iter().map(|(key, entry)| (key, entry.node.into_toml())));
+        config.rules.params.insert(name, params);
+    }
+    s.finish();
+}
+
+fn alerts(mut s: Section<'_>, config: &mut Config) {
+    let a = &mut config.alerts;
+    s.path("file", &mut a.file);
+    s.boolean("stdout", &mut a.stdout);
+    s.duration("hold", Duration::ZERO..=30 * DAY, &mut a.hold);
+    s.duration("cooldown", Duration::ZERO..=365 * DAY, &mut a.cooldown);
+    s.severity("min_severity", &mut a.min_severity);
+    let mut w = s.section("webhook");
+    let mut url = None;
+    let mut webhook = WebhookSettings::default();
+    w.text("url", &mut url, check_url);
+    w.duration("timeout", 10 * MS..=Duration::from_secs(300), &mut webhook.timeout);
+    w.integer("attempts", 1..=100, &mut webhook.attempts);
+    w.integer("queue", 1..=1_000_000, &mut webhook.queue);
+    w.text("template", &mut webhook.template, |_| Ok(()));
+    w.finish();
+    a.webhook = url.map(|url| WebhookSettings { url, ..webhook });
+    s.finish();
+}
+
+fn report(mut s: Section<'_>, config: &mut Config) {
+    let r = &mut config.report;
+    s.path("path", &mut r.path);
+    s.optional_duration("every", Duration::from_secs(1)..=365 * DAY, &mut r.every);
+    s.integer("max_sites", 1..=1_000_000, &mut r.max_sites);
+    s.text("title", &mut r.title, |_| Ok(()));
+    s.finish();
+}
+
+/// Reads one `[[target]]`; problems are collected in the reader.
+fn target(reader: &mut Reader, node: Node) -> Option<TargetSpec> {
+    let origin = node.origin.clone();
+    let before = reader.count();
+    let mut s = Section::item(reader, "target", node)?;
+    let mut t = TargetSpec::default();
+    t.pid = s.read("pid", pids).unwrap_or_default();
+    s.text("name", &mut t.name, check_glob);
+    s.text("exe", &mut t.exe, check_glob);
+    t.cgroup = s.read("cgroup", |node| cgroup(string(node)?)).flatten();
+    t.command = s.read("command", command).unwrap_or_default();
+    s.finish();
+    if reader.count() > before {
+        // Its conditions may be the wrong ones; what is missing shows once they are right.
+        return None;
+    }
+    let conditions = !t.pid.is_empty() || t.name.is_some() || t.exe.is_some() || t.cgroup.is_some();
+    let text = match (conditions, t.command.is_empty()) {
+        (true, true) | (false, false) => return Some(t),
+        (false, true) => "a target needs at least one of pid, name, exe, cgroup or command",
+        (true, false) => "a target with a command takes no other condition: give them a [[target]] of their own",
+    };
+    reader.problems.push(Problem { origin, text: text.to_owned() });
+    None
+}
+
+fn list_of_tables(node: &Node) -> Result<Vec<Node>, String> {
+    match &node.value {
+        Value::Array(items) => Ok(items.clone()),
+        Value::Table(_) => {
+            Err("must be a list of tables: [[target]] with two brackets in a file, target=[{pid=1}] with --set"
+                .to_owned())
+        }
+        _ => Err(wrong_type("a list of tables", node)),
+    }
+}
+
+/// One process id or a list of them.
+fn pids(node: &Node) -> Result<Vec<u32>, String> {
+    let one = |node: &Node| match node.value {
+        Value::Integer(n) if (1..=MAX_PID).contains(&n) => u32::try_from(n).map_err(|e| e.to_string()),
+        Value::Integer(n) => Err(format!("{n} is no process id: it must be from 1 to {MAX_PID}")),
+        _ => Err(wrong_type("a process id or a list of them", node)),
+    };
+    match &node.value {
+        Value::Array(items) => items.iter().map(one).collect(),
+        _ => Ok(vec![one(node)?]),
+    }
+}
+
+/// A list of arguments, or one string that is split like a shell does.
+fn command(node: &Node) -> Result<Vec<String>, String> {
+    let words: Vec<String> = match &node.value {
+        Value::Array(items) => items.iter().map(|item| string(item).map(str::to_owned)).collect::<Result<_, _>>()?,
+        _ => {
+            let text = string(node).map_err(|_| wrong_type("a list of strings", node))?;
+            split_command(text)?
+        }
+    };
+    match words.first() {
+        Some(program) if program.is_empty() => Err("the name of the program is empty".to_owned()),
+        // A NUL cannot be passed to exec.
+        _ if words.iter().any(|w| w.contains('\0')) => Err("a NUL character cannot be part of a command".to_owned()),
+        _ => Ok(words),
+    }
+}
+
+/// Splits a command by the quoting rules of a shell, without starting one: no variables, globs or pipes.
+///
+/// # Errors
+/// An unclosed quote, or nothing but blanks.
+pub fn split_command(text: &str) -> Result<Vec<String>, String> {
+    match shlex::split(text) {
+        None => Err(format!("a quote in {text:?} is not closed")),
+        Some(words) if words.is_empty() => Err("the command is empty".to_owned()),
+        Some(words) => Ok(words),
+    }
+}
+
+fn check_glob(pattern: &str) -> Result<(), String> {
+    globset::Glob::new(pattern).map(drop).map_err(|e| format!("{pattern:?} is not a valid glob: {}", e.kind()))
+}
+
+/// A cgroup path without the mount point and outer slashes; `None` for an empty string.
+fn cgroup(text: &str) -> Result<Option<String>, String> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let path = text.strip_prefix(CGROUP_ROOT).filter(|rest| rest.is_empty() || rest.starts_with('/')).unwrap_or(text);
+    let path = path.trim_matches('/');
+    if path.is_empty() {
+        return Err(format!("{text:?} is the root of all cgroups: name one below it"));
+    }
+    if path.split('/').any(|part| matches!(part, "" | "." | "..")) {
+        return Err(format!("{text:?} is not a plain path below {CGROUP_ROOT}"));
+    }
+    Ok(Some(path.to_owned()))
+}
+
+fn check_url(url: &str) -> Result<(), String> {
+    let rest = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://"));
+    let host = rest.map(|r| r.split(['/', '?', '#']).next().unwrap_or_default());
+    match host {
+        None => Err(format!("{url:?} is no web address: it must start with http:// or https://")),
+        Some(host) if host.is_empty() || url.contains(|c: char| c.is_whitespace() || c.is_control()) => {
+            Err(format!("{url:?} is not a valid web address"))
+        }
+        Some(_) => Ok(()),
+    }
+}

@@ -1,0 +1,301 @@
+//! Settings: what the file may say, the defaults, and the checks.
+//!
+//! [`Config::load`] reads a file and lays `--set` over it; the command line adds its flags the same way
+//! ([`Config::resolve`]), so that everything is checked once and by the same rules. Relative paths stay relative to
+//! the working directory. The environment is not read.
+
+mod decode;
+mod read;
+#[cfg(test)]
+mod tests;
+mod tree;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+use crate::finding::Severity;
+use crate::units::Bytes;
+
+pub use decode::split_command;
+pub use read::nearest;
+pub use tree::Override;
+
+/// All settings of a run, resolved: file, then `--set`, then flags.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Time between snapshots.
+    pub interval: Duration,
+    /// How long to run; `None` is until stopped or until the last target has ended.
+    pub duration: Option<Duration>,
+    /// What to watch.
+    pub targets: Vec<TargetSpec>,
+    /// Collector settings.
+    pub collector: CollectorSettings,
+    /// Bounds of the history.
+    pub history: crate::history::Bounds,
+    /// Probe sets.
+    pub plugins: PluginSettings,
+    /// Rules.
+    pub rules: RuleSettings,
+    /// Alerts.
+    pub alerts: AlertSettings,
+    /// The HTML report.
+    pub report: ReportSettings,
+    /// Folder with templates that win over the embedded ones; `None` uses the embedded ones.
+    pub templates_dir: Option<PathBuf>,
+    /// The live view.
+    pub live: LiveSettings,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            interval: Duration::from_secs(1),
+            duration: None,
+            targets: Vec::new(),
+            collector: CollectorSettings::default(),
+            history: crate::history::Bounds::default(),
+            plugins: PluginSettings::default(),
+            rules: RuleSettings::default(),
+            alerts: AlertSettings::default(),
+            report: ReportSettings::default(),
+            templates_dir: None,
+            live: LiveSettings::default(),
+        }
+    }
+}
+
+impl Config {
+    /// Reads a file (`None` starts from the defaults) and lays `sets`, each `key.path=value`, over it.
+    ///
+    /// # Errors
+    /// The file cannot be read, or a setting is wrong; the message then has one line per problem, each with file,
+    /// line and column or with the override.
+    pub fn load(path: Option<&Path>, sets: &[String]) -> Result<Config> {
+        let overrides = sets.iter().map(|s| Override::parse_set(s)).collect::<Result<Vec<_>, _>>();
+        let overrides = overrides.map_err(|text| Error::config(format!("--set {text}")))?;
+        let text = path.map(read_file).transpose()?;
+        Config::resolve(path.zip(text.as_deref()), &overrides)
+    }
+
+    /// Settings from the text of a file, whose path is used in messages, and overrides; later ones win.
+    ///
+    /// # Errors
+    /// One error for everything that is wrong, one line per problem.
+    pub fn resolve(file: Option<(&Path, &str)>, overrides: &[Override]) -> Result<Config> {
+        let name = file.map_or(String::new(), |(path, _)| path.display().to_string().escape_debug().to_string());
+        let (mut entries, syntax) = file.map_or_else(Default::default, |(_, text)| tree::parse(text));
+        if !syntax.is_empty() {
+            // With broken syntax the keys cannot be trusted: complaints about them would mislead.
+            return Err(describe(&name, &syntax));
+        }
+        let mut reader = read::Reader::default();
+        for (index, over) in overrides.iter().enumerate() {
+            if let Err(problem) = tree::apply(&mut entries, index, over) {
+                reader.problems.push(problem);
+            }
+        }
+        let config = decode::decode(&mut reader, entries);
+        reader.finish();
+        if reader.problems.is_empty() { Ok(config) } else { Err(describe(&name, &reader.problems)) }
+    }
+}
+
+/// Reads a file of settings.
+///
+/// # Errors
+/// The file cannot be read or is not UTF-8.
+pub fn read_file(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).map_err(|e| Error::io(format!("failed to read the settings {}", path.display()), e))
+}
+
+/// All problems as one error.
+fn describe(file: &str, problems: &[tree::Problem]) -> Error {
+    let lines: Vec<String> = problems
+        .iter()
+        .map(|p| match &p.origin {
+            tree::Origin::File { line, column } => format!("{file}:{line}:{column}: {}", p.text),
+            tree::Origin::Override { name, .. } => format!("{name}: {}", p.text),
+        })
+        .collect();
+    Error::config(lines.join("\n"))
+}
+
+/// One thing to watch: all given conditions must hold.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TargetSpec {
+    /// Process ids.
+    pub pid: Vec<u32>,
+    /// Glob over the process name (`comm`, cut to 15 bytes by the kernel, or the file name of the executable).
+    pub name: Option<String>,
+    /// Glob over the path of the executable.
+    pub exe: Option<String>,
+    /// Cgroup path below `/sys/fs/cgroup`, with everything below it; without outer slashes.
+    pub cgroup: Option<String>,
+    /// A command to launch and watch from its first instruction.
+    pub command: Vec<String>,
+}
+
+/// How the kernel side attaches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Backend {
+    /// The best that works here.
+    #[default]
+    Auto,
+    /// Uprobe sessions (Linux 6.13+).
+    Session,
+    /// Uprobe multi links (Linux 6.6+).
+    Multi,
+    /// One perf event per probe.
+    Perf,
+}
+
+/// Settings of the collector.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CollectorSettings {
+    /// How to attach.
+    pub backend: Backend,
+    /// Most outstanding allocations that are followed.
+    pub max_outstanding: u32,
+    /// Most allocation sites.
+    pub max_sites: u32,
+    /// Most threads followed at once.
+    pub max_threads: u32,
+    /// Most frames of a call stack, 1 to 127.
+    pub max_frames: u32,
+    /// Allocations below this size are not recorded.
+    pub min_size: Bytes,
+}
+
+impl Default for CollectorSettings {
+    fn default() -> Self {
+        CollectorSettings {
+            backend: Backend::Auto,
+            max_outstanding: 1_000_000,
+            max_sites: 32_768,
+            max_threads: 16_384,
+            max_frames: 64,
+            min_size: Bytes(0),
+        }
+    }
+}
+
+/// Which probe sets run.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PluginSettings {
+    /// Folder with manifests that are added to, or win over, the embedded ones.
+    pub dir: Option<PathBuf>,
+    /// Per probe set: on or off; what is not named follows its manifest.
+    pub enabled: BTreeMap<String, bool>,
+}
+
+/// Rules and their parameters.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RuleSettings {
+    /// Folder with rules that are added to, or win over, the embedded ones; watched for changes.
+    pub dir: Option<PathBuf>,
+    /// Instructions that one call of a rule may use.
+    pub max_instructions: u64,
+    /// Memory that one rule may use.
+    pub max_memory: Bytes,
+    /// Per rule: `enabled` and parameters.
+    pub params: BTreeMap<String, toml::Table>,
+}
+
+impl Default for RuleSettings {
+    fn default() -> Self {
+        RuleSettings { dir: None, max_instructions: 1_000_000, max_memory: Bytes(32 << 20), params: BTreeMap::new() }
+    }
+}
+
+/// When and where people are told.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AlertSettings {
+    /// NDJSON file, appended to; `None` writes none.
+    pub file: Option<PathBuf>,
+    /// Also write alert lines to standard output.
+    pub stdout: bool,
+    /// How long a finding must stand before it becomes an alert.
+    pub hold: Duration,
+    /// How long an alert that was resolved stays quiet.
+    pub cooldown: Duration,
+    /// Findings below this severity are no alerts.
+    pub min_severity: Severity,
+    /// Where to POST alerts; `None` posts nowhere.
+    pub webhook: Option<WebhookSettings>,
+}
+
+impl Default for AlertSettings {
+    fn default() -> Self {
+        AlertSettings {
+            file: Some(PathBuf::from("memleak-alerts.ndjson")),
+            stdout: false,
+            hold: Duration::from_secs(3),
+            cooldown: Duration::from_secs(300),
+            min_severity: Severity::Warning,
+            webhook: None,
+        }
+    }
+}
+
+/// A webhook.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WebhookSettings {
+    /// `http://` or `https://` address.
+    pub url: String,
+    /// Time for one attempt.
+    pub timeout: Duration,
+    /// Attempts per alert.
+    pub attempts: u32,
+    /// Alerts that may wait; the oldest is dropped (and counted) beyond that.
+    pub queue: usize,
+    /// Template of the body; `None` posts the alert line as JSON.
+    pub template: Option<String>,
+}
+
+/// Everything but the address, which has no default.
+impl Default for WebhookSettings {
+    fn default() -> Self {
+        WebhookSettings {
+            url: String::new(),
+            timeout: Duration::from_secs(5),
+            attempts: 5,
+            queue: 1_000,
+            template: None,
+        }
+    }
+}
+
+/// The HTML report.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ReportSettings {
+    /// Where it is written; `None` writes none.
+    pub path: Option<PathBuf>,
+    /// How often it is rewritten while running; `None` only at the end and on SIGUSR1.
+    pub every: Option<Duration>,
+    /// Most sites in the report.
+    pub max_sites: usize,
+    /// Title; default names the targets.
+    pub title: Option<String>,
+}
+
+impl Default for ReportSettings {
+    fn default() -> Self {
+        ReportSettings { path: Some(PathBuf::from("memleak-report.html")), every: None, max_sites: 2_000, title: None }
+    }
+}
+
+/// The live view and the snapshot lines of `--json`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LiveSettings {
+    /// Sites shown; 0 is all of them.
+    pub sites: usize,
+}
+
+impl Default for LiveSettings {
+    fn default() -> Self {
+        LiveSettings { sites: 10 }
+    }
+}
