@@ -223,8 +223,8 @@ pub fn format_duration(duration: Duration) -> String {
 /// a broken clock must not break an alert.
 pub fn format_time_utc(unix_s: f64) -> String {
     const LAST_MS: f64 = 253_402_300_799_999.0;
-    // `max` first: it turns NaN into 0.
-    let ms = (unix_s * 1000.0).round().max(0.0).min(LAST_MS) as u64;
+    // NaN passes `clamp` and becomes 0 in the cast.
+    let ms = (unix_s * 1000.0).round().clamp(0.0, LAST_MS) as u64;
     let (days, ms_of_day) = (ms / 86_400_000, ms % 86_400_000);
     // Gregorian calendar in cycles of 400 years (146,097 days) that start on a 1 March, so that the leap day is the
     // last day of a year; 719,468 days lie between 0000-03-01 and 1970-01-01.

@@ -125,8 +125,7 @@ fn target(reader: &mut Reader, node: Node) -> Option<TargetSpec> {
     let origin = node.origin.clone();
     let before = reader.count();
     let mut s = Section::item(reader, "target", node)?;
-    let mut t = TargetSpec::default();
-    t.pid = s.read("pid", pids).unwrap_or_default();
+    let mut t = TargetSpec { pid: s.read("pid", pids).unwrap_or_default(), ..TargetSpec::default() };
     s.text("name", &mut t.name, check_glob);
     s.text("exe", &mut t.exe, check_glob);
     t.cgroup = s.read("cgroup", |node| cgroup(string(node)?)).flatten();

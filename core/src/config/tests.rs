@@ -61,7 +61,7 @@ fn what_the_example_comments_out_is_valid() {
     let config = parse(&EXAMPLE.lines().map(uncomment).collect::<String>()).unwrap();
     assert_eq!(config.targets[0].pid, [1234, 5678]);
     assert_eq!(config.targets[0].cgroup.as_deref(), Some("system.slice/nginx.service"));
-    assert_eq!(config.plugins.enabled["mmap"], true);
+    assert!(config.plugins.enabled["mmap"]);
     assert_eq!(config.rules.params["growth"]["min_bytes"].as_str(), Some("1MiB"));
     let command = parse("[[target]]\ncommand = [\"./server\", \"--port\", \"8080\"]").unwrap();
     assert_eq!(command.targets[0].command, ["./server", "--port", "8080"]);
