@@ -4,6 +4,8 @@
 //! read maps -> snapshot -> history -> symbolize -> rules -> alerts -> sinks
 //! ```
 
+pub mod check;
+pub mod cli;
 pub mod config;
 pub mod error;
 pub mod finding;

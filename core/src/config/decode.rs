@@ -12,7 +12,7 @@ const DAY: Duration = Duration::from_secs(86_400);
 /// Where cgroup paths start; users may write it or leave it out.
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 /// The largest process id that Linux gives out (`PID_MAX_LIMIT`).
-const MAX_PID: i64 = 4_194_304;
+pub const MAX_PID: i64 = 4_194_304;
 
 /// Reads the whole tree; keys that are not given keep their defaults. Problems are left in the reader.
 pub(super) fn decode(reader: &mut Reader, entries: Entries) -> Config {
@@ -101,11 +101,11 @@ fn alerts(mut s: Section<'_>, config: &mut Config) {
     let mut w = s.section("webhook");
     let mut url = None;
     let mut webhook = WebhookSettings::default();
-    w.text("url", &mut url, check_url);
+    w.text("url", &mut url, parse_url);
     w.duration("timeout", 10 * MS..=Duration::from_secs(300), &mut webhook.timeout);
     w.integer("attempts", 1..=100, &mut webhook.attempts);
     w.integer("queue", 1..=1_000_000, &mut webhook.queue);
-    w.text("template", &mut webhook.template, |_| Ok(()));
+    w.text("template", &mut webhook.template, |text| Ok(text.to_owned()));
     w.finish();
     a.webhook = url.map(|url| WebhookSettings { url, ..webhook });
     s.finish();
@@ -116,7 +116,7 @@ fn report(mut s: Section<'_>, config: &mut Config) {
     s.path("path", &mut r.path);
     s.optional_duration("every", Duration::from_secs(1)..=365 * DAY, &mut r.every);
     s.integer("max_sites", 1..=1_000_000, &mut r.max_sites);
-    s.text("title", &mut r.title, |_| Ok(()));
+    s.text("title", &mut r.title, |text| Ok(text.to_owned()));
     s.finish();
 }
 
@@ -126,9 +126,9 @@ fn target(reader: &mut Reader, node: Node) -> Option<TargetSpec> {
     let before = reader.count();
     let mut s = Section::item(reader, "target", node)?;
     let mut t = TargetSpec { pid: s.read("pid", pids).unwrap_or_default(), ..TargetSpec::default() };
-    s.text("name", &mut t.name, check_glob);
-    s.text("exe", &mut t.exe, check_glob);
-    t.cgroup = s.read("cgroup", |node| cgroup(string(node)?)).flatten();
+    s.text("name", &mut t.name, parse_glob);
+    s.text("exe", &mut t.exe, parse_glob);
+    s.text("cgroup", &mut t.cgroup, parse_cgroup);
     t.command = s.read("command", command).unwrap_or_default();
     s.finish();
     if reader.count() > before {
@@ -198,15 +198,23 @@ pub fn split_command(text: &str) -> Result<Vec<String>, String> {
     }
 }
 
-fn check_glob(pattern: &str) -> Result<(), String> {
-    globset::Glob::new(pattern).map(drop).map_err(|e| format!("{pattern:?} is not a valid glob: {}", e.kind()))
+/// Checks a glob and returns it.
+///
+/// # Errors
+/// It is empty or cannot be compiled.
+pub fn parse_glob(pattern: &str) -> Result<String, String> {
+    match globset::Glob::new(pattern) {
+        _ if pattern.is_empty() => Err("it is empty and would match nothing".to_owned()),
+        Ok(_) => Ok(pattern.to_owned()),
+        Err(e) => Err(format!("{pattern:?} is not a valid glob: {}", e.kind())),
+    }
 }
 
-/// A cgroup path without the mount point and outer slashes; `None` for an empty string.
-fn cgroup(text: &str) -> Result<Option<String>, String> {
-    if text.is_empty() {
-        return Ok(None);
-    }
+/// Checks a cgroup path and returns it without the mount point and outer slashes.
+///
+/// # Errors
+/// It names the root or is not a plain path.
+pub fn parse_cgroup(text: &str) -> Result<String, String> {
     let path = text.strip_prefix(CGROUP_ROOT).filter(|rest| rest.is_empty() || rest.starts_with('/')).unwrap_or(text);
     let path = path.trim_matches('/');
     if path.is_empty() {
@@ -215,10 +223,10 @@ fn cgroup(text: &str) -> Result<Option<String>, String> {
     if path.split('/').any(|part| matches!(part, "" | "." | "..")) {
         return Err(format!("{text:?} is not a plain path below {CGROUP_ROOT}"));
     }
-    Ok(Some(path.to_owned()))
+    Ok(path.to_owned())
 }
 
-fn check_url(url: &str) -> Result<(), String> {
+fn parse_url(url: &str) -> Result<String, String> {
     let rest = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://"));
     let host = rest.map(|r| r.split(['/', '?', '#']).next().unwrap_or_default());
     match host {
@@ -226,6 +234,6 @@ fn check_url(url: &str) -> Result<(), String> {
         Some(host) if host.is_empty() || url.contains(|c: char| c.is_whitespace() || c.is_control()) => {
             Err(format!("{url:?} is not a valid web address"))
         }
-        Some(_) => Ok(()),
+        Some(_) => Ok(url.to_owned()),
     }
 }

@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::finding::Severity;
 use crate::units::Bytes;
 
-pub use decode::split_command;
+pub use decode::{MAX_PID, parse_cgroup, parse_glob, split_command};
 pub use read::nearest;
 pub use tree::Override;
 

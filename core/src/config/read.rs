@@ -129,14 +129,11 @@ impl<'r> Section<'r> {
         }
     }
 
-    /// A string that may not be empty and passes a check.
-    pub fn text(&mut self, key: &str, out: &mut Option<String>, check: impl FnOnce(&str) -> Result<(), String>) {
-        let read = |node: &Node| {
-            let text = string(node)?;
-            if text.is_empty() {
-                return Ok(None);
-            }
-            check(text).map(|()| Some(text.to_owned()))
+    /// A string that is checked by a function; an empty one is `None`.
+    pub fn text(&mut self, key: &str, out: &mut Option<String>, parse: impl FnOnce(&str) -> Result<String, String>) {
+        let read = |node: &Node| match string(node)? {
+            "" => Ok(None),
+            text => parse(text).map(Some),
         };
         set(out, self.read(key, read));
     }

@@ -1,0 +1,437 @@
+//! The command line: flags and subcommands, and what they resolve to.
+//!
+//! [`Cli`] is what was typed. [`Cli::resolve`] turns it into an [`Invocation`]: a command and checked settings, in
+//! which flags have overridden `--set`, and `--set` the file. Nothing is run here.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand, ValueHint};
+use clap_complete::Shell;
+
+use crate::config::{self, Config, Override, TargetSpec};
+use crate::error::{Error, Result};
+
+const ABOUT: &str = "Finds memory leaks in running processes, without changing or restarting them";
+
+const LONG_ABOUT: &str = "\
+Finds memory leaks in running processes, without changing or restarting them.
+
+memleak watches the allocator calls of its targets with eBPF, follows what is still outstanding per call stack, and lets \
+rules decide what looks like a leak. Findings become alerts (JSON lines), and the run ends with a report (HTML).";
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  clean: no alert was raised
+  1  at least one alert was raised
+  2  could not run: wrong settings, missing privileges, no such process";
+
+const EXAMPLES: &str = "\
+Examples:
+  memleak -p 1234 --duration 30s          watch one process for 30 seconds
+  memleak --name 'nginx*'                 watch every process of that name, later starters included
+  memleak -- ./server --port 8080         launch a command and watch it from the start
+  memleak --config prod.toml              watch what a file says
+  memleak -p 1234 --json | jq .           one JSON object per snapshot and alert";
+
+/// Heading of the flags that say what to watch.
+const TARGETS: &str = "Targets";
+
+const NO_TARGET: &str = "\
+no target: say what to watch, for example
+  memleak -p 1234                   a process by its id
+  memleak --name 'nginx*'           processes by name
+  memleak --exe '/opt/shop/bin/*'   processes by executable
+  memleak --cgroup system.slice/nginx.service
+  memleak -- ./server --port 8080   a command to launch
+or with [[target]] in a file given by --config";
+
+/// What was typed.
+#[derive(Debug, Parser)]
+#[command(
+    name = "memleak",
+    version,
+    about = ABOUT,
+    long_about = LONG_ABOUT,
+    after_help = EXAMPLES,
+    after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"),
+    args_conflicts_with_subcommands = true,
+    disable_help_subcommand = true,
+    max_term_width = 100,
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Option<Subcommands>,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Subcommands {
+    /// Check settings, probe sets, rules and templates without running
+    ///
+    /// Prints every problem with file, line and column; exit code 0 when there is none, else 2. Needs no privileges.
+    Check {
+        /// File of settings; without it the defaults and the other flags are checked
+        #[arg(value_name = "CONFIG")]
+        file: Option<PathBuf>,
+        #[command(flatten)]
+        settings: SettingsArgs,
+    },
+    /// Show what this kernel and a target allow, what is missing, and how to fix it
+    Doctor {
+        /// Process to look at; repeat it or give a comma list
+        ///
+        /// Without it only the kernel and the privileges are looked at.
+        #[arg(short, long, value_name = "PID", value_delimiter = ',', value_parser = pid())]
+        pid: Vec<u32>,
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        settings: SettingsArgs,
+    },
+    /// Print every allocation and free of a process as a line
+    ///
+    /// Each line has time, PID, TID, comm, address, size, at a free the lifetime, and the call stack. Lines that a
+    /// slow reader makes impossible are dropped and counted.
+    Trace {
+        /// Process to trace; repeat it or give a comma list
+        #[arg(short, long, value_name = "PID", value_delimiter = ',', value_parser = pid(), required = true)]
+        pid: Vec<u32>,
+        /// Print one JSON object per line
+        #[arg(long)]
+        json: bool,
+        /// How long to trace, such as 5s; until stopped if not given
+        #[arg(long, value_name = "TIME")]
+        duration: Option<String>,
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        settings: SettingsArgs,
+    },
+    /// Print a completion script for a shell
+    Completions {
+        /// Shell to complete for
+        shell: Shell,
+    },
+    /// Print the manual page, in the form that man(1) reads
+    Man {
+        /// Subcommand whose page is printed; without it that of memleak itself
+        subcommand: Option<String>,
+    },
+}
+
+/// Where settings come from.
+#[derive(Debug, Default, Args)]
+struct ConfigArgs {
+    /// File of settings (TOML)
+    ///
+    /// Every key has a default; flags override the file. config.example.toml shows every key. `memleak check FILE`
+    /// checks a file.
+    #[arg(long = "config", value_name = "FILE")]
+    file: Option<PathBuf>,
+}
+
+/// Settings that every command takes.
+#[derive(Debug, Default, Args)]
+struct SettingsArgs {
+    /// Override a setting, such as alerts.hold=10s; repeatable
+    ///
+    /// Any key of the file can be set. The value is read as TOML, or else as a string. The last one wins.
+    #[arg(long = "set", value_name = "KEY=VALUE", value_parser = Override::parse_set)]
+    sets: Vec<Override>,
+    /// Folder with rules (*.lua) that are added to the built-in ones or replace them
+    ///
+    /// A file of the same name wins. The folder is watched while running: changed rules are taken in.
+    #[arg(long, value_name = "DIR", value_parser = path(), value_hint = ValueHint::DirPath)]
+    rules: Option<PathBuf>,
+    /// Folder with probe sets (*.toml) that are added to the built-in ones or replace them
+    #[arg(long, value_name = "DIR", value_parser = path(), value_hint = ValueHint::DirPath)]
+    plugins: Option<PathBuf>,
+    /// Folder with templates (*.tera) that replace the built-in ones of the same name
+    #[arg(long, value_name = "DIR", value_parser = path(), value_hint = ValueHint::DirPath)]
+    templates: Option<PathBuf>,
+    /// Log more on standard error; -vv logs everything
+    #[arg(short, long, action = ArgAction::Count)]
+    verbose: u8,
+}
+
+/// What to watch.
+#[derive(Debug, Default, Args)]
+struct TargetArgs {
+    /// Process to watch; repeat it or give a comma list
+    #[arg(short, long, help_heading = TARGETS, value_name = "PID", value_delimiter = ',', value_parser = pid())]
+    pid: Vec<u32>,
+    /// Watch processes whose name matches, also those that start later
+    ///
+    /// Glob over the kernel's short name (15 bytes) or the file name of the executable. Quote it, so that the shell
+    /// leaves it alone. --name, --exe and --cgroup narrow each other.
+    #[arg(long, help_heading = TARGETS, value_name = "GLOB", value_parser = config::parse_glob)]
+    name: Option<String>,
+    /// Watch processes whose executable's path matches, also those that start later
+    #[arg(long, help_heading = TARGETS, value_name = "GLOB", value_parser = config::parse_glob)]
+    exe: Option<String>,
+    /// Watch the processes of a cgroup and of those below it
+    ///
+    /// Path below /sys/fs/cgroup, such as system.slice/nginx.service: a systemd unit or a container.
+    #[arg(long, help_heading = TARGETS, value_name = "PATH", value_parser = config::parse_cgroup)]
+    cgroup: Option<String>,
+    /// Launch a command and watch it from its first instruction
+    ///
+    /// The string is split like a shell does (quotes, backslashes), but no shell is started: no variables, globs or
+    /// pipes. The form `memleak [OPTIONS] -- CMD ARGS...` needs no quoting.
+    #[arg(short, long, help_heading = TARGETS, value_name = "CMD")]
+    command: Option<CommandLine>,
+    /// Command to launch and watch, after `--`
+    #[arg(last = true, help_heading = TARGETS, value_name = "CMD", conflicts_with = "command")]
+    trailing: Vec<String>,
+}
+
+/// What `memleak` without a subcommand takes.
+#[derive(Debug, Default, Args)]
+struct RunArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    #[command(flatten)]
+    targets: TargetArgs,
+    /// Time between snapshots [default: 1s]
+    ///
+    /// Units are ms, s, m, h, d. Rules look at snapshots: a shorter interval finds leaks sooner and costs more of
+    /// memleak's own CPU time.
+    #[arg(long, value_name = "TIME")]
+    interval: Option<String>,
+    /// How long to run, such as 30s or 1m30s
+    ///
+    /// Without it: until stopped, or until the last target has ended.
+    #[arg(long, value_name = "TIME")]
+    duration: Option<String>,
+    /// Where the HTML report is written [default: memleak-report.html]
+    ///
+    /// Written at the end of the run and on SIGUSR1.
+    #[arg(long, value_name = "OUT.html", value_parser = path(), value_hint = ValueHint::FilePath)]
+    report: Option<PathBuf>,
+    /// File that alerts are appended to as JSON lines [default: memleak-alerts.ndjson]
+    #[arg(long, value_name = "OUT.ndjson", value_parser = path(), value_hint = ValueHint::FilePath)]
+    alerts: Option<PathBuf>,
+    #[command(flatten)]
+    settings: SettingsArgs,
+    /// No live view; errors are still printed
+    #[arg(short, long)]
+    quiet: bool,
+    /// Print one JSON object per snapshot and alert on standard output, in place of the live view
+    #[arg(long)]
+    json: bool,
+}
+
+/// A command line split into words.
+#[derive(Clone, Debug)]
+struct CommandLine(Vec<String>);
+
+impl FromStr for CommandLine {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        config::split_command(text).map(CommandLine)
+    }
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Watch the targets of the settings; there is at least one.
+    Run {
+        /// No live view.
+        quiet: bool,
+        /// Snapshots and alerts as JSON lines on standard output.
+        json: bool,
+    },
+    /// Check the settings, which have been read already, and what they name.
+    Check,
+    /// Say what kernel and targets allow.
+    Doctor {
+        /// Processes to look at; may be empty.
+        pids: Vec<u32>,
+    },
+    /// Print every event of the processes in the settings' targets.
+    Trace {
+        /// As JSON lines.
+        json: bool,
+    },
+    /// Print a completion script.
+    Completions(Shell),
+    /// Print the manual page of memleak, or of one of its subcommands.
+    Man(Option<String>),
+}
+
+/// A command with the settings it runs under.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Invocation {
+    /// What is to be done.
+    pub command: Command,
+    /// Checked settings.
+    pub config: Config,
+    /// How often `-v` was given.
+    pub verbosity: u8,
+}
+
+impl Cli {
+    /// Reads the file that was named, if any, and resolves everything.
+    ///
+    /// # Errors
+    /// The file cannot be read, a setting is wrong, or there is nothing to watch.
+    pub fn resolve(self) -> Result<Invocation> {
+        self.resolve_with(config::read_file)
+    }
+
+    /// As [`Cli::resolve`], with a function that reads the file: pure if that is.
+    ///
+    /// # Errors
+    /// As [`Cli::resolve`].
+    pub fn resolve_with(self, read_file: impl FnOnce(&Path) -> Result<String>) -> Result<Invocation> {
+        match self.command {
+            None => self.run.resolve(read_file),
+            Some(Subcommands::Check { file, settings }) => settings.resolve(Command::Check, file, &[], read_file),
+            Some(Subcommands::Doctor { pid, config, settings }) => {
+                settings.resolve(Command::Doctor { pids: pid }, config.file, &[], read_file)
+            }
+            Some(Subcommands::Trace { pid, json, duration, config, settings }) => {
+                let duration = duration.map(|d| Override::flag("--duration", "duration", d));
+                let mut resolved =
+                    settings.resolve(Command::Trace { json }, config.file, duration.as_slice(), read_file)?;
+                resolved.config.targets = vec![TargetSpec { pid, ..TargetSpec::default() }];
+                Ok(resolved)
+            }
+            Some(Subcommands::Completions { shell }) => Ok(plain(Command::Completions(shell))),
+            Some(Subcommands::Man { subcommand }) => Ok(plain(Command::Man(subcommand))),
+        }
+    }
+}
+
+/// A command that needs no settings.
+fn plain(command: Command) -> Invocation {
+    Invocation { command, config: Config::default(), verbosity: 0 }
+}
+
+impl RunArgs {
+    fn resolve(self, read_file: impl FnOnce(&Path) -> Result<String>) -> Result<Invocation> {
+        let flags: Vec<Override> =
+            [("--interval", "interval", self.interval), ("--duration", "duration", self.duration)]
+                .into_iter()
+                .filter_map(|(name, key, value)| Some(Override::flag(name, key, value?)))
+                .collect();
+        let command = Command::Run { quiet: self.quiet, json: self.json };
+        let mut resolved = self.settings.resolve(command, self.config.file, &flags, read_file)?;
+        let config = &mut resolved.config;
+        // Paths need no check and may be other than UTF-8: they do not go through the text of an override.
+        override_path(&mut config.report.path, self.report);
+        override_path(&mut config.alerts.file, self.alerts);
+        let targets = self.targets.into_specs();
+        if !targets.is_empty() {
+            config.targets = targets;
+        }
+        if config.targets.is_empty() {
+            return Err(Error::config(NO_TARGET));
+        }
+        Ok(resolved)
+    }
+}
+
+impl SettingsArgs {
+    fn resolve(
+        self,
+        command: Command,
+        file: Option<PathBuf>,
+        flags: &[Override],
+        read_file: impl FnOnce(&Path) -> Result<String>,
+    ) -> Result<Invocation> {
+        let text = file.as_deref().map(read_file).transpose()?;
+        let overrides = [&self.sets, flags].concat();
+        let mut config = Config::resolve(file.as_deref().zip(text.as_deref()), &overrides)?;
+        override_path(&mut config.rules.dir, self.rules);
+        override_path(&mut config.plugins.dir, self.plugins);
+        override_path(&mut config.templates_dir, self.templates);
+        Ok(Invocation { command, config, verbosity: self.verbose })
+    }
+}
+
+impl TargetArgs {
+    /// Process ids, the globs together, and the command are a target each.
+    fn into_specs(self) -> Vec<TargetSpec> {
+        let command = self.command.map_or(self.trailing, |c| c.0);
+        let conditions = TargetSpec { name: self.name, exe: self.exe, cgroup: self.cgroup, ..TargetSpec::default() };
+        let pids = TargetSpec { pid: self.pid, ..TargetSpec::default() };
+        let launched = TargetSpec { command, ..TargetSpec::default() };
+        let mut specs = vec![pids, conditions, launched];
+        specs.retain(|spec| *spec != TargetSpec::default());
+        specs
+    }
+}
+
+/// A flag with a path wins; an empty one switches the setting off, as in the file.
+fn override_path(setting: &mut Option<PathBuf>, flag: Option<PathBuf>) {
+    if let Some(path) = flag {
+        *setting = (!path.as_os_str().is_empty()).then_some(path);
+    }
+}
+
+fn pid() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..=config::MAX_PID)
+}
+
+/// A path that may be empty, which clap's own parser refuses.
+fn path() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().map(PathBuf::from)
+}
+
+/// Writes the completion script of a shell.
+///
+/// # Errors
+/// Writing fails; a closed pipe counts as success.
+pub fn write_completions(shell: Shell, out: &mut dyn Write) -> Result<()> {
+    // Into memory first: the generator panics when it cannot write.
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "memleak", &mut script);
+    write_all(out, &script, "the completion script")
+}
+
+/// Writes the manual page, or that of one subcommand.
+///
+/// # Errors
+/// No such subcommand, or writing fails; a closed pipe counts as success.
+pub fn write_man(subcommand: Option<&str>, out: &mut dyn Write) -> Result<()> {
+    let mut root = Cli::command();
+    // Names the pages of subcommands `memleak-check` and so on.
+    root.build();
+    let command = match subcommand {
+        None => root,
+        Some(name) => {
+            let names: Vec<&str> = root.get_subcommands().map(clap::Command::get_name).collect();
+            root.find_subcommand(name).cloned().ok_or_else(|| {
+                let hint = config::nearest(name, names.iter().copied());
+                let hint = hint.map_or(String::new(), |n| format!("; did you mean {n:?}?"));
+                Error::config(format!("no subcommand {name:?}{hint} There are {}", names.join(", ")))
+            })?
+        }
+    };
+    let mut page = Vec::new();
+    clap_mangen::Man::new(command).render(&mut page).map_err(|e| Error::io("failed to make the manual page", e))?;
+    write_all(out, &page, "the manual page")
+}
+
+fn write_all(out: &mut dyn Write, bytes: &[u8], what: &str) -> Result<()> {
+    match out.write_all(bytes).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Error::io(format!("failed to write {what}"), e)),
+        _ => Ok(()),
+    }
+}
+
+/// Whether an error comes down to a closed pipe (`memleak ... | head`): the reader has seen enough, which is success.
+pub fn is_closed_pipe(error: &(dyn std::error::Error + 'static)) -> bool {
+    let closed = |e: &io::Error| e.kind() == io::ErrorKind::BrokenPipe;
+    std::iter::successors(Some(error), |e| e.source()).any(|e| e.downcast_ref().is_some_and(closed))
+}
+
+#[cfg(test)]
+mod tests;
