@@ -10,9 +10,13 @@ pub mod config;
 pub mod error;
 pub mod finding;
 pub mod history;
+pub mod maps;
 pub mod plugin;
+pub mod process;
 pub mod snapshot;
 pub mod symbolize;
+mod sys;
+pub mod target;
 pub mod units;
 
 pub use error::{Error, ErrorKind, Result};
