@@ -14,6 +14,7 @@ use crate::process::{self, ProcDir};
 pub mod elf;
 mod file;
 
+pub(crate) use file::reopen_regular;
 pub use file::{FileId, open_mapped};
 
 /// Most bytes of `/proc/PID/maps` that are read.

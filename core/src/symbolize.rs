@@ -1,6 +1,43 @@
 //! Addresses to frames.
+//!
+//! [`Symbolizer`] keeps, per watched process, its memory map and the files behind it, so that a call stack can be
+//! named after the process has ended, after a deployment has replaced its files, and from outside its container. It
+//! gives a stack two things: an identity that survives restarts ([`Symbolizer::normalize`], [`site_id`]), cheaply and
+//! at once; and names ([`Symbolizer::symbolize`]), when a rule or report shows it. Targets, their files and names are
+//! hostile: reads are bounded, and what cannot be named says why.
+//!
+//! Text in a [`Frame`] is as it was found, control characters included; whoever prints it escapes it.
+
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
 
 use serde::Serialize;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::maps::{Backing, FileId, Mapping, Maps, open_mapped};
+use crate::process::ProcDir;
+use crate::snapshot::{Process, Site};
+
+mod debug_file;
+mod demangle;
+mod image;
+mod module;
+mod perf_map;
+mod site_id;
+mod vdso;
+
+use module::{Module, Surroundings};
+use perf_map::PerfMap;
+pub use site_id::{ModuleName, NormalizedFrame, site_id};
+
+/// The instance number that stands for the kernel, see [`crate::snapshot::SiteKey`].
+const KERNEL: u32 = 0;
+/// Most mappings of unloaded libraries that are remembered per process.
+const MAX_RETIRED: usize = 1024;
 
 /// One frame of a call stack.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -9,8 +46,8 @@ pub struct Frame {
     pub function: Option<String>,
     /// Path of the mapped file as the process sees it, or `[vdso]`, `[heap]`, ...; `None` for anonymous memory.
     pub module: Option<String>,
-    /// With a function: bytes from its start. Without: offset in the module's file (or the address when there is
-    /// no module).
+    /// With a function: bytes from its start (of an inlined one, from the start of the function it is part of).
+    /// Without: offset in the module's file (or the address when there is no module).
     pub offset: u64,
     /// Source file, when debug information says so.
     pub file: Option<String>,
@@ -24,4 +61,392 @@ pub struct Frame {
     pub address: u64,
     /// Build id of the module, hexadecimal.
     pub build_id: Option<String>,
+}
+
+/// Bounds of a [`Symbolizer`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Most bytes that are copied of one file: symbol tables and debug information, decompressed. Larger debug
+    /// information is left out, so that frames have names but no lines.
+    pub module_bytes: u64,
+    /// Most bytes of such copies at a time; the ones not used for longest are dropped.
+    pub total_bytes: u64,
+    /// Most files of targets that are held open.
+    pub open_files: usize,
+    /// Folders with separate debug information, by build id or path.
+    pub debug_dirs: Vec<PathBuf>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            module_bytes: 256 << 20,
+            total_bytes: 512 << 20,
+            open_files: 400,
+            debug_dirs: vec![PathBuf::from("/usr/lib/debug")],
+        }
+    }
+}
+
+/// Names call stacks. Stays on the thread that made it.
+#[derive(Debug, Default)]
+pub struct Symbolizer {
+    limits: Limits,
+    instances: HashMap<u32, Instance>,
+    /// Files that are mapped by some process, shared between them.
+    modules: HashMap<FileId, Weak<RefCell<Module>>>,
+    /// The kernel's code in every process; made on first use.
+    vdso: Option<std::result::Result<Rc<RefCell<Module>>, String>>,
+    /// Counts questions, to know what was not used for longest.
+    clock: u64,
+}
+
+/// A file that a process has mapped, or why it cannot be read.
+type Known = std::result::Result<Rc<RefCell<Module>>, String>;
+
+/// What is kept of one process.
+#[derive(Debug)]
+struct Instance {
+    dir: ProcDir,
+    /// Changes with exec: then `/proc` speaks of another program, and is not asked any more.
+    image: (u64, u64),
+    over: bool,
+    maps: Maps,
+    /// Code that was unloaded, newest first: sites may still point there.
+    retired: VecDeque<Mapping>,
+    /// By device and inode, as the memory map has them.
+    modules: HashMap<((u32, u32), u64), Known>,
+    /// Root directory, when it is not ours.
+    root: Option<File>,
+    perf_map: PerfMap,
+}
+
+impl Instance {
+    /// The mapping that an address lies in, or last lay in.
+    fn find(&self, address: u64) -> Option<&Mapping> {
+        self.maps.find(address).or_else(|| self.retired.iter().find(|m| m.contains(address)))
+    }
+
+    /// True when an address lies in none of the mappings that are in force now.
+    fn is_unknown(&self, address: u64) -> bool {
+        self.maps.find(address).is_none()
+    }
+
+    /// Reads the map again; false when nothing changed or the program is over.
+    fn reread(&mut self) -> Result<bool> {
+        if self.over {
+            return Ok(false);
+        }
+        let stat = match self.dir.stat() {
+            Ok(stat) if stat.image == self.image => stat,
+            _ => {
+                self.over = true;
+                return Ok(false);
+            }
+        };
+        let maps = match self.maps.reread(&self.dir) {
+            Ok(maps) => maps,
+            Err(e) if e.kind() == ErrorKind::Target || !stat.is_running() => {
+                self.over = true;
+                return Ok(false);
+            }
+            Err(e) => return Err(e),
+        };
+        let Some(maps) = maps else { return Ok(false) };
+        // exec between the two readings.
+        if self.dir.stat().map_or(true, |s| s.image != self.image) {
+            self.over = true;
+            return Ok(false);
+        }
+        let gone = self.maps.iter().filter(|m| m.perms.execute && maps.find(m.start) != Some(m));
+        for mapping in gone {
+            self.retired.push_front(mapping.clone());
+        }
+        self.retired.truncate(MAX_RETIRED);
+        self.maps = maps;
+        Ok(true)
+    }
+
+    /// The module behind a mapping; `None` when there is no file.
+    fn module(&self, mapping: &Mapping) -> Option<&Known> {
+        match mapping.backing {
+            Backing::File { .. } => self.modules.get(&(mapping.dev, mapping.inode)),
+            _ => None,
+        }
+    }
+}
+
+impl Symbolizer {
+    /// A symbolizer with the default limits.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A symbolizer with limits of your own.
+    pub fn with_limits(limits: Limits) -> Self {
+        Symbolizer { limits, ..Self::default() }
+    }
+
+    /// Reads the memory map of a process and opens the files of its code. Call it as early as the process is known;
+    /// again, it does what [`Symbolizer::refresh`] does.
+    ///
+    /// # Errors
+    /// Kind [`ErrorKind::Target`] when the process has ended, [`ErrorKind::Permission`] when we may not look at it. A
+    /// file that cannot be read is no error: its frames say so.
+    pub fn observe(&mut self, process: &Arc<Process>) -> Result<()> {
+        if self.instances.contains_key(&process.instance) {
+            return self.refresh(process.instance).map(drop);
+        }
+        let dir = ProcDir::open_same(process.pid, process.start_ticks)?;
+        let image = dir.stat()?.image;
+        let maps = Maps::read(&dir)?;
+        let root = if dir.shares_our_root() { None } else { dir.root().ok() };
+        let mut instance = Instance {
+            dir,
+            image,
+            over: false,
+            maps,
+            retired: VecDeque::new(),
+            modules: HashMap::new(),
+            root,
+            perf_map: PerfMap::default(),
+        };
+        self.open_modules(&mut instance);
+        self.instances.insert(process.instance, instance);
+        Ok(())
+    }
+
+    /// Reads the memory map again; true when it has changed. A process that has ended keeps what is known of it.
+    ///
+    /// # Errors
+    /// Kind [`ErrorKind::Target`] for an instance that was not observed; otherwise as [`Symbolizer::observe`].
+    pub fn refresh(&mut self, instance: u32) -> Result<bool> {
+        let Some(mut found) = self.instances.remove(&instance) else {
+            let message = format!("failed to read the memory map of process instance {instance}: it is not observed");
+            return Err(Error::new(ErrorKind::Target, message));
+        };
+        let changed = found.reread();
+        if matches!(changed, Ok(true)) {
+            self.open_modules(&mut found);
+        }
+        self.instances.insert(instance, found);
+        changed
+    }
+
+    /// Forgets a process that has ended, once its sites have been symbolized.
+    pub fn purge(&mut self, instance: u32) {
+        self.instances.remove(&instance);
+        self.modules.retain(|_, m| m.strong_count() > 0);
+    }
+
+    /// Opens the files of code that are mapped and not known yet.
+    fn open_modules(&mut self, instance: &mut Instance) {
+        let Instance { maps, modules, dir, .. } = instance;
+        for mapping in maps.iter().filter(|m| m.perms.execute && matches!(m.backing, Backing::File { .. })) {
+            let key = (mapping.dev, mapping.inode);
+            if !modules.contains_key(&key) {
+                let known = self.open_module(dir, mapping).map_err(|e| format!("{e:#}"));
+                modules.insert(key, known);
+            }
+        }
+    }
+
+    fn open_module(&mut self, dir: &ProcDir, mapping: &Mapping) -> Result<Rc<RefCell<Module>>> {
+        let file = open_mapped(dir, mapping)?;
+        let id = FileId::of(&file).map_err(|e| Error::io("failed to examine a mapped file", e))?;
+        if let Some(module) = self.modules.get(&id).and_then(Weak::upgrade) {
+            return Ok(module);
+        }
+        self.modules.retain(|_, m| m.strong_count() > 0);
+        let kept = self.modules.values().filter_map(Weak::upgrade).filter(|m| m.borrow().is_kept()).count();
+        let module = Rc::new(RefCell::new(Module::new(file, kept < self.limits.open_files)?));
+        self.modules.insert(id, Rc::downgrade(&module));
+        Ok(module)
+    }
+
+    /// Names return addresses so that they are the same in the next run of the program, in the same order. Addresses
+    /// that are in no known mapping make it read the memory map again, once per call.
+    pub fn normalize(&mut self, instance: u32, addresses: &[u64]) -> Vec<NormalizedFrame> {
+        let unknown = |i: &Instance| addresses.iter().any(|a| i.is_unknown(a.saturating_sub(1)));
+        if self.instances.get(&instance).is_some_and(unknown) {
+            // What cannot be read again stays unmapped, and says so below.
+            let _ = self.refresh(instance);
+        }
+        let Some(instance) = self.instances.get_mut(&instance) else {
+            return addresses.iter().map(|a| page_offset(ModuleName::Unmapped, *a)).collect();
+        };
+        addresses.iter().map(|a| normalize(instance, *a)).collect()
+    }
+
+    /// Fills `site.frames`, innermost first, unless that has been done. Every address yields at least one frame; more
+    /// when calls were inlined there.
+    pub fn symbolize(&mut self, site: &Site) {
+        if site.frames.get().is_some() {
+            return;
+        }
+        let frames = self.frames(site.key.instance, &site.addresses);
+        // Set meanwhile by somebody else: then it holds the same.
+        let _ = site.frames.set(frames);
+    }
+
+    /// The frames of return addresses of an observed process, innermost first; see [`Symbolizer::symbolize`].
+    pub fn frames(&mut self, instance: u32, addresses: &[u64]) -> Vec<Frame> {
+        let nameless = |reason: &str| {
+            let frame =
+                |a: &u64| Frame { address: *a, offset: *a, reason: Some(reason.to_owned()), ..Frame::default() };
+            addresses.iter().map(frame).collect::<Vec<_>>()
+        };
+        if instance == KERNEL {
+            return nameless("addresses of the kernel are not resolved");
+        }
+        let unknown = |i: &Instance| addresses.iter().any(|a| i.find(a.saturating_sub(1)).is_none());
+        if self.instances.get(&instance).is_some_and(unknown) {
+            // What cannot be read again stays unmapped, and says so below.
+            let _ = self.refresh(instance);
+        }
+        let Some(mut found) = self.instances.remove(&instance) else {
+            return nameless("the memory map of the process is not known");
+        };
+        let frames = addresses.iter().flat_map(|a| self.resolve(&mut found, *a)).collect();
+        self.instances.insert(instance, found);
+        self.unload();
+        frames
+    }
+
+    /// The frames of one return address.
+    fn resolve(&mut self, instance: &mut Instance, address: u64) -> Vec<Frame> {
+        let mut frame = Frame { address, offset: address, ..Frame::default() };
+        // The call is before the return address, maybe as the last instruction of the mapping.
+        let Some(mapping) = instance.find(address.saturating_sub(1)).cloned() else {
+            frame.reason = Some("nothing is known to be mapped at the address".to_owned());
+            return vec![frame];
+        };
+        frame.module = mapping.name();
+        if frame.module.is_some() {
+            frame.offset = mapping.file_offset(address);
+        }
+        let (module, path) = match &mapping.backing {
+            Backing::File { path, .. } => (instance.module(&mapping).cloned(), Some(path.clone())),
+            Backing::Special(name) if **name == *"[vdso]" && mapping.start > u64::from(u32::MAX) => {
+                (Some(self.vdso()), None)
+            }
+            Backing::Special(name) if !name.starts_with("[anon") => {
+                frame.reason = Some(format!("the memory is {name}, which has no symbols"));
+                return vec![frame];
+            }
+            Backing::Anonymous | Backing::Special(_) => return vec![generated(instance, frame)],
+        };
+        let module = match module {
+            Some(Ok(module)) => module,
+            Some(Err(reason)) => {
+                frame.reason = Some(reason);
+                return vec![frame];
+            }
+            None => {
+                frame.reason = Some("the memory was not executable".to_owned());
+                return vec![frame];
+            }
+        };
+        let mut module = module.borrow_mut();
+        self.clock += 1;
+        module.used = self.clock;
+        frame.build_id = module.build_id().map(str::to_owned);
+        let around = Surroundings {
+            path: path.as_deref(),
+            root: instance.root.as_ref(),
+            debug_dirs: &self.limits.debug_dirs,
+            max_bytes: self.limits.module_bytes,
+        };
+        let reopen = || open_mapped(&instance.dir, &mapping).ok();
+        match &*module.answer(mapping.file_offset(address), &around, reopen) {
+            Ok(functions) => (functions.iter())
+                .map(|f| Frame {
+                    function: Some(f.name.clone()),
+                    offset: f.offset,
+                    file: f.file.clone(),
+                    line: f.line,
+                    inlined: f.inlined,
+                    ..frame.clone()
+                })
+                .collect(),
+            Err(reason) => {
+                frame.reason = Some(reason.clone());
+                vec![frame]
+            }
+        }
+    }
+
+    fn vdso(&mut self) -> Known {
+        self.vdso.get_or_insert_with(|| vdso::module().map_err(|e| format!("{e:#}"))).clone()
+    }
+
+    /// Drops the copies that were not used for longest until the rest is within the limit.
+    fn unload(&mut self) {
+        let mut loaded: Vec<_> = (self.modules.values().filter_map(Weak::upgrade))
+            .map(|m| {
+                let (used, bytes) = (m.borrow().used, m.borrow().loaded_bytes());
+                (used, bytes, m)
+            })
+            .filter(|(_, bytes, _)| *bytes > 0)
+            .collect();
+        let mut total: u64 = loaded.iter().map(|(_, bytes, _)| bytes).sum();
+        loaded.sort_unstable_by_key(|(used, _, _)| *used);
+        for (_, bytes, module) in loaded {
+            if total <= self.limits.total_bytes {
+                break;
+            }
+            module.borrow_mut().unload();
+            total -= bytes;
+        }
+    }
+}
+
+/// A frame in memory without a file: generated code, when the process has left a map of it.
+fn generated(instance: &mut Instance, mut frame: Frame) -> Frame {
+    if !instance.over {
+        instance.perf_map.open(&instance.dir);
+    }
+    match instance.perf_map.find(frame.address.saturating_sub(1)) {
+        Some((name, offset)) => {
+            frame.function = Some(name.to_string());
+            frame.offset = offset + 1;
+        }
+        None => frame.reason = Some("the memory belongs to no file, and no perf map names the address".to_owned()),
+    }
+    frame
+}
+
+/// Without file or name, only the place in the page is the same in the next run.
+fn page_offset(module: ModuleName, address: u64) -> NormalizedFrame {
+    NormalizedFrame { module, offset: address & 0xfff }
+}
+
+fn normalize(instance: &mut Instance, address: u64) -> NormalizedFrame {
+    let Some(mapping) = instance.find(address.saturating_sub(1)) else {
+        return page_offset(ModuleName::Unmapped, address);
+    };
+    let offset = mapping.file_offset(address);
+    match &mapping.backing {
+        Backing::File { path, .. } => {
+            let build_id = instance.module(mapping).and_then(|m| m.as_ref().ok()?.borrow().build_id().map(Arc::from));
+            let by_path = || ModuleName::Path(path_text(path));
+            NormalizedFrame { module: build_id.map_or_else(by_path, ModuleName::BuildId), offset }
+        }
+        Backing::Special(name) if !name.starts_with("[anon") => {
+            NormalizedFrame { module: ModuleName::Special(name.clone()), offset }
+        }
+        Backing::Anonymous | Backing::Special(_) => {
+            if !instance.over {
+                instance.perf_map.open(&instance.dir);
+            }
+            match instance.perf_map.find(address.saturating_sub(1)) {
+                Some((name, offset)) => NormalizedFrame { module: ModuleName::Generated(name), offset: offset + 1 },
+                None => page_offset(ModuleName::Anonymous, address),
+            }
+        }
+    }
+}
+
+fn path_text(path: &Path) -> Arc<str> {
+    path.to_string_lossy().into()
 }

@@ -1,0 +1,99 @@
+//! Finds separate debug information of a module: by build id, else by the name that the module gives.
+//!
+//! Source: "Debugging Information in Separate Files", GDB manual.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::image::DebugLink;
+use crate::maps::elf::ElfInfo;
+use crate::maps::reopen_regular;
+use crate::sys;
+
+/// Longest file whose checksum is computed, in bytes.
+const MAX_CHECKED: u64 = 1 << 30;
+
+/// A file with debug information.
+#[derive(Debug)]
+pub(super) struct DebugFile {
+    /// The file.
+    pub(super) file: File,
+    /// Only the administrator of this system can have written it.
+    pub(super) trusted: bool,
+}
+
+/// Where to look, and for what.
+pub(super) struct Search<'a> {
+    /// Folders of debug information, for example `/usr/lib/debug`.
+    pub(super) dirs: &'a [PathBuf],
+    /// Root directory of the process, when it is not ours.
+    pub(super) root: Option<&'a File>,
+    /// Path of the module as the process sees it.
+    pub(super) module: Option<&'a Path>,
+    /// Its build id.
+    pub(super) build_id: Option<&'a str>,
+    /// What it says.
+    pub(super) link: Option<&'a DebugLink>,
+}
+
+impl Search<'_> {
+    /// The first file that belongs to the module; `None` when there is none.
+    pub(super) fn find(&self) -> Option<DebugFile> {
+        self.candidates().iter().find_map(|path| {
+            // Ours first: it does not depend on the process, and a build id means the same everywhere.
+            let ours = self.open(None, path);
+            ours.or_else(|| self.root.and_then(|root| self.open(Some(root), path)))
+        })
+    }
+
+    fn candidates(&self) -> Vec<PathBuf> {
+        let mut paths = Vec::new();
+        if let Some((first, rest)) = self.build_id.and_then(|id| id.split_at_checked(2))
+            && !rest.is_empty()
+        {
+            paths.extend(self.dirs.iter().map(|d| d.join(".build-id").join(first).join(format!("{rest}.debug"))));
+        }
+        if let (Some(link), Some(folder)) = (self.link, self.module.and_then(Path::parent)) {
+            let name: &OsStr = &link.name;
+            paths.extend([folder.join(name), folder.join(".debug").join(name)]);
+            let below = folder.strip_prefix("/").unwrap_or(folder);
+            paths.extend(self.dirs.iter().map(|d| d.join(below).join(name)));
+        }
+        paths.retain(|p| Some(p.as_path()) != self.module);
+        paths
+    }
+
+    fn open(&self, root: Option<&File>, path: &Path) -> Option<DebugFile> {
+        let found = match root {
+            Some(root) => sys::open_in_root(root, path, libc::O_PATH),
+            None => std::fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_CLOEXEC).open(path),
+        };
+        let file = found.and_then(|f| reopen_regular(&f)).ok()?;
+        let meta = file.metadata().ok()?;
+        let trusted = root.is_none() && meta.uid() == 0 && meta.mode() & 0o022 == 0;
+        self.belongs(&file, meta.len()).then_some(DebugFile { file, trusted })
+    }
+
+    /// A file of the right name may be of another build, and its names would be wrong.
+    fn belongs(&self, file: &File, len: u64) -> bool {
+        match (self.build_id, self.link) {
+            (Some(id), _) => ElfInfo::read(file).is_ok_and(|info| info.build_id.as_deref() == Some(id)),
+            (None, Some(link)) => len <= MAX_CHECKED && checksum(file).is_ok_and(|crc| crc == link.crc),
+            (None, None) => false,
+        }
+    }
+}
+
+fn checksum(mut file: &File) -> io::Result<u32> {
+    let mut crc = flate2::Crc::new();
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(crc.sum()),
+            n => crc.update(&buffer[..n]),
+        }
+    }
+}
