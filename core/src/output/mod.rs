@@ -1,0 +1,7 @@
+//! What people and machines get to see: templates, reports, files.
+
+pub mod atomic;
+pub mod filters;
+pub mod report;
+pub mod templates;
+pub mod text;

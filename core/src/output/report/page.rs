@@ -1,0 +1,282 @@
+//! The page's data: everything that its scripts draw from, small enough for thousands of sites.
+//!
+//! Names are interned, because stacks of one program share most of their frames; series are thinned to a number of
+//! points that depends on how many sites share the page, and written as base64 over variable-length deltas. The
+//! reader is `templates/report_data.js`: change both together.
+
+use std::collections::HashMap;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD_NO_PAD;
+use serde::Serialize;
+
+use super::AlertStatus;
+use super::context::{FrameView, Report, SiteView};
+use super::trend::thinned;
+use crate::finding::Severity;
+use crate::history::Sample;
+use crate::output::text::visible;
+
+/// Sites that keep every point: those at the top are looked at first.
+const FULL_SITES: usize = 50;
+/// Points that the other sites share, about 6 bytes each.
+const SHARED_POINTS: usize = 200_000;
+/// Bounds of the points of one of them; a sparkline is not wider.
+const MIN_POINTS: usize = 48;
+const MAX_POINTS: usize = 500;
+/// Ticks per second in an encoded series.
+const TICKS_PER_S: f64 = 100.0;
+
+/// Data of the page. Indexes are into `strings`, `frames`, `processes` or `alerts`; -1 is *none*.
+#[derive(Debug, Serialize)]
+pub(super) struct Page {
+    /// Wall-clock time of second 0, seconds since 1970.
+    zero_wall_s: f64,
+    /// Time of the newest snapshot.
+    now_s: f64,
+    /// Since when the total grows without a break.
+    growing_since_s: Option<f64>,
+    strings: Vec<String>,
+    /// `[function, module, offset, file, line, inlined, reason, name, place]`, strings by index.
+    frames: Vec<[i64; 9]>,
+    processes: Vec<PageProcess>,
+    alerts: Vec<PageAlert>,
+    sites: Vec<PageSite>,
+    /// The series of all sites together.
+    series: String,
+}
+
+#[derive(Debug, Serialize)]
+struct PageProcess {
+    pid: u32,
+    comm: i64,
+    instance: u32,
+}
+
+#[derive(Debug, Serialize)]
+struct PageAlert {
+    rule: i64,
+    severity: Severity,
+    status: AlertStatus,
+    reason: i64,
+}
+
+/// One site; the order of the list is the ranking.
+#[derive(Debug, Serialize)]
+struct PageSite {
+    id: String,
+    process: i64,
+    probe_set: i64,
+    function: i64,
+    /// 3 critical, 2 warning, 1 info, 0 none.
+    severity: u8,
+    alerts: Vec<usize>,
+    bytes: u64,
+    count: u64,
+    /// Allocated bytes and count, freed bytes and count.
+    totals: [u64; 4],
+    growth: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    growing_since: Option<f64>,
+    age: f64,
+    last: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ended: Option<f64>,
+    /// The frame of the heading within `stack`; -1 uses `name`.
+    head: i64,
+    name: i64,
+    stack: Vec<usize>,
+    truncated: i64,
+    /// `[start_s, end_s, born_bytes, born_count, outstanding_bytes, outstanding_count]` each.
+    cohorts: Vec<(f64, f64, u64, u64, u64, u64)>,
+    /// `[class, frees]` for classes that are not empty.
+    lifetimes: Vec<(usize, u64)>,
+    series: String,
+}
+
+impl Page {
+    pub(super) fn new(report: &Report) -> Page {
+        let mut names = Names::default();
+        let instances: HashMap<u32, i64> = report.processes.iter().zip(0..).map(|(p, i)| (p.instance, i)).collect();
+        let shared = SHARED_POINTS / report.sites.len().max(1);
+        let mut site_alerts: HashMap<usize, Vec<usize>> = HashMap::new();
+        for (i, alert) in report.alerts.iter().enumerate() {
+            if let Some(site) = &alert.site {
+                site_alerts.entry(site.index).or_default().push(i);
+            }
+        }
+        let sites = (report.sites.iter().enumerate())
+            .map(|(i, s)| {
+                let points = if i < FULL_SITES { MAX_POINTS } else { shared.clamp(MIN_POINTS, MAX_POINTS) };
+                let process = instances.get(&s.instance).copied().unwrap_or(-1);
+                PageSite::new(s, process, site_alerts.remove(&i).unwrap_or_default(), points, &mut names)
+            })
+            .collect();
+        let processes = (report.processes.iter())
+            .map(|p| PageProcess { pid: p.pid, comm: names.string(&p.comm), instance: p.instance })
+            .collect();
+        let alerts = (report.alerts.iter())
+            .map(|a| PageAlert {
+                rule: names.string(&a.rule),
+                severity: a.severity,
+                status: a.status,
+                reason: names.string(&a.reason),
+            })
+            .collect();
+        Page {
+            zero_wall_s: report.zero_wall_s,
+            now_s: report.now_s,
+            growing_since_s: report.growing_since_s(),
+            series: encode(&thinned(&report.series, 2 * MAX_POINTS)),
+            strings: names.strings,
+            frames: names.frames,
+            processes,
+            alerts,
+            sites,
+        }
+    }
+}
+
+impl PageSite {
+    fn new(s: &SiteView, process: i64, alerts: Vec<usize>, points: usize, names: &mut Names) -> Self {
+        let severity = match s.severity {
+            None => 0,
+            Some(Severity::Info) => 1,
+            Some(Severity::Warning) => 2,
+            Some(Severity::Critical) => 3,
+        };
+        PageSite {
+            id: s.id.clone(),
+            process,
+            probe_set: names.string(&s.probe_set),
+            function: names.string(&s.function),
+            severity,
+            alerts,
+            bytes: s.outstanding_bytes,
+            count: s.outstanding_count,
+            totals: [s.totals.allocated_bytes, s.totals.allocated_count, s.totals.freed_bytes, s.totals.freed_count],
+            growth: short(s.growth_bytes_per_s),
+            growing_since: s.growing_since_s.map(short),
+            age: short(s.oldest_age_s),
+            last: short(s.last_allocation_s),
+            ended: s.ended_s.map(short),
+            head: s.heading.frame.map_or(-1, |i| i as i64),
+            name: names.string(&s.heading.name),
+            stack: s.frames.iter().map(|f| names.frame(f)).collect(),
+            truncated: names.optional(s.truncated.as_deref()),
+            cohorts: (s.cohorts.iter())
+                .map(|c| {
+                    let (start, end) = (short(c.start_s), short(c.end_s));
+                    (start, end, c.born_bytes, c.born_count, c.outstanding_bytes, c.outstanding_count)
+                })
+                .collect(),
+            lifetimes: s.lifetimes.iter().copied().enumerate().filter(|(_, n)| *n > 0).collect(),
+            series: encode(&thinned(&s.series, points)),
+        }
+    }
+}
+
+/// Strings and frames that have a number.
+#[derive(Default)]
+struct Names {
+    strings: Vec<String>,
+    string_numbers: HashMap<String, i64>,
+    frames: Vec<[i64; 9]>,
+    frame_numbers: HashMap<[i64; 9], usize>,
+}
+
+impl Names {
+    /// The number of a text, made visible: the page's scripts put it into text nodes as it is.
+    fn string(&mut self, text: &str) -> i64 {
+        let text = visible(text);
+        if let Some(n) = self.string_numbers.get(text.as_ref()) {
+            return *n;
+        }
+        let number = self.strings.len() as i64;
+        self.strings.push(text.to_string());
+        self.string_numbers.insert(text.into_owned(), number);
+        number
+    }
+
+    fn optional(&mut self, text: Option<&str>) -> i64 {
+        text.map_or(-1, |t| self.string(t))
+    }
+
+    fn frame(&mut self, f: &FrameView) -> usize {
+        let frame = [
+            self.optional(f.function.as_deref()),
+            self.optional(f.module.as_deref()),
+            self.string(&f.offset),
+            self.optional(f.file.as_deref()),
+            f.line.map_or(-1, i64::from),
+            i64::from(f.inlined),
+            self.optional(f.reason.as_deref()),
+            self.string(&f.name),
+            self.string(&f.place),
+        ];
+        let frames = &mut self.frames;
+        *self.frame_numbers.entry(frame).or_insert_with(|| {
+            frames.push(frame);
+            frames.len() - 1
+        })
+    }
+}
+
+/// Milliseconds are enough for a reader, and shorter to write.
+fn short(value: f64) -> f64 {
+    (value * 1000.0).round() / 1000.0
+}
+
+/// Time (ticks), outstanding bytes and outstanding count of every sample, each as the difference from the one before
+/// in zigzag LEB128, all in base64.
+fn encode(samples: &[Sample]) -> String {
+    let mut bytes = Vec::with_capacity(samples.len() * 6);
+    let mut previous = [0_i64; 3];
+    for s in samples {
+        let now = [
+            (s.time_s * TICKS_PER_S).round() as i64,
+            i64::try_from(s.totals.outstanding_bytes()).unwrap_or(i64::MAX),
+            i64::try_from(s.totals.outstanding_count()).unwrap_or(i64::MAX),
+        ];
+        for (value, before) in now.into_iter().zip(previous) {
+            let delta = value.wrapping_sub(before);
+            let mut zigzag = ((delta << 1) ^ (delta >> 63)) as u64;
+            while zigzag >= 0x80 {
+                bytes.push((zigzag & 0x7f) as u8 | 0x80);
+                zigzag >>= 7;
+            }
+            bytes.push(zigzag as u8);
+        }
+        previous = now;
+    }
+    STANDARD_NO_PAD.encode(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::Totals;
+
+    fn sample(time_s: f64, bytes: u64, count: u64) -> Sample {
+        let totals = Totals { allocated_bytes: bytes, allocated_count: count, ..Totals::default() };
+        Sample { time_s, totals }
+    }
+
+    /// The script decodes exactly this form; the bytes are worked out by hand.
+    #[test]
+    fn a_series_is_zigzag_deltas_in_base64() {
+        // 1.00 s, 64 bytes, 1 block: 200 (0xc8 0x01), 128 (0x80 0x01), 2; then +0, -64, -1: 0, 127, 1.
+        let text = encode(&[sample(1.0, 64, 1), sample(1.0, 0, 0)]);
+        let bytes = STANDARD_NO_PAD.decode(text).expect("base64");
+        assert_eq!(bytes, [0xc8, 0x01, 0x80, 0x01, 0x02, 0x00, 0x7f, 0x01]);
+    }
+
+    /// Interned names must be visible: scripts insert them as they are, and a reversed name would still mislead.
+    #[test]
+    fn interned_names_are_visible_and_shared() {
+        let mut names = Names::default();
+        assert_eq!((names.string("a\u{202e}"), names.string("b"), names.string("a\u{202e}")), (0, 1, 0));
+        assert_eq!(names.strings, [r"a\u{202e}", "b"]);
+        assert_eq!(names.optional(None), -1);
+    }
+}
