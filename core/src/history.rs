@@ -104,7 +104,8 @@ impl Default for Bounds {
 #[derive(Clone, Debug, Default)]
 pub struct History {
     bounds: Bounds,
-    sites: HashMap<SiteKey, SiteHistory>,
+    /// Shared, so that rules can hold a site while they look at it; copied only if one is still held at a push.
+    sites: HashMap<SiteKey, Arc<SiteHistory>>,
     totals: Series,
     processes: HashMap<u32, ProcessSample>,
     snapshots: u64,
@@ -130,19 +131,21 @@ impl History {
             let sample = Sample { time_s: snapshot.time_s, totals: s.totals };
             match self.sites.get_mut(&s.site.key) {
                 Some(h) => {
+                    let h = Arc::make_mut(h);
                     h.series.push(sample, cap);
                     h.latest = s.clone();
                 }
                 None => {
                     let series = Series::from(vec![sample]);
-                    self.sites.insert(s.site.key, SiteHistory { series, latest: s.clone(), ended_s: None });
+                    let h = SiteHistory { series, latest: s.clone(), ended_s: None };
+                    self.sites.insert(s.site.key, Arc::new(h));
                 }
             }
         }
         for p in &snapshot.processes {
             if !p.alive {
                 for h in self.sites.values_mut().filter(|h| h.site().key.instance == p.process.instance) {
-                    h.ended_s.get_or_insert(snapshot.time_s);
+                    Arc::make_mut(h).ended_s.get_or_insert(snapshot.time_s);
                 }
             }
             self.processes.insert(p.process.instance, p.clone());
@@ -167,16 +170,16 @@ impl History {
 
     /// One site.
     pub fn site(&self, key: SiteKey) -> Option<&SiteHistory> {
-        self.sites.get(&key)
+        self.sites.get(&key).map(Arc::as_ref)
     }
 
     /// All sites, in no order.
     pub fn sites(&self) -> impl Iterator<Item = &SiteHistory> {
-        self.sites.values()
+        self.sites.values().map(Arc::as_ref)
     }
 
     /// Sites of processes that still run, in no order: what rules look at.
-    pub fn live_sites(&self) -> impl Iterator<Item = &SiteHistory> {
+    pub fn live_sites(&self) -> impl Iterator<Item = &Arc<SiteHistory>> {
         self.sites.values().filter(|h| h.ended_s.is_none())
     }
 
