@@ -4,6 +4,7 @@
 //! read maps -> snapshot -> history -> symbolize -> rules -> alerts -> sinks
 //! ```
 
+pub mod alert;
 pub mod check;
 pub mod cli;
 pub mod config;
