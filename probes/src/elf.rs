@@ -8,7 +8,7 @@ use std::fs::File;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use object::read::elf::{FileHeader, ProgramHeader, SectionHeader, Sym};
+use object::read::elf::{Dyn, FileHeader, ProgramHeader, SectionHeader, Sym};
 use object::read::{ReadCache, ReadRef};
 use object::{Endianness, elf};
 
@@ -33,8 +33,6 @@ pub struct Function {
 pub struct Symbols {
     /// By name: the functions that have it (several versions of a symbol may exist). Names without one are absent.
     pub functions: HashMap<String, Vec<Function>>,
-    /// The file's own name (`DT_SONAME`), when it has one.
-    pub soname: Option<String>,
     /// True when the file has no symbols at all, as a stripped static binary.
     pub stripped: bool,
 }
@@ -44,6 +42,19 @@ pub struct Symbols {
 /// # Errors
 /// [`ErrorKind::Elf`] when the file cannot be opened or is not a sane 64-bit ELF file.
 pub fn read_symbols(path: &Path, names: &[&str]) -> Result<Symbols> {
+    read_file(path, |data| read_functions(data, names))
+}
+
+/// The file's own name (`DT_SONAME`); `None` when it has none.
+///
+/// # Errors
+/// As [`read_symbols`].
+pub fn read_soname(path: &Path) -> Result<Option<String>> {
+    read_file(path, |data| read_dynamic_name(data))
+}
+
+/// Opens `path` and has `read` look at it.
+fn read_file<T>(path: &Path, read: impl FnOnce(&ReadCache<File>) -> object::read::Result<T>) -> Result<T> {
     let fail = |why: String| Error::new(ErrorKind::Elf, format!("failed to read symbols of {}: {why}", path.display()));
     // O_NONBLOCK: a path that a hostile process made a FIFO must not block us.
     let file = File::options()
@@ -56,29 +67,29 @@ pub fn read_symbols(path: &Path, names: &[&str]) -> Result<Symbols> {
         return Err(fail("it is not a regular file".into()));
     }
     let cache = ReadCache::new(file);
-    read(&cache, names).map_err(|e| fail(e.to_string()))
+    read(&cache).map_err(|e| fail(e.to_string()))
 }
 
-fn read<'a, R: ReadRef<'a>>(data: R, names: &[&str]) -> object::read::Result<Symbols> {
+fn read_dynamic_name<'a, R: ReadRef<'a>>(data: R) -> object::read::Result<Option<String>> {
+    let header = elf::FileHeader64::<Endianness>::parse(data)?;
+    let endian = header.endian()?;
+    let sections = header.sections(endian, data)?;
+    for section in sections.iter() {
+        let Some((dynamic, link)) = section.dynamic(endian, data)? else { continue };
+        let strings = sections.strings(endian, data, link)?;
+        let entry = dynamic.iter().find(|d| d.d_tag(endian) == elf::DT_SONAME);
+        let name = entry.and_then(|d| strings.get(u32::try_from(d.d_val(endian)).ok()?).ok());
+        return Ok(name.map(|n| String::from_utf8_lossy(n).into_owned()));
+    }
+    Ok(None)
+}
+
+fn read_functions<'a, R: ReadRef<'a>>(data: R, names: &[&str]) -> object::read::Result<Symbols> {
     let header = elf::FileHeader64::<Endianness>::parse(data)?;
     let endian = header.endian()?;
     let segments = header.program_headers(endian, data)?;
     let sections = header.sections(endian, data)?;
     let mut out = Symbols { stripped: true, ..Symbols::default() };
-    for section in sections.iter() {
-        if let Some((dynamic, link)) = section.dynamic(endian, data)? {
-            let strings = sections.strings(endian, data, link)?;
-            for entry in dynamic {
-                use object::read::elf::Dyn;
-                if entry.d_tag(endian) == elf::DT_SONAME
-                    && let Ok(at) = u32::try_from(entry.d_val(endian))
-                    && let Ok(name) = strings.get(at).map(String::from_utf8_lossy)
-                {
-                    out.soname = Some(name.into_owned());
-                }
-            }
-        }
-    }
     for kind in [elf::SHT_DYNSYM, elf::SHT_SYMTAB] {
         let table = sections.symbols(endian, data, kind)?;
         if table.len() > MAX_SYMBOLS {
@@ -145,12 +156,13 @@ mod tests {
     fn damaged_files_do_not_panic() {
         let whole = std::fs::read("/proc/self/exe").unwrap();
         for cut in [0, 3, 16, 63, 64, 100, 1000, whole.len() / 2] {
-            let _ = read(&whole[..cut], &["main"]);
+            let _ = read_functions(&whole[..cut], &["main"]);
         }
         let mut scribbled = whole[..4096.min(whole.len())].to_vec();
         for at in 16..scribbled.len() {
             scribbled[at] ^= 0xff;
-            let _ = read(scribbled.as_slice(), &["main"]);
+            let _ = read_functions(scribbled.as_slice(), &["main"]);
+            let _ = read_dynamic_name(scribbled.as_slice());
             scribbled[at] ^= 0xff;
         }
     }

@@ -11,7 +11,7 @@ use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{Link, ProgramMut, UprobeMultiOpts, UprobeOpts};
 
 use crate::skeleton::features::{FeaturesSkel, FeaturesSkelBuilder};
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, own_code};
 
 /// A way to attach uprobes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -92,7 +92,7 @@ impl Features {
 
     /// Every way with `Ok`, or why it does not work.
     pub fn results(&self) -> impl Iterator<Item = (Backend, Result<(), &str>)> {
-        self.results.iter().map(|(b, r)| (*b, r.as_ref().map(|()| ()).map_err(String::as_str)))
+        self.results.iter().map(|(b, r)| (*b, r.as_ref().copied().map_err(String::as_str)))
     }
 }
 
@@ -133,17 +133,11 @@ fn check_capabilities() -> Result<()> {
     ))
 }
 
-/// The function that is probed. Its address must be its own, and calls to it must stay calls.
-#[inline(never)]
-extern "C" fn feature_target(n: u64) -> u64 {
-    std::hint::black_box(n.wrapping_mul(3))
-}
-
-/// Loads and attaches the backend's programs to [`feature_target`], calls it and looks at the counts.
+/// Loads and attaches the backend's programs to [`own_code::allocate`], calls it and looks at the counts.
 fn try_backend(backend: Backend) -> Result<()> {
     const CALLS: u64 = 3;
     const COOKIE: u64 = 7;
-    let offset = own_offset(feature_target as *const () as u64)?;
+    let offset = own_code::offset(own_code::allocate_address())?;
     let pid = std::process::id().cast_signed();
     let exe = Path::new("/proc/self/exe");
     let mut storage = MaybeUninit::uninit();
@@ -187,7 +181,7 @@ fn try_backend(backend: Backend) -> Result<()> {
         }
     };
     for n in 0..CALLS {
-        std::hint::black_box(feature_target(n));
+        std::hint::black_box(own_code::allocate(n));
     }
     drop(links);
     let (entries, returns, cookie) = seen(&skel);
@@ -206,25 +200,4 @@ fn try_backend(backend: Backend) -> Result<()> {
 /// Entries, returns and cookie that the feature test saw.
 fn seen(skel: &FeaturesSkel<'_>) -> (u64, u64, u64) {
     skel.maps.bss_data.as_ref().map_or((0, 0, 0), |bss| (bss.entries, bss.returns, bss.cookie))
-}
-
-/// File offset of an address of our own code.
-fn own_offset(address: u64) -> Result<usize> {
-    let maps = std::fs::read_to_string("/proc/self/maps")
-        .map_err(|e| Error::new(ErrorKind::Kernel, format!("failed to read /proc/self/maps: {e}")))?;
-    for line in maps.lines() {
-        let mut fields = line.split_ascii_whitespace();
-        let range = fields.next().unwrap_or_default();
-        let file_offset = fields.nth(1).and_then(|f| u64::from_str_radix(f, 16).ok());
-        let bounds = range
-            .split_once('-')
-            .and_then(|(a, b)| Some((u64::from_str_radix(a, 16).ok()?, u64::from_str_radix(b, 16).ok()?)));
-        if let (Some((start, end)), Some(file_offset)) = (bounds, file_offset)
-            && (start..end).contains(&address)
-        {
-            let offset = address - start + file_offset;
-            return usize::try_from(offset).map_err(|e| Error::new(ErrorKind::Kernel, e.to_string()));
-        }
-    }
-    Err(Error::new(ErrorKind::Kernel, "failed to find our own code in /proc/self/maps"))
 }

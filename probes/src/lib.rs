@@ -10,13 +10,16 @@
 //! placement  the cheapest safe instruction of a function
 //! tracker    load, add a process, attach, forget
 //! reader     totals, stacks and counters in batches
+//! calibration what a hit costs here
 //! events     exec, exit, fork, load; every allocation and free for `trace`
 //! ```
 
+mod calibration;
 pub mod elf;
 mod error;
 pub mod events;
 pub mod features;
+mod own_code;
 pub mod placement;
 pub mod reader;
 mod skeleton;

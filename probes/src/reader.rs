@@ -202,7 +202,7 @@ pub(crate) fn forget(blocks: &dyn MapCore, sites: &dyn MapCore, stacks: &dyn Map
 }
 
 fn for_each_key<K: Plain>(map: &dyn MapCore, mut visit: impl FnMut(&K)) -> Result<()> {
-    batches(map, &mut |keys, _values, count| {
+    batches(map, |keys, _values, count| {
         for bytes in keys.chunks_exact(size_of::<K>()).take(count) {
             if let Some(key) = from_bytes::<K>(bytes) {
                 visit(&key);
@@ -212,7 +212,7 @@ fn for_each_key<K: Plain>(map: &dyn MapCore, mut visit: impl FnMut(&K)) -> Resul
 }
 
 fn for_each<K: Plain, V: Plain>(map: &dyn MapCore, mut visit: impl FnMut(&K, &V)) -> Result<()> {
-    batches(map, &mut |keys, values, count| {
+    batches(map, |keys, values, count| {
         let pairs = keys.chunks_exact(size_of::<K>()).zip(values.chunks_exact(size_of::<V>()));
         for (key, value) in pairs.take(count) {
             if let (Some(key), Some(value)) = (from_bytes::<K>(key), from_bytes::<V>(value)) {
@@ -226,7 +226,7 @@ fn for_each<K: Plain, V: Plain>(map: &dyn MapCore, mut visit: impl FnMut(&K, &V)
 ///
 /// Not libbpf-rs's iterator: that one ends silently on an error, and a snapshot that is cut short must not pass for a
 /// whole one.
-fn batches(map: &dyn MapCore, visit: &mut dyn FnMut(&[u8], &[u8], usize)) -> Result<()> {
+fn batches(map: &dyn MapCore, mut visit: impl FnMut(&[u8], &[u8], usize)) -> Result<()> {
     let mut batch = BATCH.min(map.max_entries().max(1));
     // The kernel's position in the map: opaque, at least 4 bytes or a key.
     let mut position = vec![0_u8; (map.key_size() as usize).max(8)];

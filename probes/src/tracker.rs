@@ -23,7 +23,7 @@ use crate::types::{
     MAX_DOMAINS, MAX_FRAMES, MAX_TARGETS, bytes_of, memleak_function, memleak_function_flags as flags, memleak_role,
     memleak_target,
 };
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, calibration};
 
 /// Size of the ring buffer of a trace, bytes.
 const TRACE_RING_BYTES: u32 = 32 << 20;
@@ -165,6 +165,7 @@ pub struct Tracker {
     functions: HashMap<(FileId, u32, String, u64), u32>,
     symbols: HashMap<(FileId, u32), Symbols>,
     cohort: u32,
+    cost_per_hit_ns: f64,
 }
 
 impl Tracker {
@@ -190,7 +191,7 @@ impl Tracker {
         skel.links.process_exec = Some(attach(&mut skel.progs.process_exec, "sched_process_exec")?);
         skel.links.process_exit = Some(attach(&mut skel.progs.process_exit, "sched_process_exit")?);
         skel.links.process_fork = Some(attach(&mut skel.progs.process_fork, "sched_process_fork")?);
-        Ok(Tracker {
+        let mut tracker = Tracker {
             skel,
             settings,
             backend,
@@ -203,7 +204,16 @@ impl Tracker {
             functions: HashMap::new(),
             symbols: HashMap::new(),
             cohort: 0,
-        })
+            cost_per_hit_ns: 0.0,
+        };
+        tracker.cost_per_hit_ns = calibration::measure(&mut tracker)?;
+        Ok(tracker)
+    }
+
+    /// Nanoseconds that one hit of a well-placed probe (an entry or a return) costs the target, as measured when the
+    /// programs were loaded.
+    pub fn cost_per_hit_ns(&self) -> f64 {
+        self.cost_per_hit_ns
     }
 
     /// How uprobes are attached.
@@ -366,6 +376,27 @@ impl Tracker {
         let links = self.attach_probes(pid.cast_signed(), library, &probes)?;
         self.keep(instance, id, Some(set.number), links);
         Ok(report)
+    }
+
+    /// Attaches a probe set at the entry of functions whose file offsets are known, in the set's order.
+    pub(crate) fn attach_at(
+        &mut self,
+        instance: u32,
+        set: &ProbeSetSpec,
+        library: &Library,
+        at: &[usize],
+    ) -> Result<()> {
+        let id = file_id(&library.path)?;
+        let mut probes = Vec::new();
+        for (spec, offset) in set.functions.iter().zip(at) {
+            let index = self.function_index(id, set, spec, Placement::ENTRY)?;
+            let symbol = spec.symbol.clone();
+            probes.push(Probe { offset: *offset as u64, index, returns: spec.role != Role::Free, symbol });
+        }
+        let pid = self.targets.get(&instance).map_or(0, |t| t.pid.cast_signed());
+        let links = self.attach_probes(pid, library, &probes)?;
+        self.keep(instance, id, Some(set.number), links);
+        Ok(())
     }
 
     /// Index of a function in the kernel's table; it serves every process that maps the same file.

@@ -45,8 +45,13 @@ pub(super) fn decode(reader: &mut Reader, entries: Entries) -> Config {
 
 fn collector(mut s: Section<'_>, config: &mut Config) {
     let c = &mut config.collector;
-    let backends =
-        [("auto", Backend::Auto), ("session", Backend::Session), ("multi", Backend::Multi), ("perf", Backend::Perf)];
+    let backends = [
+        ("auto", Backend::Auto),
+        ("session", Backend::Session),
+        ("multi", Backend::Multi),
+        ("perf", Backend::Perf),
+        ("perf-plain", Backend::PerfPlain),
+    ];
     s.choice("backend", &backends, &mut c.backend);
     s.integer("max_outstanding", 1..=200_000_000, &mut c.max_outstanding);
     s.integer("max_sites", 1..=4_194_304, &mut c.max_sites);

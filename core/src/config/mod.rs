@@ -150,6 +150,8 @@ pub enum Backend {
     Multi,
     /// One perf event per probe.
     Perf,
+    /// One perf event and one copy of the program per probe, as Linux 5.10 needs it.
+    PerfPlain,
 }
 
 /// Settings of the collector.

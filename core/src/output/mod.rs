@@ -3,5 +3,6 @@
 pub mod atomic;
 pub mod filters;
 pub mod report;
+pub mod snapshots;
 pub mod templates;
 pub mod text;

@@ -1,0 +1,159 @@
+//! Which probe set goes to which file of a process.
+
+use std::collections::HashMap;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use memleak_probes::{Attached, Library, elf};
+
+use super::{Collector, Watched};
+use crate::maps::{Backing, FileId, Mapping, Maps, open_mapped};
+use crate::process::ProcDir;
+use crate::{Error, Result};
+
+/// What became of one probe set in one process.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PluginStatus {
+    /// Name of the probe set.
+    pub probe_set: Arc<str>,
+    /// What became of it.
+    pub state: PluginState,
+}
+
+/// What became of a probe set.
+#[derive(Clone, Debug, PartialEq)]
+pub enum PluginState {
+    /// Attached to `file`.
+    Attached {
+        /// Path of the file as the process sees it. Hostile text.
+        file: String,
+        /// Its functions.
+        functions: Vec<Attached>,
+    },
+    /// The process maps nothing that provides it.
+    NotMapped,
+    /// It should be there and could not be attached.
+    Failed {
+        /// Path of the file as the process sees it. Hostile text.
+        file: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What was found out about files, by identity: many processes map the same ones.
+#[derive(Debug, Default)]
+pub(super) struct Libraries {
+    sonames: HashMap<FileId, Option<String>>,
+    /// By file and probe set: whether the executable defines all of the set's symbols.
+    defines: HashMap<(FileId, u32), bool>,
+}
+
+/// Most files that are remembered; beyond it the caches start anew.
+const MAX_FILES: usize = 16_384;
+
+impl Collector {
+    /// Attaches every probe set to the files of a process that provide it and have not been attached to yet.
+    pub(super) fn attach_to(&mut self, instance: u32) {
+        let Some(watched) = self.watched.get(&instance) else { return };
+        let process = Arc::clone(&watched.process);
+        let maps = ProcDir::open_same(process.pid, process.start_ticks).and_then(|dir| Ok((Maps::read(&dir)?, dir)));
+        let (maps, dir) = match maps {
+            Ok(found) => found,
+            Err(e) => return tracing::debug!(pid = process.pid, "nothing attached: {e:#}"),
+        };
+        let mut files: Vec<&Mapping> = Vec::new();
+        for mapping in maps.iter() {
+            let same = |m: &&Mapping| (m.dev, m.inode) == (mapping.dev, mapping.inode);
+            if mapping.perms.execute && matches!(mapping.backing, Backing::File { .. }) && !files.iter().any(same) {
+                files.push(mapping);
+            }
+        }
+        let mut found: Vec<PluginStatus> = Vec::new();
+        for mapping in files {
+            let name = mapping.name().unwrap_or_default();
+            if let Err(e) = self.attach_file(instance, &dir, mapping, &name, name == process.exe, &mut found) {
+                tracing::debug!(pid = process.pid, file = name, "not attached to: {e:#}");
+            }
+        }
+        let Some(Watched { status, .. }) = self.watched.get_mut(&instance) else { return };
+        for new in found {
+            status.retain(|s| s.probe_set != new.probe_set || matches!(s.state, PluginState::Attached { .. }));
+            status.push(new);
+        }
+        for plugin in &self.plugins {
+            if !status.iter().any(|s| *s.probe_set == *plugin.spec.name) {
+                status
+                    .push(PluginStatus { probe_set: plugin.spec.name.as_str().into(), state: PluginState::NotMapped });
+            }
+        }
+    }
+
+    /// Attaches every probe set that one mapped file provides.
+    fn attach_file(
+        &mut self,
+        instance: u32,
+        dir: &ProcDir,
+        mapping: &Mapping,
+        name: &str,
+        is_executable: bool,
+        found: &mut Vec<PluginStatus>,
+    ) -> Result<()> {
+        let file = open_mapped(dir, mapping)?;
+        let id = FileId::of(&file).map_err(|e| Error::io(format!("failed to look at {name}"), e))?;
+        // The very file that is mapped, whatever its name leads to now.
+        let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+        let library = Library { path, name: name.to_owned() };
+        if is_dynamic_linker(name)
+            && let Err(e) = self.tracker.attach_loader(instance, &library)
+        {
+            tracing::debug!(file = name, "loads of libraries will be noticed late: {e}");
+        }
+        let soname = self.libraries.soname(id, &library);
+        for plugin in &self.plugins {
+            let provides = plugin.matches_library(name, soname.as_deref())
+                || (is_executable && self.libraries.defines(id, &library, plugin));
+            if !provides {
+                continue;
+            }
+            let state = match self.tracker.attach(instance, &plugin.spec, &library) {
+                Ok(functions) if functions.is_empty() => continue, // was attached before
+                Ok(functions) => PluginState::Attached { file: name.to_owned(), functions },
+                Err(e) => PluginState::Failed { file: name.to_owned(), reason: e.to_string() },
+            };
+            found.push(PluginStatus { probe_set: plugin.spec.name.as_str().into(), state });
+        }
+        Ok(())
+    }
+}
+
+impl Libraries {
+    fn soname(&mut self, id: FileId, library: &Library) -> Option<String> {
+        if self.sonames.len() > MAX_FILES {
+            self.sonames.clear();
+        }
+        let read = || elf::read_soname(&library.path).ok().flatten();
+        self.sonames.entry(id).or_insert_with(read).clone()
+    }
+
+    /// True when an executable brings the plugin's allocator itself.
+    fn defines(&mut self, id: FileId, library: &Library, plugin: &crate::plugin::Plugin) -> bool {
+        let names: Vec<&str> = plugin.executable_defines().iter().map(String::as_str).collect();
+        if names.is_empty() {
+            return false;
+        }
+        if self.defines.len() > MAX_FILES {
+            self.defines.clear();
+        }
+        *self.defines.entry((id, plugin.spec.number)).or_insert_with(|| {
+            elf::read_symbols(&library.path, &names).is_ok_and(|s| names.iter().all(|n| s.functions.contains_key(*n)))
+        })
+    }
+}
+
+/// True for names of dynamic linkers: ld-linux-x86-64.so.2, ld-2.31.so, ld-musl-x86_64.so.1, musl's libc.so.
+fn is_dynamic_linker(path: &str) -> bool {
+    let name = path.rsplit('/').next().unwrap_or(path);
+    name.starts_with("ld-") || name.starts_with("ld.so") || name == "libc.so" || name.starts_with("libc.musl-")
+}

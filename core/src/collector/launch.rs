@@ -1,0 +1,175 @@
+//! Commands that the collector starts itself, watched from their first instruction.
+//!
+//! The child waits before exec until the kernel side knows it, and stops (SIGSTOP) right after exec, so that probes
+//! are attached before it runs; it stops again when its dynamic linker has mapped its libraries, before their
+//! constructors run. No debugger interface is involved. Should the collector die meanwhile, the kernel lets the child
+//! go on (parent-death signal SIGCONT).
+
+use std::io::{PipeReader, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Command, ExitStatus};
+use std::sync::mpsc;
+use std::thread;
+
+use super::{Collector, Notice};
+use crate::{Error, ErrorKind, Result};
+
+/// The dynamic linker calls its hook before and after mapping the libraries that a program names.
+const LOADS_AT_START: u32 = 2;
+
+/// A command that runs.
+pub(super) struct Launched {
+    pub(super) pid: u32,
+    name: String,
+    /// Names the process even when its pid has been given to another.
+    pidfd: OwnedFd,
+    /// Brings the exit status.
+    ended: mpsc::Receiver<std::io::Result<ExitStatus>>,
+}
+
+impl Collector {
+    /// Starts a command and begins to watch it.
+    pub(super) fn launch(&mut self, command: &[String]) -> Result<()> {
+        let name = command.join(" ");
+        let failed = |e| Error::io(format!("failed to start {name}"), e);
+        let (mut pid_reader, pid_writer) = std::io::pipe().map_err(failed)?;
+        let (go_reader, mut go_writer) = std::io::pipe().map_err(failed)?;
+        let (started_sender, started) = mpsc::channel();
+        let (ended_sender, ended) = mpsc::channel();
+        let mut child = child_command(command, pid_writer, go_reader);
+        // The thread that forks must live as long as the child: its end would be the "death" of the child's parent.
+        thread::Builder::new()
+            .name("launch".into())
+            .spawn(move || {
+                let spawned = child.spawn();
+                drop(child); // its pipe ends
+                match spawned {
+                    Ok(mut process) => {
+                        let _ = started_sender.send(Ok(()));
+                        let _ = ended_sender.send(process.wait());
+                    }
+                    Err(e) => drop(started_sender.send(Err(e))),
+                }
+            })
+            .map_err(failed)?;
+        let mut pid = [0; 4];
+        if let Err(e) = pid_reader.read_exact(&mut pid) {
+            // No child: its thread knows why.
+            let why = started.recv().ok().and_then(Result::err);
+            return Err(failed(why.unwrap_or(e)));
+        }
+        let pid = u32::from_ne_bytes(pid);
+        let pidfd = open_pidfd(pid).map_err(failed)?;
+        self.tracker.launch(pid)?;
+        go_writer.write_all(&[1]).map_err(failed)?;
+        match started.recv() {
+            Ok(Ok(())) => {}
+            Ok(Err(e)) => {
+                self.tracker.launch_done(pid);
+                return Err(failed(e));
+            }
+            Err(_) => {
+                return Err(Error::new(ErrorKind::Target, format!("failed to start {name}: its thread has gone")));
+            }
+        }
+        self.launched.push(Launched { pid, name, pidfd, ended });
+        Ok(())
+    }
+
+    /// Lets a launched process go on after a stop.
+    pub(super) fn go_on(&self, pid: u32) {
+        if let Some(launched) = self.launched.iter().find(|l| l.pid == pid) {
+            send_signal(&launched.pidfd, libc::SIGCONT);
+        }
+    }
+
+    /// The dynamic linker of a process has mapped or unmapped something.
+    pub(super) fn loaded(&mut self, instance: u32) {
+        let Some(watched) = self.watched.get_mut(&instance) else { return };
+        watched.loads += 1;
+        let (loads, pid) = (watched.loads, watched.process.pid);
+        let process = std::sync::Arc::clone(&watched.process);
+        self.symbolizer.refresh(instance);
+        self.attach_to(instance);
+        if self.launched.iter().any(|l| l.pid == pid) && loads <= LOADS_AT_START {
+            if loads == LOADS_AT_START {
+                if let Err(e) = self.tracker.set_stop_on_load(instance, false) {
+                    tracing::warn!(pid, "the process will stop briefly at each load of a library: {e}");
+                }
+                let status = self.watched.get(&instance).map(|w| w.status.clone()).unwrap_or_default();
+                self.notices.push(Notice::Watching(process, status));
+            }
+            self.go_on(pid);
+        }
+    }
+
+    /// Takes note of commands that have ended.
+    pub(super) fn reap(&mut self) {
+        let mut ended = Vec::new();
+        self.launched.retain(|l| match l.ended.try_recv() {
+            Err(mpsc::TryRecvError::Empty) => true,
+            result => {
+                ended.push((l.pid, l.name.clone(), result));
+                false
+            }
+        });
+        for (pid, name, result) in ended {
+            self.tracker.launch_done(pid);
+            if let Ok(Ok(status)) = result
+                && !status.success()
+            {
+                let how = status.signal().map_or_else(|| status.to_string(), |s| format!("killed by signal {s}"));
+                tracing::warn!(pid, "the command has ended: {name}: {how}");
+            }
+        }
+    }
+
+    /// Asks launched commands that still run to end (SIGTERM).
+    pub fn terminate_launched(&self) {
+        for launched in &self.launched {
+            send_signal(&launched.pidfd, libc::SIGTERM);
+            send_signal(&launched.pidfd, libc::SIGCONT);
+        }
+    }
+}
+
+/// The command, set up to report its pid and to wait before exec.
+fn child_command(command: &[String], mut pid_writer: std::io::PipeWriter, mut go_reader: PipeReader) -> Command {
+    let (program, arguments) = command.split_first().map_or(("", &[][..]), |(p, a)| (p.as_str(), a));
+    let mut child = Command::new(program);
+    child.args(arguments);
+    let parent = std::process::id();
+    // SAFETY: between fork and exec the closure makes system calls only: no allocation, no locks.
+    unsafe {
+        child.pre_exec(move || {
+            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGCONT) != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            // The parent may have died before the line above.
+            if libc::getppid().cast_unsigned() != parent {
+                return Err(std::io::Error::from_raw_os_error(libc::ESRCH));
+            }
+            pid_writer.write_all(&libc::getpid().to_ne_bytes())?;
+            go_reader.read_exact(&mut [0])
+        });
+    }
+    child
+}
+
+/// A descriptor for a child that has not been waited for (Linux 5.3).
+fn open_pidfd(pid: u32) -> std::io::Result<OwnedFd> {
+    // SAFETY: the call takes no pointers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    match i32::try_from(fd) {
+        // SAFETY: the kernel has just made this descriptor for us and nobody else owns it.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// Sends a signal; a process that has ended needs none.
+fn send_signal(pidfd: &OwnedFd, signal: libc::c_int) {
+    // SAFETY: a null siginfo is allowed; the descriptor is open.
+    unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, std::ptr::null::<u8>(), 0) };
+}

@@ -1,0 +1,478 @@
+//! The collector: watched processes in, snapshots out.
+//!
+//! Owns the kernel side ([`Tracker`]) and knows which processes are watched, which probe sets were attached to which
+//! of their files, and what the numbers in the maps mean. It decides nothing about leaks. [`Collector::poll`] follows
+//! the lives of processes, [`Collector::snapshot`] reads the totals.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use memleak_probes::{ErrorKind as ProbeErrorKind, ProcessEvent, SiteTotals, StackEnd, Tracker};
+
+use crate::config::{Backend, Config};
+use crate::plugin::{self, Plugin};
+use crate::process::{self, ProcessStat};
+use crate::snapshot::{Losses, Mode, Process, ProcessSample, Site, SiteKey, SiteSample, Snapshot, Totals};
+use crate::symbolize::{Symbolizer, site_id};
+use crate::target::Matcher;
+use crate::{Error, ErrorKind, Result};
+
+mod attach;
+mod cohorts;
+mod launch;
+
+pub use attach::{PluginState, PluginStatus};
+use cohorts::{Generations, SiteCohorts};
+use launch::Launched;
+
+/// Sites of a process instance that has ended are read once more and then forgotten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Life {
+    Running,
+    /// Has ended; the next snapshot is its last.
+    Ended,
+}
+
+/// A watched process instance.
+struct Watched {
+    process: Arc<Process>,
+    life: Life,
+    /// Its forked children are watched too: it descends from a launched command.
+    followed: bool,
+    status: Vec<PluginStatus>,
+    /// Events of the dynamic linker since a launch; see [`launch`].
+    loads: u32,
+    usage: process::Usage,
+}
+
+/// A site and what is needed to read its cohorts.
+struct KnownSite {
+    site: Arc<Site>,
+    cohorts: SiteCohorts,
+}
+
+/// Something about a process that people should know, once.
+#[derive(Clone, Debug)]
+pub enum Notice {
+    /// A process is watched now.
+    Watching(Arc<Process>, Vec<PluginStatus>),
+    /// A process has ended or runs another program.
+    Ended(Arc<Process>),
+    /// A process cannot be watched.
+    Failed {
+        /// Its process id.
+        pid: u32,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// See the module.
+pub struct Collector {
+    tracker: Tracker,
+    plugins: Vec<Plugin>,
+    matcher: Matcher,
+    /// Nothing can be added any more once all of these have ended: only pids and commands were asked for.
+    closed_set: bool,
+    watched: HashMap<u32, Watched>,
+    /// Pid and start of every process that is watched or has been refused.
+    known: HashSet<(u32, u64)>,
+    launched: Vec<Launched>,
+    symbolizer: Symbolizer,
+    sites: HashMap<SiteKey, KnownSite>,
+    generations: Generations,
+    libraries: attach::Libraries,
+    notices: Vec<Notice>,
+    next_instance: u32,
+    snapshots: u64,
+    started: Instant,
+    started_ns: u64,
+}
+
+impl Collector {
+    /// Loads the kernel side and starts watching what the settings name; launched commands run when this returns.
+    ///
+    /// # Errors
+    /// Wrong settings or manifests, a missing privilege or kernel feature, a pid that does not exist, or a command
+    /// that cannot be started.
+    pub fn start(config: &Config, trace_events: bool) -> Result<Collector> {
+        let plugins: Vec<Plugin> = plugin::load(&config.plugins)?.into_iter().filter(|p| p.enabled).collect();
+        if plugins.is_empty() {
+            return Err(Error::config("every probe set is switched off ([plugins.NAME] enabled = false)"));
+        }
+        let mut matcher = Matcher::new(&config.targets)?;
+        matcher.check_pids()?;
+        let c = &config.collector;
+        let tracker = Tracker::load(memleak_probes::Settings {
+            backend: match c.backend {
+                Backend::Auto => None,
+                Backend::Session => Some(memleak_probes::Backend::Session),
+                Backend::Multi => Some(memleak_probes::Backend::Multi),
+                Backend::Perf => Some(memleak_probes::Backend::Perf),
+                Backend::PerfPlain => Some(memleak_probes::Backend::PerfPlain),
+            },
+            max_outstanding: c.max_outstanding,
+            max_sites: c.max_sites,
+            max_threads: c.max_threads,
+            max_frames: c.max_frames,
+            min_size: c.min_size.0,
+            trace_events,
+        })?;
+        let searches = |t: &crate::config::TargetSpec| t.name.is_some() || t.exe.is_some() || t.cgroup.is_some();
+        let mut collector = Collector {
+            tracker,
+            plugins,
+            matcher,
+            closed_set: !config.targets.iter().any(|t| t.pid.is_empty() && searches(t)),
+            watched: HashMap::new(),
+            known: HashSet::new(),
+            launched: Vec::new(),
+            symbolizer: Symbolizer::new(),
+            sites: HashMap::new(),
+            generations: Generations::new(config.interval.as_secs_f64()),
+            libraries: attach::Libraries::default(),
+            notices: Vec::new(),
+            next_instance: 1,
+            snapshots: 0,
+            started: Instant::now(),
+            started_ns: monotonic_ns(),
+        };
+        for target in config.targets.iter().filter(|t| !t.command.is_empty()) {
+            collector.launch(&target.command)?;
+        }
+        collector.scan()?;
+        Ok(collector)
+    }
+
+    /// How uprobes are attached.
+    pub fn backend(&self) -> memleak_probes::Backend {
+        self.tracker.backend()
+    }
+
+    /// The kernel side, for `trace` and `doctor`.
+    pub fn tracker(&self) -> &Tracker {
+        &self.tracker
+    }
+
+    /// The symbolizer.
+    pub fn symbolizer(&mut self) -> &mut Symbolizer {
+        &mut self.symbolizer
+    }
+
+    /// Name of a probe set by its number.
+    pub fn probe_set_name(&self, number: u32) -> &str {
+        self.plugins.iter().find(|p| p.spec.number == number).map_or("?", |p| p.spec.name.as_str())
+    }
+
+    /// What people should know of since the last call.
+    pub fn take_notices(&mut self) -> Vec<Notice> {
+        std::mem::take(&mut self.notices)
+    }
+
+    /// True when every process has ended and none can come any more.
+    pub fn is_finished(&self) -> bool {
+        self.closed_set && self.watched.values().all(|w| w.life == Life::Ended) && self.launched.is_empty()
+    }
+
+    /// Number of processes that are watched now.
+    pub fn watching(&self) -> usize {
+        self.watched.values().filter(|w| w.life == Life::Running).count()
+    }
+
+    /// Processes watched now, with what became of each probe set.
+    pub fn statuses(&self) -> impl Iterator<Item = (&Arc<Process>, &[PluginStatus])> {
+        self.watched.values().map(|w| (&w.process, w.status.as_slice()))
+    }
+
+    /// Seconds since the collector started.
+    pub fn now_s(&self) -> f64 {
+        self.started.elapsed().as_secs_f64()
+    }
+
+    /// Waits for events of processes, at most `timeout`, and follows them.
+    ///
+    /// # Errors
+    /// When the kernel side cannot be read.
+    pub fn poll(&mut self, timeout: Duration) -> Result<()> {
+        self.tracker.poll(timeout)?;
+        while let Some(event) = self.tracker.next_process_event() {
+            match event {
+                ProcessEvent::Exit { instance, .. } => self.end(instance),
+                ProcessEvent::Exec { pid, instance } => {
+                    let followed = instance.and_then(|i| self.watched.get(&i)).is_some_and(|w| w.followed);
+                    if let Some(instance) = instance {
+                        self.end(instance);
+                    }
+                    self.started_program(pid, followed);
+                }
+                ProcessEvent::Fork { instance, child, .. } => {
+                    let followed = self.watched.get(&instance).is_some_and(|w| w.followed);
+                    self.started_program(child, followed);
+                }
+                ProcessEvent::Load { instance, .. } => self.loaded(instance),
+            }
+        }
+        self.reap();
+        Ok(())
+    }
+
+    /// Looks for processes that the settings name and that are not watched yet, and for watched ones that have gone.
+    ///
+    /// # Errors
+    /// When /proc cannot be read.
+    pub fn scan(&mut self) -> Result<()> {
+        for process in self.matcher.scan(&self.known)? {
+            self.watch(process.pid, false);
+        }
+        // Events of exits can be lost when their ring buffer is full.
+        let gone: Vec<u32> = (self.watched.iter())
+            .filter(|(_, w)| w.life == Life::Running && !process::is_alive(w.process.pid, w.process.start_ticks))
+            .map(|(i, _)| *i)
+            .collect();
+        for instance in gone {
+            self.end(instance);
+        }
+        Ok(())
+    }
+
+    /// A process runs a new program, or is a new child.
+    fn started_program(&mut self, pid: u32, followed: bool) {
+        let launched = self.launched.iter().any(|l| l.pid == pid);
+        if launched || followed {
+            self.watch(pid, true);
+        } else if let Ok(stat) = ProcessStat::read(pid)
+            && self.matcher.matches(&stat).is_some()
+        {
+            self.watch(pid, false);
+        }
+        if launched {
+            self.go_on(pid);
+        }
+    }
+
+    /// Starts watching a process.
+    fn watch(&mut self, pid: u32, followed: bool) {
+        let fail = |reason: String| Notice::Failed { pid, reason };
+        let stat = match ProcessStat::read(pid) {
+            Ok(stat) => stat,
+            // It ended meanwhile: nothing to say about most of what a machine starts.
+            Err(e) => return tracing::debug!(pid, "not watched: {e:#}"),
+        };
+        if self
+            .watched
+            .values()
+            .any(|w| w.life == Life::Running && w.process.pid == pid && w.process.start_ticks == stat.start_ticks)
+        {
+            return;
+        }
+        let instance = self.next_instance;
+        let launched = self.launched.iter().any(|l| l.pid == pid);
+        if let Err(e) = self.tracker.add_target(pid, instance, launched) {
+            self.known.insert((pid, stat.start_ticks));
+            self.notices.push(fail(e.to_string()));
+            return;
+        }
+        self.next_instance += 1;
+        self.known.insert((pid, stat.start_ticks));
+        let process = Arc::new(stat.to_process(instance));
+        if let Err(e) = self.symbolizer.observe(&process) {
+            tracing::debug!(pid, "mappings not read: {e:#}");
+        }
+        self.watched.insert(
+            instance,
+            Watched {
+                process: Arc::clone(&process),
+                life: Life::Running,
+                followed,
+                status: Vec::new(),
+                loads: 0,
+                usage: process::Usage { rss_bytes: stat.rss_bytes, cpu_s: stat.cpu_s },
+            },
+        );
+        self.attach_to(instance);
+        if !process::is_alive(pid, stat.start_ticks) {
+            return self.end(instance);
+        }
+        let status = self.watched.get(&instance).map(|w| w.status.clone()).unwrap_or_default();
+        // A launched program has not mapped its libraries yet.
+        if !launched {
+            self.notices.push(Notice::Watching(process, status));
+        }
+    }
+
+    /// Ends the watch of an instance; its last totals are read by the next snapshot.
+    fn end(&mut self, instance: u32) {
+        let Some(watched) = self.watched.get_mut(&instance) else { return };
+        if watched.life == Life::Ended {
+            return;
+        }
+        watched.life = Life::Ended;
+        self.known.remove(&(watched.process.pid, watched.process.start_ticks));
+        self.tracker.detach(instance);
+        self.notices.push(Notice::Ended(Arc::clone(&watched.process)));
+    }
+
+    /// Reads everything that is outstanding now.
+    ///
+    /// # Errors
+    /// When the maps cannot be read.
+    pub fn snapshot(&mut self) -> Result<Snapshot> {
+        let cpu_before = thread_cpu_s();
+        let mut raw = self.tracker.read_sites()?;
+        let time_s = self.now_s();
+        let wall_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
+        // A site's process may have been forgotten between two reads.
+        raw.retain(|(key, _)| self.watched.contains_key(&key.instance));
+        let mut sites = Vec::with_capacity(raw.len());
+        for (key, totals) in &raw {
+            let key = SiteKey { instance: key.instance, probe_set: key.probe_set, stack: key.stack };
+            if !self.sites.contains_key(&key) {
+                let site = self.new_site(key)?;
+                self.sites.insert(key, KnownSite { site, cohorts: SiteCohorts::default() });
+            }
+            if let Some(known) = self.sites.get_mut(&key) {
+                let age_ns = totals.last_allocation_ns.saturating_sub(self.started_ns);
+                sites.push(SiteSample {
+                    site: Arc::clone(&known.site),
+                    totals: to_totals(totals),
+                    last_allocation_s: age_ns as f64 / 1e9,
+                    cohorts: known.cohorts.read(&self.generations, totals, time_s),
+                    lifetimes: totals.lifetimes,
+                });
+            }
+        }
+        if self.generations.is_due(time_s) {
+            for (key, totals) in &raw {
+                let key = SiteKey { instance: key.instance, probe_set: key.probe_set, stack: key.stack };
+                if let Some(known) = self.sites.get_mut(&key) {
+                    known.cohorts.close_generation(&self.generations, totals);
+                }
+            }
+            self.generations.advance(time_s);
+            self.tracker.next_cohort();
+        }
+        sites.sort_by_key(|s| (std::cmp::Reverse(s.totals.outstanding_bytes()), s.site.key));
+        let processes = self.process_samples()?;
+        self.forget_ended()?;
+        self.snapshots += 1;
+        let collect_cpu_s = thread_cpu_s() - cpu_before;
+        Ok(Snapshot { number: self.snapshots, time_s, wall_s, processes, sites, collect_cpu_s })
+    }
+
+    fn new_site(&mut self, key: SiteKey) -> Result<Arc<Site>> {
+        let raw = memleak_probes::SiteKey { instance: key.instance, probe_set: key.probe_set, stack: key.stack };
+        let stack = self.tracker.read_stack(raw)?;
+        let process = self.watched.get(&key.instance).map(|w| Arc::clone(&w.process)).unwrap_or_default();
+        let (addresses, truncated, function) = match stack {
+            Some(stack) => {
+                let why = match stack.end {
+                    StackEnd::Walked => None,
+                    StackEnd::Cut => Some("the limit of frames was reached (collector.max_frames)"),
+                    StackEnd::Unreadable => Some("the stack could not be walked beyond the caller"),
+                };
+                (stack.addresses, why, self.tracker.function_name(stack.name).to_owned())
+            }
+            None => (Vec::new(), Some("there was no room for the stack (collector.max_sites)"), String::new()),
+        };
+        let probe_set: Arc<str> = self.probe_set_name(key.probe_set).into();
+        let frames = self.symbolizer.normalize(key.instance, &addresses);
+        let id = site_id(&process.exe, &probe_set, &function, &frames);
+        Ok(Arc::new(Site {
+            key,
+            id,
+            process,
+            probe_set,
+            function: function.into(),
+            addresses,
+            truncated: truncated.map(Arc::from),
+            frames: std::sync::OnceLock::new(),
+        }))
+    }
+
+    fn process_samples(&mut self) -> Result<Vec<ProcessSample>> {
+        let mut samples = Vec::with_capacity(self.watched.len());
+        let cost_s = self.tracker.cost_per_hit_ns() / 1e9;
+        for (instance, watched) in &mut self.watched {
+            let counters = self.tracker.read_counters(*instance)?;
+            let alive = watched.life == Life::Running;
+            if alive && let Ok(usage) = process::usage(watched.process.pid, watched.process.start_ticks) {
+                watched.usage = usage;
+            }
+            samples.push(ProcessSample {
+                process: Arc::clone(&watched.process),
+                alive,
+                mode: Mode::Exact,
+                hits: counters.hits,
+                unmatched_frees: counters.unmatched_frees,
+                losses: Losses {
+                    outstanding_full: counters.outstanding_full,
+                    sites_full: counters.sites_full,
+                    stacks_full: counters.stacks_full,
+                    stacks_failed: counters.stacks_failed,
+                    threads_full: counters.threads_full,
+                    missed_returns: counters.missed_returns,
+                    implicit_frees: counters.implicit_frees,
+                    partial_ranges: counters.partial_ranges,
+                    pointers_unreadable: counters.pointers_unreadable,
+                    events_dropped: counters.events_dropped,
+                },
+                rss_bytes: alive.then_some(watched.usage.rss_bytes),
+                cpu_s: Some(watched.usage.cpu_s),
+                overhead_s: counters.hits as f64 * cost_s,
+            });
+        }
+        samples.sort_by_key(|p| p.process.instance);
+        Ok(samples)
+    }
+
+    /// Drops what the kernel side knows of processes that have ended: this snapshot was their last.
+    fn forget_ended(&mut self) -> Result<()> {
+        let ended: Vec<u32> = self.watched.iter().filter(|(_, w)| w.life == Life::Ended).map(|(i, _)| *i).collect();
+        for instance in ended {
+            self.tracker.forget(instance)?;
+            self.watched.remove(&instance);
+            self.sites.retain(|key, _| key.instance != instance);
+        }
+        Ok(())
+    }
+}
+
+fn to_totals(totals: &SiteTotals) -> Totals {
+    Totals {
+        allocated_bytes: totals.allocated_bytes,
+        allocated_count: totals.allocated_count,
+        freed_bytes: totals.freed_bytes,
+        freed_count: totals.freed_count,
+    }
+}
+
+/// CLOCK_MONOTONIC in nanoseconds, the kernel side's clock.
+fn monotonic_ns() -> u64 {
+    clock_ns(libc::CLOCK_MONOTONIC)
+}
+
+/// CPU time of this thread in seconds.
+fn thread_cpu_s() -> f64 {
+    clock_ns(libc::CLOCK_THREAD_CPUTIME_ID) as f64 / 1e9
+}
+
+fn clock_ns(clock: libc::clockid_t) -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is a valid timespec for the kernel to write.
+    if unsafe { libc::clock_gettime(clock, &raw mut time) } != 0 {
+        return 0;
+    }
+    time.tv_sec.unsigned_abs() * 1_000_000_000 + time.tv_nsec.unsigned_abs()
+}
+
+impl From<memleak_probes::Error> for Error {
+    fn from(error: memleak_probes::Error) -> Self {
+        let kind = match error.kind() {
+            ProbeErrorKind::Permission => ErrorKind::Permission,
+            ProbeErrorKind::Target => ErrorKind::Target,
+            _ => ErrorKind::Kernel,
+        };
+        Error::new(kind, error.to_string())
+    }
+}

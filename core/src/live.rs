@@ -1,0 +1,243 @@
+//! The live view: what is going on, at each interval.
+//!
+//! On a terminal a small page that is redrawn in place; elsewhere a line per interval and one per change, so that a
+//! log of it reads well. Makes text, writes nothing.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use crate::alert::{Alert, AlertEvent, Status};
+use crate::collector::{Notice, PluginState};
+use crate::finding::Severity;
+use crate::history::History;
+use crate::output::report::heading;
+use crate::output::text::{clip, visible};
+use crate::selfstats::OwnCost;
+use crate::snapshot::{Mode, ProcessSample, Site, Snapshot};
+use crate::stats::theil_sen_slope;
+use crate::units::{format_bytes, format_duration_s, format_rate};
+
+/// Functions of a stack that fit a line.
+const STACK_HEAD: usize = 4;
+
+/// The numbers of a site that the view shows.
+struct Row<'a> {
+    site: &'a Site,
+    bytes: u64,
+    count: u64,
+    growth: f64,
+    alert: Option<&'a Alert>,
+}
+
+/// What the view is made from.
+pub struct View<'a> {
+    /// The newest snapshot.
+    pub snapshot: &'a Snapshot,
+    /// Its history.
+    pub history: &'a History,
+    /// Alerts that fire, most severe first.
+    pub alerts: &'a [&'a Alert],
+    /// Sites to show.
+    pub sites: usize,
+    /// How long the run takes; `None` until stopped.
+    pub duration: Option<Duration>,
+    /// What the collector has cost so far.
+    pub own: OwnCost,
+}
+
+impl View<'_> {
+    /// One line with the totals.
+    pub fn summary(&self) -> String {
+        let totals = self.snapshot.totals();
+        let alive = self.snapshot.processes.iter().filter(|p| p.alive).count();
+        let exact = self.snapshot.processes.iter().all(|p| p.mode == Mode::Exact);
+        let lost = self.snapshot.losses().total();
+        let mut line = format!(
+            "{:>7}  {} process{} {}  {} outstanding in {} blocks  {}",
+            format_duration_s(self.snapshot.time_s.round()),
+            alive,
+            if alive == 1 { "" } else { "es" },
+            if exact { "exact" } else { "estimated" },
+            format_bytes(totals.outstanding_bytes()),
+            totals.outstanding_count(),
+            signed_rate(slope(self.history.totals().samples())),
+        );
+        if let Some(share) = overhead(&self.snapshot.processes) {
+            let _ = write!(line, "  overhead ~{:.1} % of their CPU time (estimate)", share * 100.0);
+        }
+        let _ = write!(line, "  lost {lost}");
+        if !self.alerts.is_empty() {
+            let _ = write!(line, "  {} alert{}", self.alerts.len(), if self.alerts.len() == 1 { "" } else { "s" });
+        }
+        line
+    }
+
+    /// The page for a terminal of this size (columns, lines), with colours.
+    pub fn page(&self, columns: usize, lines: usize) -> String {
+        let mut out = String::new();
+        let left = self.duration.map(|d| format!(" of {}", format_duration_s(d.as_secs_f64()))).unwrap_or_default();
+        let own = self.own.cpu_s.map(|s| format!("  own CPU {s:.2} s")).unwrap_or_default();
+        let memory = self.own.rss_bytes.map(|b| format!(", {}", format_bytes(b))).unwrap_or_default();
+        push_line(&mut out, columns, &format!("memleak{left}{own}{memory}    ctrl-c ends, with a report"), DIM);
+        push_line(&mut out, columns, &self.summary(), BOLD);
+        for (name, count) in self.snapshot.losses().entries().into_iter().filter(|(_, n)| *n > 0) {
+            push_line(&mut out, columns, &format!("         lost: {count} {}", name.replace('_', " ")), YELLOW);
+        }
+        push_line(&mut out, columns, "", "");
+        push_line(&mut out, columns, &format!("{:>10} {:>9} {:>14}  SITE", "BYTES", "BLOCKS", "GROWTH"), DIM);
+        let room = lines.saturating_sub(out.lines().count() + self.alerts.len().min(5) + 3).max(3);
+        for row in self.rows().into_iter().take(room) {
+            let colour = row.alert.map_or("", |a| colour(a.severity));
+            push_line(&mut out, columns, &row.line(), colour);
+        }
+        if !self.alerts.is_empty() {
+            push_line(&mut out, columns, "", "");
+        }
+        for alert in self.alerts.iter().take(5) {
+            push_line(&mut out, columns, &alert_line(alert), colour(alert.severity));
+        }
+        out
+    }
+
+    /// Sites by leaked bytes: those with an alert first, then by growth and size.
+    fn rows(&self) -> Vec<Row<'_>> {
+        let mut rows: Vec<Row<'_>> = (self.history.live_sites())
+            .filter(|h| h.latest.totals.outstanding_bytes() > 0)
+            .map(|h| Row {
+                site: h.site(),
+                bytes: h.latest.totals.outstanding_bytes(),
+                count: h.latest.totals.outstanding_count(),
+                growth: 0.0,
+                alert: self.alerts.iter().find(|a| a.site.key == h.site().key).copied(),
+            })
+            .collect();
+        rows.sort_by_key(|r| (std::cmp::Reverse((r.alert.map(|a| a.severity), r.bytes)), r.site.key));
+        rows.truncate(if self.sites == 0 { usize::MAX } else { self.sites });
+        for row in &mut rows {
+            row.growth = self.history.site(row.site.key).map_or(0.0, |h| slope(h.series.samples()));
+        }
+        rows
+    }
+}
+
+impl Row<'_> {
+    fn line(&self) -> String {
+        let process = &self.site.process;
+        let who = format!("{} [{} {}]", stack_head(self.site), process.pid, visible(&process.comm));
+        format!("{:>10} {:>9} {:>14}  {who}", format_bytes(self.bytes), self.count, signed_rate(self.growth))
+    }
+}
+
+/// The functions that tell a site apart, innermost first.
+pub fn stack_head(site: &Site) -> String {
+    let frames = site.frames();
+    let start = heading(frames).unwrap_or(0);
+    let mut names: Vec<String> = Vec::new();
+    for frame in frames.iter().skip(start).take(STACK_HEAD) {
+        let name = match (&frame.function, &frame.module) {
+            (Some(function), _) => clip(&visible(function), 60).into_owned(),
+            (None, Some(module)) => {
+                format!("{}+0x{:x}", visible(module.rsplit('/').next().unwrap_or(module)), frame.offset)
+            }
+            (None, None) => format!("0x{:x}", frame.address),
+        };
+        names.push(match (names.is_empty(), &frame.file, frame.line) {
+            (true, Some(file), Some(line)) => {
+                format!("{name} ({}:{line})", visible(file.rsplit('/').next().unwrap_or(file)))
+            }
+            _ => name,
+        });
+    }
+    if names.is_empty() {
+        return site.addresses.first().map_or_else(|| "no stack".into(), |a| format!("0x{a:x}"));
+    }
+    names.join(" < ")
+}
+
+/// An alert that fires, in one line.
+fn alert_line(alert: &Alert) -> String {
+    format!(
+        "{} {}: {} {}",
+        alert.severity.as_str().to_uppercase(),
+        visible(&alert.rule),
+        stack_head(&alert.site),
+        visible(&alert.reason)
+    )
+}
+
+/// A change of an alert, in one line.
+pub fn event_line(event: &AlertEvent) -> String {
+    match event.alert.status {
+        Status::Firing => alert_line(&event.alert),
+        Status::Resolved => format!("resolved {}: {}", visible(&event.alert.rule), stack_head(&event.alert.site)),
+    }
+}
+
+/// What happened to a process, in one line.
+pub fn notice_line(notice: &Notice) -> String {
+    match notice {
+        Notice::Watching(process, status) => {
+            let mut parts = Vec::new();
+            for s in status {
+                match &s.state {
+                    PluginState::Attached { file, functions } => {
+                        let probes = functions.iter().filter(|f| f.placement.is_ok()).count();
+                        parts.push(format!("{} in {} ({probes} functions)", s.probe_set, visible(file)));
+                    }
+                    PluginState::Failed { file, reason } => {
+                        parts.push(format!("{} FAILED in {}: {}", s.probe_set, visible(file), visible(reason)));
+                    }
+                    PluginState::NotMapped => {}
+                }
+            }
+            if parts.is_empty() {
+                parts.push(
+                    "no probe set matches what it has mapped: is its allocator linked statically into a stripped binary? \
+                     See memleak doctor -p PID"
+                        .into(),
+                );
+            }
+            format!("watching {} {}: {}", process.pid, visible(&process.comm), parts.join(", "))
+        }
+        Notice::Ended(process) => format!("ended {} {}", process.pid, visible(&process.comm)),
+        Notice::Failed { pid, reason } => format!("failed to watch process {pid}: {}", visible(reason)),
+    }
+}
+
+const BOLD: &str = "\x1b[1m";
+const DIM: &str = "\x1b[2m";
+const YELLOW: &str = "\x1b[33m";
+const RESET: &str = "\x1b[0m";
+
+fn colour(severity: Severity) -> &'static str {
+    match severity {
+        Severity::Info => "\x1b[36m",
+        Severity::Warning => YELLOW,
+        Severity::Critical => "\x1b[31m",
+    }
+}
+
+fn push_line(out: &mut String, columns: usize, text: &str, style: &str) {
+    let text = clip(text, columns.max(20));
+    if style.is_empty() {
+        let _ = writeln!(out, "{text}");
+    } else {
+        let _ = writeln!(out, "{style}{text}{RESET}");
+    }
+}
+
+fn slope(samples: &[crate::history::Sample]) -> f64 {
+    let points: Vec<(f64, f64)> = samples.iter().map(|s| (s.time_s, s.totals.outstanding_bytes() as f64)).collect();
+    theil_sen_slope(&points)
+}
+
+fn signed_rate(rate: f64) -> String {
+    let sign = if rate > 0.0 { "+" } else { "" };
+    format!("{sign}{}", format_rate(rate))
+}
+
+/// Estimated cost of tracing as a share of the CPU time that the processes have used; `None` when that is unknown.
+fn overhead(processes: &[ProcessSample]) -> Option<f64> {
+    let (cost, used) = processes.iter().fold((0.0, 0.0), |(c, u), p| (c + p.overhead_s, u + p.cpu_s.unwrap_or(0.0)));
+    (used > 0.0).then(|| cost / used)
+}

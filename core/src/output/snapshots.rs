@@ -1,0 +1,115 @@
+//! A snapshot as one line of JSON, for `--json`. The fields are documented in `docs/json.md`.
+
+use serde::Serialize;
+
+use crate::history::{History, SiteHistory};
+use crate::snapshot::{Cohort, Losses, Mode, ProcessSample, SiteSample, Snapshot, Totals};
+use crate::symbolize::Frame;
+
+/// The line.
+#[derive(Debug, Serialize)]
+pub struct SnapshotLine<'a> {
+    r#type: &'static str,
+    number: u64,
+    time: String,
+    time_s: f64,
+    processes: Vec<ProcessLine<'a>>,
+    totals: TotalsLine,
+    /// Number of sites, also of those that are not listed.
+    sites_total: usize,
+    sites: Vec<SiteLine<'a>>,
+}
+
+#[derive(Debug, Serialize)]
+struct ProcessLine<'a> {
+    pid: u32,
+    comm: &'a str,
+    exe: &'a str,
+    alive: bool,
+    mode: Mode,
+    hits: u64,
+    unmatched_frees: u64,
+    rss_bytes: Option<u64>,
+    cpu_s: Option<f64>,
+    overhead_s: f64,
+    losses: Losses,
+}
+
+#[derive(Debug, Serialize)]
+struct TotalsLine {
+    #[serde(flatten)]
+    totals: Totals,
+    outstanding_bytes: u64,
+    outstanding_count: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct SiteLine<'a> {
+    id: String,
+    pid: u32,
+    probe_set: &'a str,
+    function: &'a str,
+    #[serde(flatten)]
+    totals: TotalsLine,
+    oldest_age_s: f64,
+    cohorts: &'a [Cohort],
+    frames: &'a [Frame],
+    truncated: Option<&'a str>,
+}
+
+impl From<Totals> for TotalsLine {
+    fn from(totals: Totals) -> Self {
+        TotalsLine {
+            outstanding_bytes: totals.outstanding_bytes(),
+            outstanding_count: totals.outstanding_count(),
+            totals,
+        }
+    }
+}
+
+impl<'a> SnapshotLine<'a> {
+    /// The line for a snapshot that `history` has taken in, with the first `sites` sites. Frames that have not been
+    /// symbolized are empty.
+    pub fn new(snapshot: &'a Snapshot, history: &History, sites: usize) -> Self {
+        let age =
+            |s: &SiteSample| history.site(s.site.key).map_or(0.0, |h: &SiteHistory| h.oldest_age_s(snapshot.time_s));
+        SnapshotLine {
+            r#type: "snapshot",
+            number: snapshot.number,
+            time: crate::units::format_time_utc(snapshot.wall_s),
+            time_s: snapshot.time_s,
+            processes: snapshot.processes.iter().map(process).collect(),
+            totals: snapshot.totals().into(),
+            sites_total: snapshot.sites.len(),
+            sites: (snapshot.sites.iter().take(sites))
+                .map(|s| SiteLine {
+                    id: format!("{:016x}", s.site.id),
+                    pid: s.site.process.pid,
+                    probe_set: &s.site.probe_set,
+                    function: &s.site.function,
+                    totals: s.totals.into(),
+                    oldest_age_s: age(s),
+                    cohorts: &s.cohorts,
+                    frames: s.site.frames(),
+                    truncated: s.site.truncated.as_deref(),
+                })
+                .collect(),
+        }
+    }
+}
+
+fn process(p: &ProcessSample) -> ProcessLine<'_> {
+    ProcessLine {
+        pid: p.process.pid,
+        comm: &p.process.comm,
+        exe: &p.process.exe,
+        alive: p.alive,
+        mode: p.mode,
+        hits: p.hits,
+        unmatched_frees: p.unmatched_frees,
+        rss_bytes: p.rss_bytes,
+        cpu_s: p.cpu_s,
+        overhead_s: p.overhead_s,
+        losses: p.losses,
+    }
+}
