@@ -75,7 +75,9 @@ pub struct Alert {
 pub struct AlertEvent {
     /// The alert after the change.
     pub alert: Alert,
-    /// Wall-clock time of the change, seconds since 1970.
+    /// Time of the change, seconds since the collector started.
+    pub time_s: f64,
+    /// The same by the wall clock, seconds since 1970.
     pub wall_s: f64,
     /// How the figures were obtained.
     pub mode: Mode,
@@ -307,6 +309,7 @@ impl AlertEvent {
             h.series.samples().iter().map(|s| (s.time_s, s.totals.outstanding_bytes() as f64)).collect()
         });
         AlertEvent {
+            time_s: now_s,
             wall_s,
             mode: process.map_or(Mode::default(), |p| p.mode),
             growth_bytes_per_s: theil_sen_slope(&points),

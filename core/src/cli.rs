@@ -420,6 +420,14 @@ pub fn write_man(subcommand: Option<&str>, out: &mut dyn Write) -> Result<()> {
     write_all(out, &page, "the manual page")
 }
 
+/// Prints what was asked for.
+///
+/// # Errors
+/// Standard output cannot be written; a closed pipe counts as success.
+pub fn print(text: &str) -> Result<()> {
+    write_all(&mut io::stdout(), text.as_bytes(), "to standard output")
+}
+
 fn write_all(out: &mut dyn Write, bytes: &[u8], what: &str) -> Result<()> {
     match out.write_all(bytes).and_then(|()| out.flush()) {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Error::io(format!("failed to write {what}"), e)),

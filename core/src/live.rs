@@ -7,15 +7,23 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use crate::alert::{Alert, AlertEvent, Status};
-use crate::collector::{Notice, PluginState};
+use crate::collector::{Notice, PluginState, PluginStatus};
 use crate::finding::Severity;
 use crate::history::History;
 use crate::output::report::heading;
 use crate::output::text::{clip, visible};
 use crate::selfstats::OwnCost;
-use crate::snapshot::{Mode, ProcessSample, Site, Snapshot};
+use crate::snapshot::{Mode, Process, ProcessSample, Site, Snapshot};
 use crate::stats::theil_sen_slope;
+use crate::symbolize::Frame;
 use crate::units::{format_bytes, format_duration_s, format_rate};
+
+/// Longest function name in a line, in characters.
+const LONGEST_NAME: usize = 60;
+/// What to say when nothing is found to attach to.
+const NO_ALLOCATOR: &str = "none of the probe sets that are on finds its functions in what the process has mapped; a \
+    statically linked and stripped program has no symbols to find them by, another allocator needs its own probe set \
+    (plugins.dir)";
 
 /// Functions of a stack that fit a line.
 const STACK_HEAD: usize = 4;
@@ -132,26 +140,42 @@ impl Row<'_> {
 pub fn stack_head(site: &Site) -> String {
     let frames = site.frames();
     let start = heading(frames).unwrap_or(0);
-    let mut names: Vec<String> = Vec::new();
-    for frame in frames.iter().skip(start).take(STACK_HEAD) {
-        let name = match (&frame.function, &frame.module) {
-            (Some(function), _) => clip(&visible(function), 60).into_owned(),
-            (None, Some(module)) => {
-                format!("{}+0x{:x}", visible(module.rsplit('/').next().unwrap_or(module)), frame.offset)
-            }
-            (None, None) => format!("0x{:x}", frame.address),
-        };
-        names.push(match (names.is_empty(), &frame.file, frame.line) {
-            (true, Some(file), Some(line)) => {
-                format!("{name} ({}:{line})", visible(file.rsplit('/').next().unwrap_or(file)))
-            }
-            _ => name,
-        });
+    let mut names: Vec<String> = frames.iter().skip(start).take(STACK_HEAD).map(frame_name).collect();
+    if let (Some(first), Some(Frame { file: Some(file), line: Some(line), .. })) = (names.first_mut(), frames.get(start)) {
+        *first = format!("{first} ({}:{line})", visible(file_name(file)));
     }
     if names.is_empty() {
         return site.addresses.first().map_or_else(|| "no stack".into(), |a| format!("0x{a:x}"));
     }
     names.join(" < ")
+}
+
+/// A frame in a word: its function, or module and offset, or the address.
+pub fn frame_name(frame: &Frame) -> String {
+    match (&frame.function, &frame.module) {
+        (Some(function), _) => clip(&visible(function), LONGEST_NAME).into_owned(),
+        (None, Some(module)) => format!("{}+0x{:x}", visible(file_name(module)), frame.offset),
+        (None, None) => format!("0x{:x}", frame.address),
+    }
+}
+
+fn file_name(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or(path)
+}
+
+/// Why a process is not watched although it was named; `None` when some probe set is attached.
+pub fn why_not_attached(process: &Process, statuses: &[PluginStatus]) -> Option<String> {
+    if statuses.iter().any(|s| matches!(s.state, PluginState::Attached { .. })) {
+        return None;
+    }
+    let failures: Vec<String> = (statuses.iter())
+        .filter_map(|s| match &s.state {
+            PluginState::Failed { file, reason } => Some(format!("{} in {}: {}", s.probe_set, visible(file), visible(reason))),
+            _ => None,
+        })
+        .collect();
+    let why = if failures.is_empty() { NO_ALLOCATOR.to_owned() } else { failures.join(", ") };
+    Some(format!("process {} {}: {why}", process.pid, visible(&process.comm)))
 }
 
 /// An alert that fires, in one line.
@@ -191,11 +215,7 @@ pub fn notice_line(notice: &Notice) -> String {
                 }
             }
             if parts.is_empty() {
-                parts.push(
-                    "no probe set matches what it has mapped: is its allocator linked statically into a stripped binary? \
-                     See memleak doctor -p PID"
-                        .into(),
-                );
+                parts.push(NO_ALLOCATOR.into());
             }
             format!("watching {} {}: {}", process.pid, visible(&process.comm), parts.join(", "))
         }

@@ -1,1 +1,56 @@
-fn main() {}
+//! The `memleak` program: parse, run, exit code.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+use memleak_core::check;
+use memleak_core::cli::{self, Cli, Command, Invocation};
+use memleak_core::engine::{self, Output};
+use memleak_core::stop::Stop;
+use memleak_core::{Result, doctor, trace};
+
+/// Nothing found.
+const CLEAN: u8 = 0;
+/// At least one alert was raised.
+const FINDINGS: u8 = 1;
+/// It could not run.
+const FAILED: u8 = 2;
+
+fn main() -> ExitCode {
+    let result = Cli::parse().resolve().and_then(run);
+    ExitCode::from(result.unwrap_or_else(|e| {
+        if cli::is_closed_pipe(&e) {
+            return CLEAN;
+        }
+        // Nothing is left to do when standard error is closed too.
+        let _ = writeln!(io::stderr(), "memleak: {e:#}");
+        FAILED
+    }))
+}
+
+fn run(invocation: Invocation) -> Result<u8> {
+    let Invocation { command, config, verbosity } = invocation;
+    engine::start_log(verbosity);
+    match command {
+        Command::Run { quiet, json } => {
+            let raised = engine::run(&config, Output { quiet, json }, &Stop::listen()?)?;
+            Ok(if raised { FINDINGS } else { CLEAN })
+        }
+        Command::Check => {
+            let problems = check::check(&config);
+            for problem in &problems {
+                eprintln!("memleak: {problem:#}");
+            }
+            Ok(if problems.is_empty() { CLEAN } else { FAILED })
+        }
+        Command::Doctor { pids } => {
+            let (text, good) = doctor::run(&config, &pids);
+            cli::print(&text)?;
+            Ok(if good { CLEAN } else { FAILED })
+        }
+        Command::Trace { json } => trace::run(&config, json, &Stop::listen()?).map(|()| CLEAN),
+        Command::Completions(shell) => cli::write_completions(shell, &mut io::stdout()).map(|()| CLEAN),
+        Command::Man(subcommand) => cli::write_man(subcommand.as_deref(), &mut io::stdout()).map(|()| CLEAN),
+    }
+}

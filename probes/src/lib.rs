@@ -32,3 +32,12 @@ pub use features::{Backend, Features};
 pub use reader::{Counters, SiteKey, SiteTotals, Stack, StackEnd};
 pub use tracker::{Attached, FunctionSpec, Library, ProbeSetSpec, Returns, Role, Settings, Size, Tracker};
 pub use types::{COHORTS, LIFETIME_CLASSES, MAX_DOMAINS, MAX_FRAMES, MAX_TARGETS};
+
+/// Sends libbpf's own messages to `tracing` instead of standard error: its explanations of a refused program are for
+/// those who ask for them.
+pub fn forward_libbpf_messages() {
+    fn forward(_level: libbpf_rs::PrintLevel, message: String) {
+        tracing::debug!(target: "libbpf", "{}", message.trim_end());
+    }
+    libbpf_rs::set_print(Some((libbpf_rs::PrintLevel::Info, forward)));
+}

@@ -90,7 +90,9 @@ impl Collector {
         watched.loads += 1;
         let (loads, pid) = (watched.loads, watched.process.pid);
         let process = std::sync::Arc::clone(&watched.process);
-        self.symbolizer.refresh(instance);
+        if let Err(e) = self.symbolizer.refresh(instance) {
+            tracing::debug!(pid, "mappings not read again: {e:#}");
+        }
         self.attach_to(instance);
         if self.launched.iter().any(|l| l.pid == pid) && loads <= LOADS_AT_START {
             if loads == LOADS_AT_START {

@@ -26,6 +26,9 @@ pub use attach::{PluginState, PluginStatus};
 use cohorts::{Generations, SiteCohorts};
 use launch::Launched;
 
+/// Most sites of a process that are symbolized when it ends, largest first: nobody can do it later.
+const NAMED_AT_END: usize = 200;
+
 /// Sites of a process instance that has ended are read once more and then forgotten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Life {
@@ -155,13 +158,13 @@ impl Collector {
         &self.tracker
     }
 
-    /// The symbolizer.
-    pub fn symbolizer(&mut self) -> &mut Symbolizer {
-        &mut self.symbolizer
+    /// Fills the site's frames, unless that has been done.
+    pub fn symbolize(&mut self, site: &Site) {
+        self.symbolizer.symbolize(site);
     }
 
     /// Name of a probe set by its number.
-    pub fn probe_set_name(&self, number: u32) -> &str {
+    fn probe_set_name(&self, number: u32) -> &str {
         self.plugins.iter().find(|p| p.spec.number == number).map_or("?", |p| p.spec.name.as_str())
     }
 
@@ -175,9 +178,9 @@ impl Collector {
         self.closed_set && self.watched.values().all(|w| w.life == Life::Ended) && self.launched.is_empty()
     }
 
-    /// Number of processes that are watched now.
-    pub fn watching(&self) -> usize {
-        self.watched.values().filter(|w| w.life == Life::Running).count()
+    /// True when the settings name processes by pid and nothing else: then there is nothing to wait for.
+    pub fn wants_named_processes(&self) -> bool {
+        self.closed_set && self.launched.is_empty() && self.next_instance > 1
     }
 
     /// Processes watched now, with what became of each probe set.
@@ -327,10 +330,7 @@ impl Collector {
         let mut sites = Vec::with_capacity(raw.len());
         for (key, totals) in &raw {
             let key = SiteKey { instance: key.instance, probe_set: key.probe_set, stack: key.stack };
-            if !self.sites.contains_key(&key) {
-                let site = self.new_site(key)?;
-                self.sites.insert(key, KnownSite { site, cohorts: SiteCohorts::default() });
-            }
+            self.site(key)?;
             if let Some(known) = self.sites.get_mut(&key) {
                 let age_ns = totals.last_allocation_ns.saturating_sub(self.started_ns);
                 sites.push(SiteSample {
@@ -354,10 +354,23 @@ impl Collector {
         }
         sites.sort_by_key(|s| (std::cmp::Reverse(s.totals.outstanding_bytes()), s.site.key));
         let processes = self.process_samples()?;
-        self.forget_ended()?;
+        self.forget_ended(&sites)?;
         self.snapshots += 1;
         let collect_cpu_s = thread_cpu_s() - cpu_before;
         Ok(Snapshot { number: self.snapshots, time_s, wall_s, processes, sites, collect_cpu_s })
+    }
+
+    /// The site of a key that the kernel side has used.
+    ///
+    /// # Errors
+    /// When the map of stacks cannot be read.
+    pub fn site(&mut self, key: SiteKey) -> Result<Arc<Site>> {
+        if let Some(known) = self.sites.get(&key) {
+            return Ok(Arc::clone(&known.site));
+        }
+        let site = self.new_site(key)?;
+        self.sites.insert(key, KnownSite { site: Arc::clone(&site), cohorts: SiteCohorts::default() });
+        Ok(site)
     }
 
     fn new_site(&mut self, key: SiteKey) -> Result<Arc<Site>> {
@@ -426,10 +439,16 @@ impl Collector {
         Ok(samples)
     }
 
-    /// Drops what the kernel side knows of processes that have ended: this snapshot was their last.
-    fn forget_ended(&mut self) -> Result<()> {
+    /// Drops what is known of processes that have ended: this snapshot was their last. Their largest sites are named
+    /// before, for the report.
+    fn forget_ended(&mut self, sites: &[SiteSample]) -> Result<()> {
         let ended: Vec<u32> = self.watched.iter().filter(|(_, w)| w.life == Life::Ended).map(|(i, _)| *i).collect();
         for instance in ended {
+            let theirs = sites.iter().filter(|s| s.site.key.instance == instance && s.totals.outstanding_bytes() > 0);
+            for sample in theirs.take(NAMED_AT_END) {
+                self.symbolizer.symbolize(&sample.site);
+            }
+            self.symbolizer.purge(instance);
             self.tracker.forget(instance)?;
             self.watched.remove(&instance);
             self.sites.retain(|key, _| key.instance != instance);

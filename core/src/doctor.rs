@@ -1,0 +1,131 @@
+//! `memleak doctor`: what this kernel and a process allow, and what is missing.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use memleak_probes::Features;
+
+use crate::collector::{Collector, PluginState};
+use crate::config::{Config, TargetSpec};
+use crate::output::text::visible;
+use crate::{Error, Result};
+
+/// How long a process is counted to predict the overhead.
+const COUNT: Duration = Duration::from_secs(1);
+
+/// The text; the flag is false when memleak could not run here, or not on one of the processes.
+pub fn run(config: &Config, pids: &[u32]) -> (String, bool) {
+    let mut out = String::new();
+    let _ = writeln!(out, "memleak {} on Linux {}", env!("CARGO_PKG_VERSION"), kernel_release());
+    match Features::detect() {
+        Err(e) => {
+            let _ = writeln!(out, "  cannot run: {e}");
+            return (out, false);
+        }
+        Ok(features) => {
+            let mut best = true;
+            for (backend, result) in features.results() {
+                let _ = match result {
+                    Ok(()) => {
+                        let mark = if std::mem::take(&mut best) { "  <- used" } else { "" };
+                        writeln!(out, "  uprobes by {backend:10} works{mark}")
+                    }
+                    Err(reason) => writeln!(out, "  uprobes by {backend:10} no: {reason}"),
+                };
+            }
+        }
+    }
+    let mut good = true;
+    if pids.is_empty() {
+        good &= section(&mut out, measure_cost(config));
+    }
+    for pid in pids {
+        good &= section(&mut out, look_at(config, *pid));
+    }
+    (out, good)
+}
+
+fn section(out: &mut String, result: Result<String>) -> bool {
+    let good = result.is_ok();
+    out.push_str(&result.unwrap_or_else(|e| format!("  failed: {e:#}\n")));
+    good
+}
+
+/// Loads everything without a process.
+fn measure_cost(config: &Config) -> Result<String> {
+    let config = Config { targets: Vec::new(), ..config.clone() };
+    let collector = Collector::start(&config, false)?;
+    Ok(cost_line(&collector))
+}
+
+fn cost_line(collector: &Collector) -> String {
+    format!(
+        "  one hit of a well-placed probe costs {:.0} ns here; a traced malloc and free are three hits\n",
+        collector.tracker().cost_per_hit_ns()
+    )
+}
+
+/// Attaches to one process, counts for a moment, and detaches.
+fn look_at(config: &Config, pid: u32) -> Result<String> {
+    let target = TargetSpec { pid: vec![pid], ..TargetSpec::default() };
+    let config = Config { targets: vec![target], ..config.clone() };
+    let mut collector = Collector::start(&config, false)?;
+    let mut out = cost_line(&collector);
+    for (process, statuses) in collector.statuses() {
+        let _ = writeln!(out, "process {} {} ({})", process.pid, visible(&process.comm), visible(&process.exe));
+        for status in statuses {
+            let _ = match &status.state {
+                PluginState::NotMapped => writeln!(out, "  {}: nothing that it has mapped provides it", status.probe_set),
+                PluginState::Failed { file, reason } => {
+                    writeln!(out, "  {}: failed in {}: {}", status.probe_set, visible(file), visible(reason))
+                }
+                PluginState::Attached { file, functions } => {
+                    let _ = writeln!(out, "  {}: attached to {}", status.probe_set, visible(file));
+                    for function in functions {
+                        let _ = match &function.placement {
+                            Err(why) => writeln!(out, "    {:18} -  {why}", function.symbol),
+                            Ok(p) if p.emulated => writeln!(out, "    {:18} +{} emulated", function.symbol, p.offset),
+                            Ok(p) => writeln!(
+                                out,
+                                "    {:18} +{} single-stepped: a hit costs 1 us more, in a virtual machine 20 us",
+                                function.symbol, p.offset
+                            ),
+                        };
+                    }
+                    Ok(())
+                }
+            };
+        }
+    }
+    collector.require_attached()?;
+    let first = collector.snapshot()?;
+    let mut waited = collector.now_s();
+    while collector.now_s() - first.time_s < COUNT.as_secs_f64() && !collector.is_finished() {
+        collector.poll(Duration::from_millis(50))?;
+    }
+    let second = collector.snapshot()?;
+    waited = collector.now_s() - waited;
+    let (Some(a), Some(b)) = (first.processes.first(), second.processes.first()) else {
+        return Err(Error::new(crate::ErrorKind::Target, format!("process {pid} has ended")));
+    };
+    let rate = (b.hits - a.hits) as f64 / waited;
+    let cost = (b.overhead_s - a.overhead_s) / waited;
+    let cpu = b.cpu_s.zip(a.cpu_s).map_or(0.0, |(b, a)| (b - a) / waited);
+    let _ = writeln!(
+        out,
+        "  {rate:.0} hits/s: tracing everything costs about {:.1} % of one core (estimate); the process uses {:.0} % of one",
+        cost * 100.0,
+        cpu * 100.0
+    );
+    let stacks = second.sites.len();
+    let short = second.sites.iter().filter(|s| s.site.addresses.len() < 3).count();
+    if stacks > 0 {
+        let _ = writeln!(out, "  {short} of {stacks} call stacks have fewer than three frames (no frame pointers)");
+    }
+    Ok(out)
+}
+
+/// Release of the running kernel.
+pub fn kernel_release() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/osrelease").map_or_else(|_| "?".into(), |s| s.trim().to_owned())
+}

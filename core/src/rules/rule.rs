@@ -1,0 +1,435 @@
+//! One compiled rule: a sandbox with the table that the rule file returned.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use mlua::{Function, IntoLuaMulti, Table, Value};
+
+use super::api::{self, SiteRef, SnapshotRef, Symbolize};
+use super::budget::Limit;
+use super::error::RuleError;
+use super::params::{self, ParamInfo, nearest};
+use super::sandbox::{Libraries, Limits, Sandbox};
+use super::source::{LuaFile, Origin};
+use super::view::Context;
+use crate::finding::Severity;
+use crate::snapshot::Site;
+
+/// Failed calls after which a rule is not called again in the same snapshot.
+const MAX_FAILURES: u64 = 100;
+/// Longest reason that a rule may give, in bytes.
+const MAX_REASON: usize = 1_000;
+/// Most findings of one `evaluate_snapshot`.
+const MAX_FINDINGS: usize = 100_000;
+/// Longest name of a rule, in bytes.
+const MAX_NAME: usize = 64;
+/// Keys that a rule file may return.
+const KEYS: [&str; 6] = ["name", "description", "params", "evaluate", "evaluate_snapshot", "suppress"];
+/// Keys of a finding.
+const RESULT_KEYS: [&str; 4] = ["severity", "confidence", "reason", "site"];
+
+/// What is known of a rule without running it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RuleInfo {
+    /// Name, as in `[rules.NAME]` and in findings.
+    pub name: Arc<str>,
+    /// One sentence saying what it finds.
+    pub description: String,
+    /// Its parameters, sorted by name.
+    pub params: Vec<ParamInfo>,
+    /// Where its text comes from.
+    pub origin: Origin,
+    /// False when `[rules.NAME] enabled = false`.
+    pub enabled: bool,
+}
+
+/// A finding before it knows its site's identity: what a rule returned.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Draft {
+    pub(super) severity: Severity,
+    pub(super) confidence: f64,
+    pub(super) reason: String,
+}
+
+/// The settings that apply to all rules.
+#[derive(Clone)]
+pub(super) struct Setup {
+    pub(super) limits: Limits,
+    pub(super) libraries: Libraries,
+    pub(super) params: Rc<BTreeMap<String, toml::Table>>,
+}
+
+/// A function of a rule, with the line where it starts.
+struct Entry {
+    function: Function,
+    line: Option<u32>,
+}
+
+/// A rule that is ready to run.
+pub(super) struct Rule {
+    pub(super) info: Arc<RuleInfo>,
+    pub(super) file: LuaFile,
+    sandbox: Sandbox,
+    params: Table,
+    evaluate: Option<Entry>,
+    evaluate_snapshot: Option<Entry>,
+    suppress: Option<Entry>,
+}
+
+/// Callback that symbolizes a site.
+pub(super) type Symbolizer<'a> = &'a mut dyn FnMut(&Arc<Site>);
+
+impl Rule {
+    /// Compiles a rule file in a fresh state.
+    ///
+    /// # Errors
+    /// Everything that is wrong with it: the file itself, or each bad parameter of the settings.
+    pub(super) fn compile(file: &LuaFile, setup: &Setup) -> Result<Rule, Vec<crate::Error>> {
+        let stem = file.name.trim_end_matches(".lua");
+        let fail = |error: RuleError| vec![crate::Error::from(error)];
+        let (sandbox, table) = Rule::load(stem, file, setup).map_err(fail)?;
+        let (info, errors) = Rule::describe(stem, file, setup, &table).map_err(fail)?;
+        if !errors.is_empty() {
+            return Err(errors.into_iter().map(crate::Error::config).collect());
+        }
+        let broken = |why: String| fail(RuleError::new(&info.name, file, None, why));
+        let entry = |key: &str| match table.raw_get::<Value>(key) {
+            Ok(Value::Nil) => Ok(None),
+            Ok(Value::Function(function)) => {
+                let line = function.info().line_defined.and_then(|n| u32::try_from(n).ok());
+                Ok(Some(Entry { function, line }))
+            }
+            Ok(other) => Err(broken(format!("{key} must be a function, not a {}", other.type_name()))),
+            Err(error) => Err(broken(error.to_string())),
+        };
+        let (evaluate, evaluate_snapshot, suppress) =
+            (entry("evaluate")?, entry("evaluate_snapshot")?, entry("suppress")?);
+        if evaluate.is_none() && evaluate_snapshot.is_none() && suppress.is_none() {
+            return Err(broken("the table has none of evaluate, evaluate_snapshot and suppress".to_owned()));
+        }
+        let params = params::to_lua(&sandbox.lua, &info.params).map_err(|e| broken(e.to_string()))?;
+        Ok(Rule { info: Arc::new(info), file: file.clone(), sandbox, params, evaluate, evaluate_snapshot, suppress })
+    }
+
+    /// Runs the file: the state and the table that it returns.
+    fn load(stem: &str, file: &LuaFile, setup: &Setup) -> Result<(Sandbox, Table), RuleError> {
+        let sandbox = Sandbox::new(stem, setup.limits, &setup.libraries, api::units_table)
+            .map_err(|e| RuleError::from_lua(stem, file, None, &e, None))?;
+        match sandbox.run(&file.name, &file.text) {
+            Ok(Value::Table(table)) => Ok((sandbox, table)),
+            Ok(other) => {
+                let message = format!("a rule file must return a table, not {}", other.type_name());
+                Err(RuleError::new(stem, file, None, message))
+            }
+            Err(error) => {
+                let limit = sandbox.limit(&error).map(|l| l.to_string());
+                Err(RuleError::from_lua(stem, file, None, &error, limit))
+            }
+        }
+    }
+
+    /// Checks name, description, keys and parameters; the second part is what is wrong in the settings.
+    fn describe(
+        stem: &str,
+        file: &LuaFile,
+        setup: &Setup,
+        table: &Table,
+    ) -> Result<(RuleInfo, Vec<String>), RuleError> {
+        let broken = |why: String| RuleError::new(stem, file, None, why);
+        for pair in table.pairs::<Value, Value>() {
+            let key = pair.map_err(|e| broken(e.to_string()))?.0;
+            let key = key.to_string().unwrap_or_default();
+            if !KEYS.contains(&key.as_str()) {
+                let hint = nearest(&key, KEYS).unwrap_or_default();
+                return Err(broken(format!("the table has an unknown key '{key}'; did you mean '{hint}'?")));
+            }
+        }
+        let text = |key: &str| match table.raw_get::<Value>(key) {
+            Ok(Value::String(text)) if !text.as_bytes().is_empty() => Ok(text.to_string_lossy()),
+            _ => Err(broken(format!("the table needs {key}, a text"))),
+        };
+        let name = text("name")?;
+        let plain = name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_' || b == b'-');
+        if !plain || name.len() > MAX_NAME {
+            return Err(broken(format!(
+                "the name {name:?} must be at most {MAX_NAME} lower-case letters, digits, '_' and '-'"
+            )));
+        }
+        let description = text("description")?;
+        let mut params = match table.raw_get::<Value>("params") {
+            Ok(Value::Nil) => Vec::new(),
+            Ok(Value::Table(table)) => params::defaults(&table).map_err(broken)?,
+            _ => return Err(broken("params must be a table of names and defaults".to_owned())),
+        };
+        let (enabled, errors) = match setup.params.get(&name) {
+            Some(table) => params::apply(&name, &mut params, table),
+            None => (true, Vec::new()),
+        };
+        let origin = file.origin.clone();
+        Ok((RuleInfo { name: Arc::from(name), description, params, origin, enabled }, errors))
+    }
+
+    /// Whether it judges findings of other rules.
+    pub(super) fn suppresses(&self) -> bool {
+        self.suppress.is_some()
+    }
+
+    /// Runs `evaluate` for every site with something outstanding, and `evaluate_snapshot`, over the current view.
+    ///
+    /// `symbolize` is called when the rule asks for frames; `None` leaves frames as they are. The findings name
+    /// sites by their index in the view. A failed call costs that site's finding alone; a limit or too many failures
+    /// end the rule's turn in this snapshot.
+    pub(super) fn evaluate(
+        &self,
+        context: &Rc<Context>,
+        symbolize: Option<Symbolizer<'_>>,
+    ) -> (Vec<(usize, Draft)>, Option<RuleError>) {
+        let mut drafts = Vec::new();
+        let mut run = Run { rule: self, context, error: None, over: false };
+        let outcome = self.scoped(context, symbolize, || {
+            if let Some(entry) = &self.evaluate {
+                run.sites(entry, &mut drafts);
+            }
+            if let (Some(entry), false) = (&self.evaluate_snapshot, run.over) {
+                run.snapshot(entry, &mut drafts);
+            }
+        });
+        if let Err(error) = outcome {
+            run.fail(None, None, &error);
+        }
+        (drafts, run.error)
+    }
+
+    /// Asks whether the finding of each site is to be suppressed: index of the site and why, for those that are.
+    pub(super) fn suppress(
+        &self,
+        context: &Rc<Context>,
+        symbolize: Option<Symbolizer<'_>>,
+        sites: &[usize],
+    ) -> (Vec<(usize, String)>, Option<RuleError>) {
+        let mut suppressed = Vec::new();
+        let Some(entry) = &self.suppress else { return (suppressed, None) };
+        let mut run = Run { rule: self, context, error: None, over: false };
+        let outcome = self.scoped(context, symbolize, || {
+            for &index in sites {
+                if run.over {
+                    break;
+                }
+                match run.call(entry, SiteRef::new(context, index as u32)).map(|value| self.verdict(&value)) {
+                    Ok(Ok(None)) => {}
+                    Ok(Ok(Some(why))) => suppressed.push((index, why)),
+                    Ok(Err(why)) => run.fail_with(Some(index), entry.line, why),
+                    Err(error) => run.fail(Some(index), entry.line, &error),
+                }
+            }
+        });
+        if let Err(error) = outcome {
+            run.fail(None, None, &error);
+        }
+        (suppressed, run.error)
+    }
+
+    /// What `suppress` returned.
+    fn verdict(&self, value: &Value) -> Result<Option<String>, String> {
+        match value {
+            Value::Nil | Value::Boolean(false) => Ok(None),
+            Value::Boolean(true) => Ok(Some(format!("suppressed by rule {}", self.info.name))),
+            Value::String(_) => reason(value).map(Some),
+            other => Err(format!("suppress must return nil, a boolean or a reason, not a {}", other.type_name())),
+        }
+    }
+
+    /// Runs `work` with the symbolizer in reach of the state, and turns a panic below Lua into an error.
+    fn scoped(
+        &self,
+        context: &Rc<Context>,
+        symbolize: Option<Symbolizer<'_>>,
+        work: impl FnOnce(),
+    ) -> mlua::Result<()> {
+        let lua = &self.sandbox.lua;
+        let epoch = context.epoch();
+        self.sandbox.budget.start_snapshot();
+        let guarded = || {
+            lua.scope(|scope| {
+                if let Some(symbolize) = symbolize {
+                    let function = scope.create_function_mut(|_, index: usize| {
+                        let site = context.with(epoch, |v| v.sites.get(index).map(|s| Arc::clone(s.site())));
+                        if let Some(site) = site.flatten() {
+                            self.sandbox.budget.exempt(|| symbolize(&site));
+                        }
+                        Ok(())
+                    })?;
+                    lua.set_app_data(Symbolize(function));
+                }
+                work();
+                lua.remove_app_data::<Symbolize>();
+                Ok(())
+            })
+        };
+        match catch_unwind(AssertUnwindSafe(guarded)) {
+            Ok(result) => result,
+            Err(_) => Err(mlua::Error::runtime("the Lua runtime failed; the rule starts afresh at the next snapshot")),
+        }
+    }
+}
+
+/// One rule's turn in one snapshot.
+struct Run<'a> {
+    rule: &'a Rule,
+    context: &'a Rc<Context>,
+    error: Option<RuleError>,
+    /// No further calls in this snapshot.
+    over: bool,
+}
+
+impl Run<'_> {
+    fn call(&self, entry: &Entry, argument: impl mlua::IntoLua) -> mlua::Result<Value> {
+        self.rule.sandbox.budget.start_call();
+        let args = (argument, &self.rule.params).into_lua_multi(&self.rule.sandbox.lua)?;
+        entry.function.call(args)
+    }
+
+    fn sites(&mut self, entry: &Entry, drafts: &mut Vec<(usize, Draft)>) {
+        let epoch = self.context.epoch();
+        let outstanding = self.context.with(epoch, |view| {
+            // A site with nothing outstanding holds no leak; most sites of a busy process are such sites.
+            let held = |s: &super::view::SiteView| s.history.latest.totals.outstanding_count() > 0;
+            view.sites.iter().enumerate().filter(|(_, s)| held(s)).map(|(i, _)| i).collect::<Vec<_>>()
+        });
+        for index in outstanding.unwrap_or_default() {
+            if self.over {
+                return;
+            }
+            match self.call(entry, SiteRef::new(self.context, index as u32)).map(draft) {
+                Ok(Ok(None)) => {}
+                Ok(Ok(Some(draft))) => drafts.push((index, draft)),
+                Ok(Err(why)) => self.fail_with(Some(index), entry.line, why),
+                Err(error) => self.fail(Some(index), entry.line, &error),
+            }
+        }
+    }
+
+    fn snapshot(&mut self, entry: &Entry, drafts: &mut Vec<(usize, Draft)>) {
+        match self.call(entry, SnapshotRef::new(self.context)) {
+            Err(error) => self.fail(None, entry.line, &error),
+            Ok(Value::Nil | Value::Boolean(false)) => {}
+            Ok(Value::Table(list)) => {
+                for (i, item) in list.sequence_values::<Value>().enumerate() {
+                    if self.over || i >= MAX_FINDINGS {
+                        return;
+                    }
+                    match item.map_err(|e| e.to_string()).and_then(sited_draft) {
+                        Ok(found) => drafts.push(found),
+                        Err(why) => self.fail_with(None, entry.line, format!("finding {}: {why}", i + 1)),
+                    }
+                }
+            }
+            Ok(other) => {
+                let why = format!("evaluate_snapshot must return nil or a list of findings, not {}", other.type_name());
+                self.fail_with(None, entry.line, why);
+            }
+        }
+    }
+
+    fn fail_with(&mut self, site: Option<usize>, line: Option<u32>, why: String) {
+        self.note(site, |rule| RuleError::new(&rule.info.name, &rule.file, line, why));
+    }
+
+    fn fail(&mut self, site: Option<usize>, line: Option<u32>, error: &mlua::Error) {
+        let limit = self.rule.sandbox.limit(error);
+        if let Some(limit) = &limit {
+            self.over = true;
+            if matches!(limit, Limit::Memory(_)) {
+                tracing::debug!(rule = %self.rule.info.name, "rule is out of memory");
+            }
+        }
+        self.note(site, |rule| {
+            let message = limit.map(|l| l.to_string());
+            RuleError::from_lua(&rule.info.name, &rule.file, line, error, message)
+        });
+    }
+
+    /// Keeps the first error and counts the others.
+    fn note(&mut self, site: Option<usize>, error: impl FnOnce(&Rule) -> RuleError) {
+        if let Some(first) = &mut self.error {
+            first.failures += 1;
+            self.over |= first.failures >= MAX_FAILURES;
+            return;
+        }
+        let epoch = self.context.epoch();
+        let site = site.and_then(|i| self.context.with(epoch, |v| v.sites.get(i).map(|s| Arc::clone(s.site()))));
+        self.error = Some(RuleError { site: site.flatten(), ..error(self.rule) });
+    }
+}
+
+/// Reads what `evaluate` returned.
+fn draft(value: Value) -> Result<Option<Draft>, String> {
+    match value {
+        Value::Nil | Value::Boolean(false) => Ok(None),
+        Value::Table(table) => draft_of(&table).map(Some),
+        other => Err(format!("evaluate must return nil or a table, not {}", other.type_name())),
+    }
+}
+
+/// Reads one finding of `evaluate_snapshot`: which site and what.
+fn sited_draft(value: Value) -> Result<(usize, Draft), String> {
+    let Value::Table(table) = value else { return Err(format!("must be a table, not {}", value.type_name())) };
+    let site = table.raw_get::<Value>("site").map_err(|e| e.to_string())?;
+    let stale = || "its site must be one of snapshot.sites".to_owned();
+    let Value::UserData(site) = site else { return Err(stale()) };
+    let index = site.borrow::<SiteRef>().ok().and_then(|s| s.index()).ok_or_else(stale)?;
+    Ok((index, draft_of(&table)?))
+}
+
+/// Reads severity, confidence and reason; nothing else may be in the table, so that typing errors show.
+fn draft_of(table: &Table) -> Result<Draft, String> {
+    let get = |key: &str| table.raw_get::<Value>(key).map_err(|e| e.to_string());
+    let mut keys = 0;
+    for pair in table.pairs::<Value, Value>() {
+        let key = pair.map_err(|e| e.to_string())?.0.to_string().unwrap_or_default();
+        keys += 1;
+        if keys > RESULT_KEYS.len() || !RESULT_KEYS.contains(&key.as_str()) {
+            let hint = nearest(&key, RESULT_KEYS).unwrap_or_default();
+            return Err(format!(
+                "the finding has an unknown key '{}'; did you mean '{hint}'?",
+                super::sandbox::cut(&key, 40)
+            ));
+        }
+    }
+    let severity = match get("severity")? {
+        Value::String(text) if text == "info" => Severity::Info,
+        Value::String(text) if text == "warning" => Severity::Warning,
+        Value::String(text) if text == "critical" => Severity::Critical,
+        other => return Err(format!("severity must be \"info\", \"warning\" or \"critical\", not {}", shown(&other))),
+    };
+    let confidence = match get("confidence")? {
+        Value::Integer(n) => n as f64,
+        Value::Number(n) => n,
+        other => return Err(format!("confidence must be a number from 0 to 1, not {}", shown(&other))),
+    };
+    if !(0.0..=1.0).contains(&confidence) {
+        return Err(format!("confidence must be a number from 0 to 1, not {confidence}"));
+    }
+    Ok(Draft { severity, confidence, reason: reason(&get("reason")?)? })
+}
+
+/// A reason: one sentence, short enough to be read.
+fn reason(value: &Value) -> Result<String, String> {
+    let Value::String(text) = value else { return Err(format!("reason must be a text, not {}", shown(value))) };
+    let length = text.as_bytes().len();
+    if length == 0 || length > MAX_REASON {
+        return Err(format!("reason must be a text of 1 to {MAX_REASON} bytes, not of {length}"));
+    }
+    Ok(text.to_string_lossy())
+}
+
+/// A value for a message: its text when it is a short one, else its type.
+fn shown(value: &Value) -> String {
+    match value {
+        Value::String(text) => format!("{:?}", super::sandbox::cut(&text.to_string_lossy(), 40)),
+        Value::Integer(_) | Value::Number(_) | Value::Boolean(_) => value.to_string().unwrap_or_default(),
+        other => other.type_name().to_owned(),
+    }
+}

@@ -1,0 +1,326 @@
+//! One snapshot as rules see it: sites, processes and the statistics computed for them so far.
+//!
+//! The views are built once per snapshot and shared by all rules, so that a statistic that several rules ask for is
+//! computed once. Lua holds only indices into the [`Context`], and these end with the snapshot: a rule that keeps a
+//! site gets an error the next time it looks at it, never another site's numbers.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use crate::history::{History, Sample, Series, SiteHistory};
+use crate::snapshot::{ProcessSample, Site};
+use crate::stats;
+
+/// Most points of a process's own series; the older half is thinned when it is full.
+const MAX_PROCESS_POINTS: usize = 256;
+
+/// A statistic over part of a series, as the key under which it is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stat {
+    Slope,
+    CountSlope,
+    RisingFraction,
+    Rises,
+    TrendConfidence,
+    LevelOff,
+    LargestDrop,
+    Max,
+    Min,
+}
+
+/// Samples `start..end` of a series.
+pub(super) type Range = (u32, u32);
+
+/// A series with the statistics that were asked for.
+pub(super) struct SeriesView {
+    source: Source,
+    /// A handful of entries, so a scan beats a hash map.
+    cache: RefCell<Vec<(Stat, Range, f64)>>,
+}
+
+enum Source {
+    Site(Arc<SiteHistory>),
+    Totals(Series),
+}
+
+impl SeriesView {
+    fn new(source: Source) -> Self {
+        SeriesView { source, cache: RefCell::default() }
+    }
+
+    /// Samples, oldest first.
+    pub(super) fn samples(&self) -> &[Sample] {
+        match &self.source {
+            Source::Site(history) => history.series.samples(),
+            Source::Totals(series) => series.samples(),
+        }
+    }
+
+    /// The samples of a range.
+    pub(super) fn range(&self, (start, end): Range) -> &[Sample] {
+        self.samples().get(start as usize..end as usize).unwrap_or_default()
+    }
+
+    /// A statistic over a range, computed at most once per snapshot.
+    pub(super) fn stat(&self, stat: Stat, range: Range) -> f64 {
+        let known = self.cache.borrow().iter().find(|(s, r, _)| (*s, *r) == (stat, range)).map(|&(_, _, v)| v);
+        known.unwrap_or_else(|| {
+            let value = compute(stat, self.range(range));
+            self.cache.borrow_mut().push((stat, range, value));
+            value
+        })
+    }
+}
+
+fn bytes(sample: &Sample) -> f64 {
+    sample.totals.outstanding_bytes() as f64
+}
+
+fn compute(stat: Stat, samples: &[Sample]) -> f64 {
+    let values = || samples.iter().map(bytes);
+    let points = || samples.iter().map(|s| (s.time_s, bytes(s))).collect::<Vec<_>>();
+    match stat {
+        Stat::Slope => stats::theil_sen_slope(&points()),
+        Stat::CountSlope => {
+            let counts = samples.iter().map(|s| (s.time_s, s.totals.outstanding_count() as f64));
+            stats::theil_sen_slope(&counts.collect::<Vec<_>>())
+        }
+        Stat::RisingFraction => stats::rising_fraction(values()),
+        Stat::Rises => stats::rises(values()) as f64,
+        Stat::TrendConfidence => stats::trend_confidence(&values().collect::<Vec<_>>()),
+        Stat::LevelOff => stats::level_off(&points()),
+        Stat::LargestDrop => stats::largest_drop(values()),
+        Stat::Max => values().reduce(f64::max).unwrap_or(0.0),
+        Stat::Min => values().reduce(f64::min).unwrap_or(0.0),
+    }
+}
+
+/// One site in the current snapshot.
+pub(super) struct SiteView {
+    pub(super) history: Arc<SiteHistory>,
+    pub(super) series: SeriesView,
+    /// Its process; `None` when the history does not know it.
+    pub(super) process: Option<Rc<ProcessView>>,
+}
+
+impl SiteView {
+    /// The site itself.
+    pub(super) fn site(&self) -> &Arc<Site> {
+        self.history.site()
+    }
+
+    /// What became of the blocks of whole cohorts that are at least `min_age_s` and at most `max_age_s` old.
+    pub(super) fn survival(&self, now_s: f64, min_age_s: f64, max_age_s: f64) -> Survival {
+        let mut sum = Survival::default();
+        for cohort in &self.history.latest.cohorts {
+            if now_s - cohort.end_s < min_age_s || now_s - cohort.start_s > max_age_s || cohort.born_count == 0 {
+                continue;
+            }
+            sum.born_count += cohort.born_count;
+            sum.outstanding_count += cohort.outstanding_count;
+            sum.outstanding_bytes += cohort.outstanding_bytes;
+            sum.cohorts += 1;
+            sum.cohorts_with_survivors += u64::from(cohort.outstanding_count > 0);
+        }
+        sum
+    }
+}
+
+/// Blocks of several cohorts together; all zero when no cohort is old enough.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Survival {
+    pub(super) born_count: u64,
+    pub(super) outstanding_count: u64,
+    pub(super) outstanding_bytes: u64,
+    /// Cohorts with births.
+    pub(super) cohorts: u64,
+    /// Those of which a block is still outstanding.
+    pub(super) cohorts_with_survivors: u64,
+}
+
+impl Survival {
+    /// Share of the blocks that are still outstanding; 0 when none was born.
+    pub(super) fn share(&self) -> f64 {
+        if self.born_count == 0 { 0.0 } else { self.outstanding_count as f64 / self.born_count as f64 }
+    }
+}
+
+/// One process in the current snapshot.
+pub(super) struct ProcessView {
+    pub(super) sample: ProcessSample,
+    track: Track,
+}
+
+impl ProcessView {
+    /// Frees per second of blocks that are older than the attach, over the last `seconds`.
+    pub(super) fn unmatched_rate(&self, seconds: f64) -> f64 {
+        stats::rate(tail(&self.track.unmatched, seconds))
+    }
+
+    /// Theil-Sen slope of the resident set over the last `seconds`, bytes per second; `None` when it is not known.
+    pub(super) fn rss_slope(&self, seconds: f64) -> Option<f64> {
+        let points = tail(&self.track.rss, seconds);
+        (points.len() >= 2).then(|| stats::theil_sen_slope(points))
+    }
+}
+
+/// The points of the last `seconds` before the newest.
+fn tail(points: &[(f64, f64)], seconds: f64) -> &[(f64, f64)] {
+    let Some(newest) = points.last() else { return points };
+    let start = points.partition_point(|p| p.0 < newest.0 - seconds - TIME_SLACK_S);
+    &points[start..]
+}
+
+/// Snapshots are not exactly one interval apart; a window takes the sample that lies this much before its start too.
+pub(super) const TIME_SLACK_S: f64 = 0.1;
+
+/// What the history does not keep of a process over time.
+#[derive(Clone, Default)]
+struct Track {
+    unmatched: Vec<(f64, f64)>,
+    rss: Vec<(f64, f64)>,
+}
+
+/// Appends a point and keeps the number of points bounded.
+fn push_bounded(points: &mut Vec<(f64, f64)>, point: (f64, f64)) {
+    if points.len() >= MAX_PROCESS_POINTS {
+        let mut index = 0;
+        points.retain(|_| {
+            let keep = index >= MAX_PROCESS_POINTS / 2 || index % 2 == 0;
+            index += 1;
+            keep
+        });
+    }
+    points.push(point);
+}
+
+/// The processes of a run over time.
+#[derive(Default)]
+pub(super) struct Processes {
+    tracks: HashMap<u32, Track>,
+    recorded_s: Option<f64>,
+}
+
+impl Processes {
+    /// Takes the newest snapshot in; a second call for the same snapshot changes nothing.
+    fn record(&mut self, history: &History) {
+        if self.recorded_s.is_some_and(|t| t >= history.time_s()) {
+            return;
+        }
+        self.recorded_s = Some(history.time_s());
+        self.tracks.retain(|instance, _| history.process(*instance).is_some_and(|p| p.alive));
+        for process in history.processes().filter(|p| p.alive) {
+            let track = self.tracks.entry(process.process.instance).or_default();
+            push_bounded(&mut track.unmatched, (history.time_s(), process.unmatched_frees as f64));
+            if let Some(rss) = process.rss_bytes {
+                push_bounded(&mut track.rss, (history.time_s(), rss as f64));
+            }
+        }
+    }
+}
+
+/// Everything that rules may look at in one snapshot.
+pub(super) struct View {
+    pub(super) time_s: f64,
+    pub(super) snapshots: u64,
+    /// Largest outstanding bytes first.
+    pub(super) sites: Vec<SiteView>,
+    pub(super) totals: SeriesView,
+    pub(super) processes: Vec<Rc<ProcessView>>,
+}
+
+impl View {
+    fn new(history: &History, tracks: &Processes) -> View {
+        let mut processes = HashMap::new();
+        for sample in history.processes().filter(|p| p.alive) {
+            let track = tracks.tracks.get(&sample.process.instance).cloned().unwrap_or_default();
+            processes.insert(sample.process.instance, Rc::new(ProcessView { sample: sample.clone(), track }));
+        }
+        let mut sites: Vec<SiteView> = (history.live_sites())
+            .map(|h| SiteView {
+                history: Arc::clone(h),
+                series: SeriesView::new(Source::Site(Arc::clone(h))),
+                process: processes.get(&h.site().key.instance).cloned(),
+            })
+            .collect();
+        // The history has no order; findings and the first errors should not change from run to run.
+        sites.sort_unstable_by_key(|s| (std::cmp::Reverse(s.history.latest.totals.outstanding_bytes()), s.site().key));
+        let mut processes: Vec<_> = processes.into_values().collect();
+        processes.sort_unstable_by_key(|p| p.sample.process.instance);
+        View {
+            time_s: history.time_s(),
+            snapshots: history.snapshots(),
+            sites,
+            totals: SeriesView::new(Source::Totals(history.totals().clone())),
+            processes,
+        }
+    }
+}
+
+/// Holds the current snapshot's view while rules run; shared by all Lua states.
+#[derive(Default)]
+pub(super) struct Context {
+    view: RefCell<Option<View>>,
+    epoch: Cell<u64>,
+    processes: RefCell<Processes>,
+}
+
+impl Context {
+    /// Makes the history's newest state the current view until the guard is dropped.
+    pub(super) fn enter(&self, history: &History) -> Entered<'_> {
+        let mut processes = self.processes.borrow_mut();
+        processes.record(history);
+        self.epoch.set(self.epoch.get() + 1);
+        self.view.replace(Some(View::new(history, &processes)));
+        Entered { context: self }
+    }
+
+    /// Number of the current view: handles of another view are stale.
+    pub(super) fn epoch(&self) -> u64 {
+        self.epoch.get()
+    }
+
+    /// Looks at the view of `epoch`; `None` when that snapshot is over.
+    pub(super) fn with<R>(&self, epoch: u64, look: impl FnOnce(&View) -> R) -> Option<R> {
+        if epoch != self.epoch.get() {
+            return None;
+        }
+        self.view.borrow().as_ref().map(look)
+    }
+}
+
+/// Ends the current view when dropped, so that the history owns its sites alone again.
+pub(super) struct Entered<'a> {
+    context: &'a Context,
+}
+
+impl Drop for Entered<'_> {
+    fn drop(&mut self) {
+        self.context.view.replace(None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A window of 20 s over samples about 1 s apart must hold 21 of them although clocks jitter.
+    #[test]
+    fn a_window_tolerates_jitter() {
+        let points: Vec<_> = (0..60).map(|i| (f64::from(i) + if i % 2 == 0 { 0.004 } else { -0.004 }, 0.0)).collect();
+        assert_eq!(tail(&points, 20.0).len(), 21);
+    }
+
+    /// The series of a process stays bounded and keeps its first point.
+    #[test]
+    fn process_points_are_bounded() {
+        let mut points = Vec::new();
+        for i in 0..10_000 {
+            push_bounded(&mut points, (f64::from(i), 0.0));
+        }
+        assert!(points.len() <= MAX_PROCESS_POINTS);
+        assert_eq!((points[0].0, points[points.len() - 1].0), (0.0, 9_999.0));
+    }
+}

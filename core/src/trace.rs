@@ -1,0 +1,149 @@
+//! `memleak trace`: every allocation and free as a line.
+
+use std::collections::HashMap;
+use std::io::{self, BufWriter, IsTerminal, Write};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use memleak_probes::{Event, EventKind};
+use serde::Serialize;
+
+use crate::cli::is_closed_pipe;
+use crate::collector::Collector;
+use crate::config::Config;
+use crate::live::{frame_name, notice_line};
+use crate::output::alerts::json_line;
+use crate::output::text::visible;
+use crate::snapshot::{Site, SiteKey};
+use crate::stop::Stop;
+use crate::symbolize::Frame;
+use crate::units::format_duration_s;
+use crate::{Error, Result};
+
+/// A line of `trace --json`; documented in `docs/json.md`.
+#[derive(Serialize)]
+struct TraceLine<'a> {
+    r#type: &'static str,
+    time_s: f64,
+    pid: u32,
+    tid: u32,
+    comm: &'a str,
+    address: String,
+    size: u64,
+    lifetime_ns: Option<u64>,
+    probe_set: &'a str,
+    function: &'a str,
+    frames: &'a [Frame],
+}
+
+/// Prints events until the targets have ended, `config.duration` is over, or `stop` says so.
+///
+/// # Errors
+/// As [`Collector::start`], or standard output cannot be written; a closed pipe is a normal end.
+pub fn run(config: &Config, json: bool, stop: &Stop) -> Result<()> {
+    let mut collector = Collector::start(config, true)?;
+    collector.require_attached()?;
+    let started = Instant::now();
+    let mut tracer = Tracer { json, out: BufWriter::new(io::stdout()), sites: HashMap::new(), printed: 0 };
+    let result = loop {
+        collector.poll(Duration::from_millis(100))?;
+        for notice in collector.take_notices() {
+            eprintln!("{}", notice_line(&notice));
+        }
+        if let Err(e) = tracer.drain(&mut collector) {
+            break if is_closed_pipe(&e) { Ok(()) } else { Err(e) };
+        }
+        let over = config.duration.is_some_and(|d| started.elapsed() >= d);
+        if over || stop.is_requested() || collector.is_finished() {
+            break Ok(());
+        }
+    };
+    let dropped: u64 = collector.snapshot()?.losses().events_dropped;
+    let summary = format!("{} events, {dropped} dropped", tracer.printed);
+    if dropped > 0 || io::stderr().is_terminal() {
+        eprintln!("{summary}");
+    }
+    result
+}
+
+struct Tracer {
+    json: bool,
+    out: BufWriter<io::Stdout>,
+    sites: HashMap<SiteKey, Arc<Site>>,
+    printed: u64,
+}
+
+impl Tracer {
+    /// Prints what has arrived.
+    fn drain(&mut self, collector: &mut Collector) -> Result<()> {
+        let failed = |e| Error::io("failed to write to standard output", e);
+        while let Some(event) = collector.tracker().next_event() {
+            let key = SiteKey {
+                instance: event.site.instance,
+                probe_set: event.site.probe_set,
+                stack: event.site.stack,
+            };
+            let site = match self.sites.get(&key) {
+                Some(site) => Arc::clone(site),
+                None => {
+                    let site = collector.site(key)?;
+                    collector.symbolize(&site);
+                    self.sites.insert(key, Arc::clone(&site));
+                    site
+                }
+            };
+            let function = collector.tracker().function_name(event.name);
+            let line = if self.json { json_event(&event, &site, function)? } else { text(&event, &site, function) };
+            writeln!(self.out, "{line}").map_err(failed)?;
+            self.printed += 1;
+        }
+        self.out.flush().map_err(failed)
+    }
+}
+
+fn kind(event: &Event) -> &'static str {
+    match event.kind {
+        EventKind::Alloc => "alloc",
+        EventKind::Free => "free",
+        EventKind::ImplicitFree => "implicit_free",
+    }
+}
+
+fn lifetime(event: &Event) -> Option<u64> {
+    (event.kind != EventKind::Alloc).then_some(event.lifetime_ns)
+}
+
+fn json_event(event: &Event, site: &Site, function: &str) -> Result<String> {
+    json_line(&TraceLine {
+        r#type: kind(event),
+        time_s: event.time_ns as f64 / 1e9,
+        pid: event.pid,
+        tid: event.tid,
+        comm: &event.comm,
+        address: format!("0x{:x}", event.address),
+        size: event.size,
+        lifetime_ns: lifetime(event),
+        probe_set: &site.probe_set,
+        function,
+        frames: site.frames(),
+    })
+}
+
+/// `seconds.micros pid/tid comm kind function address size [lifetime] stack`.
+fn text(event: &Event, site: &Site, function: &str) -> String {
+    let stack: Vec<String> = site.frames().iter().map(frame_name).collect();
+    let lived = lifetime(event).map_or(String::new(), |ns| format!(" lived {}", format_duration_s(ns as f64 / 1e9)));
+    format!(
+        "{}.{:06} {}/{} {} {} {} 0x{:x} {} B{lived}  {}",
+        event.time_ns / 1_000_000_000,
+        event.time_ns % 1_000_000_000 / 1_000,
+        event.pid,
+        event.tid,
+        visible(&event.comm),
+        kind(event),
+        visible(function),
+        event.address,
+        event.size,
+        stack.join(" < ")
+    )
+}

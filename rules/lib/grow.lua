@@ -1,0 +1,39 @@
+-- Questions about growth that several rules ask. Pure functions: no state, no globals.
+
+local M = {}
+
+-- The stretch of a series that has to grow: the last `min_time` seconds and `min_snapshots` snapshots, and more the
+-- longer the site has been watched (`share` of that time, up to `max_time`). Whoever has been quiet for an hour has to
+-- grow for longer than a minute before that means anything.
+function M.span(series, p)
+  return math.max(p.min_time, math.min(series:duration() * p.share, p.max_time))
+end
+
+-- Whether the growth in `window` takes the site to a new height, rather than back to one it had before: what fills
+-- and empties again is a buffer. `before` is the part of the series that precedes the window.
+function M.new_height(window, before)
+  if #before == 0 then
+    return true
+  end
+  return window:last() >= before:max() + window:growth() / 2
+end
+
+-- Whether the growth may be old blocks being replaced: blocks from before the attach are unknown, so when a full cache
+-- swaps them for new ones, only the new ones are counted. The sign is that the process frees at least as many
+-- unknown blocks as the site gains, while its resident memory does not grow with the site.
+function M.replaces_old(site, window)
+  local seconds = window:duration()
+  local freed = site.process:unmatched_rate(seconds)
+  if not freed or freed <= 0 or freed < window:count_slope() then
+    return false
+  end
+  local rss = site.process:rss_slope(seconds)
+  return not rss or rss < window:slope() / 2
+end
+
+-- "2.1 MiB/s, 7.4 GiB an hour"; per hour is what people plan with.
+function M.speed(slope)
+  return string.format("%s, %s an hour", units.rate(slope), units.bytes(slope * 3600))
+end
+
+return M

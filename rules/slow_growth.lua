@@ -1,0 +1,76 @@
+-- Finds a slow leak under noise: a trend over the whole run that is statistically beyond doubt, although single
+-- snapshots go up and down.
+--
+-- The slope is Theil-Sen's (outliers do not move it), the certainty is Mann-Kendall's. Both can be fooled by a plateau,
+-- by a few large steps and by a sawtooth, so growth must go on in the last third of the run, come in many steps, and
+-- lift the lowest values too.
+--
+-- Arguments
+--   min_time       shortest run
+--   min_snapshots  fewest snapshots
+--   min_confidence least Mann-Kendall confidence
+--   min_slope      least slope
+--   min_bytes      least growth over the run
+--   min_share      least growth as a share of what is outstanding: a large cache that drifts is no leak
+--   min_rises      fewest steps upwards: thread pools grow in a few
+--   max_level_off  how much slower the growth may have become: 0 not at all, 1 stopped
+--
+-- Sample finding
+--   warning 0.97: trend of 2.0 KiB/min, 120.0 KiB an hour over 42m (certainty 99.9 %), now 310.2 KiB
+
+local grow = require("lib.grow")
+
+local function evaluate(site, p)
+  if site.outstanding_bytes < p.min_bytes then
+    return nil
+  end
+  local series = site.series
+  local seen = series:duration()
+  if seen < p.min_time or #series < p.min_snapshots then
+    return nil
+  end
+  local growth = series:slope() * seen
+  if growth < math.max(p.min_bytes, p.min_share * site.outstanding_bytes) or series:slope() < p.min_slope then
+    return nil
+  end
+  local certainty = series:trend_confidence()
+  local level_off = series:level_off()
+  if certainty < p.min_confidence or level_off > p.max_level_off or series:rises() < p.min_rises then
+    return nil
+  end
+  local first, last = series:before(seen * 2 / 3), series:window(seen / 3)
+  if last:min() < first:min() + growth / 3 then
+    return nil
+  end
+
+  local severity, doubt = "warning", ""
+  if grow.replaces_old(site, series) then
+    severity = "info"
+    doubt = "; the process frees as many blocks from before the attach, so these may only take their place"
+  end
+  return {
+    severity = severity,
+    confidence = certainty * (1 - level_off / 2),
+    reason = string.format(
+      "trend of %s over %s (certainty %s), now %s%s",
+      grow.speed(series:slope()), units.duration(seen), units.percent(certainty), units.bytes(site.outstanding_bytes),
+      doubt
+    ),
+  }
+end
+
+return {
+  name = "slow_growth",
+  description = "a slow but significant rise over the whole run, under noise",
+  params = {
+    min_time = "5min",
+    min_snapshots = 20,
+    min_confidence = 0.99,
+    min_slope = "512B/min",
+    min_bytes = "64KiB",
+    min_share = 0.05,
+    min_rises = 10,
+    max_level_off = 0.5,
+  },
+  evaluate = evaluate,
+}

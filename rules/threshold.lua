@@ -1,0 +1,41 @@
+-- Finds a site that holds more than a fixed size or number of blocks. Off until a threshold is set: what is too much
+-- depends on the program.
+--
+--   [rules.threshold]
+--   max_bytes = "2GiB"
+--
+-- Arguments
+--   max_bytes  outstanding bytes of one site; 0 checks nothing
+--   max_count  outstanding blocks of one site; 0 checks nothing
+--   critical   times the threshold from which the finding is "critical"
+--
+-- Sample finding
+--   warning 1.00: holds 2.3 GiB in 1,204 blocks, more than 2.0 GiB
+
+local function evaluate(site, p)
+  local bytes, count = site.outstanding_bytes, site.outstanding_count
+  local over, limit
+  if p.max_bytes > 0 and bytes > p.max_bytes then
+    over, limit = bytes / p.max_bytes, units.bytes(p.max_bytes)
+  elseif p.max_count > 0 and count > p.max_count then
+    over, limit = count / p.max_count, units.count(p.max_count) .. " blocks"
+  else
+    return nil
+  end
+  return {
+    severity = over >= p.critical and "critical" or "warning",
+    confidence = 1,
+    reason = string.format("holds %s in %s blocks, more than %s", units.bytes(bytes), units.count(count), limit),
+  }
+end
+
+return {
+  name = "threshold",
+  description = "one site holds more than a fixed size or number of blocks",
+  params = {
+    max_bytes = "0B",
+    max_count = 0,
+    critical = 4,
+  },
+  evaluate = evaluate,
+}
