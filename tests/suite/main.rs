@@ -1,0 +1,6 @@
+//! End-to-end tests of memleak: real programs, the real binary, exact numbers.
+//!
+//! One module per topic; the harness is the library of this package. Tests that need root or a program that is not
+//! installed are skipped with a note, except in CI.
+
+mod userspace;
