@@ -1,0 +1,128 @@
+#!/bin/sh
+# Installs the system packages that memleak needs, on Debian 12+ and Ubuntu; asks for nothing.
+#
+#   tests/setup.sh build    what the build needs
+#   tests/setup.sh test     ... and what the tests need
+#   tests/setup.sh lint     ... and what `make lint` needs
+#
+# Only what is missing is installed: with everything in place it needs no root and no network. Packages for the build
+# must come; one that only some tests need may be missing in a distribution, then those tests say that they skip.
+set -eu
+
+say() {
+    printf 'setup: %s\n' "$*" >&2
+}
+
+installed() {
+    dpkg-query -W -f '${db:Status-Abbrev}' "$1" 2>/dev/null | grep -q '^.i'
+}
+
+available() {
+    apt-cache show --no-all-versions "$1" >/dev/null 2>&1
+}
+
+# The first of the given packages that is installed, else the first that can be installed, else the last.
+first_of() {
+    for package in "$@"; do
+        if installed "$package"; then
+            echo "$package"
+            return
+        fi
+    done
+    for package in "$@"; do
+        if available "$package"; then
+            echo "$package"
+            return
+        fi
+    done
+    echo "$package"
+}
+
+# Prints those of the given packages that are not installed.
+missing_of() {
+    for package in "$@"; do
+        installed "$package" || echo "$package"
+    done
+}
+
+if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
+    say 'this is not Debian or Ubuntu: install clang (14 or later), the headers of libelf and zlib, pkg-config, gcc and make yourself'
+    exit 0
+fi
+
+list_packages() {
+    # BPF programs need clang 14 or later; a newer one gives the verifier easier code.
+    needed="$(first_of clang-19 clang-18 clang-17 clang-16 clang-15 clang-14 clang) libelf-dev zlib1g-dev pkg-config make gcc libc6-dev"
+    wanted=''
+    case "$1" in
+    build) ;;
+    test | lint)
+        wanted="g++ musl-tools redis-server redis-tools nginx memcached wrk bpftool util-linux $(first_of chromium chromium-browser) $(first_of chromium-driver chromium-chromedriver)"
+        if [ "$1" = lint ]; then
+            wanted="$wanted $(first_of clang-format-19 clang-format)"
+        fi
+        ;;
+    *)
+        say "unknown purpose '$1': build, test or lint"
+        exit 2
+        ;;
+    esac
+    missing_needed=$(missing_of $needed)
+    missing_wanted=$(missing_of $wanted)
+}
+
+purpose=${1:-build}
+list_packages "$purpose"
+if [ -z "$missing_needed$missing_wanted" ]; then
+    exit 0
+fi
+
+if [ "$(id -u)" -ne 0 ]; then
+    if [ -z "$missing_needed" ]; then
+        # Tests that need these skip themselves and say so.
+        say "not installed:" $missing_wanted
+        say "some tests are skipped without them; 'sudo tests/setup.sh $purpose' installs them"
+        exit 0
+    fi
+    say "not installed:" $missing_needed $missing_wanted
+    say "installing packages needs root; go on with: sudo tests/setup.sh $purpose"
+    exit 1
+fi
+
+# Servers are installed for the tests to start; none may be started by its package, now or at the next boot.
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$policy" ]; then
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod 755 "$policy"
+    trap 'rm -f "$policy"' EXIT
+    trap 'exit 1' HUP INT TERM
+fi
+
+export DEBIAN_FRONTEND=noninteractive
+apt() {
+    apt-get -qq -y -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 "$@"
+}
+
+say 'reading package lists'
+apt update
+# Only now is it known what this distribution has.
+list_packages "$purpose"
+say 'installing' $missing_needed $missing_wanted
+if [ -n "$missing_needed" ]; then
+    apt install --no-install-recommends $missing_needed
+fi
+if [ -n "$missing_wanted" ] && ! apt install --no-install-recommends $missing_wanted; then
+    # One package that does not exist refuses the whole list: take the others one by one.
+    for package in $missing_wanted; do
+        apt install --no-install-recommends "$package" ||
+            say "failed to install $package: tests that need it are skipped"
+    done
+fi
+
+if [ -d /run/systemd/system ]; then
+    for unit in nginx memcached redis-server; do
+        case " $(echo $missing_wanted) " in
+        *" $unit "*) systemctl disable --quiet "$unit" 2>/dev/null || true ;;
+        esac
+    done
+fi
