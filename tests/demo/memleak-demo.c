@@ -32,7 +32,7 @@ enum {
 	WORKERS = 4,
 	ORDERS_PER_TICK = 8, /* per worker */
 	TICK_MS = 10,
-	MAX_LINES = 5,	  /* order lines, at most */
+	MAX_LINES = 5, /* order lines, at most */
 	PRODUCTS = 20000, /* far more than the cache holds */
 	CACHE_ENTRIES = 2048,
 	RECENT_ORDERS = 512,

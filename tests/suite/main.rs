@@ -3,4 +3,8 @@
 //! One module per topic; the harness is the library of this package. Tests that need root or a program that is not
 //! installed are skipped with a note, except in CI.
 
+mod bad_input;
+mod cli;
+mod demo;
+mod servers;
 mod userspace;

@@ -1,0 +1,223 @@
+//! Real servers from Debian packages, under load on loopback: the default rules must stay quiet.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use memleak_tests::{Feature, Memleak, memleak_command, needs};
+
+/// How long each server is watched under load.
+const WATCH: &str = "30s";
+
+/// One server at a time: more than one load at once would only measure this machine's two cores.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// A child process that is killed when dropped.
+struct Running(Child);
+
+impl Running {
+    fn start(command: &mut Command) -> Self {
+        Running(command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("the command starts"))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let pid = libc::pid_t::try_from(self.0.id()).expect("a pid fits");
+        // SAFETY: kill takes plain numbers; the child has not been waited for, so the pid is still its own.
+        unsafe { libc::kill(pid, libc::SIGTERM) };
+        if memleak_tests::memleak::wait_within(&mut self.0, Duration::from_secs(5)).is_none() {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+}
+
+/// A port that nobody listens on; somebody else could take it in between, then the test fails and says so.
+fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port can be had");
+    listener.local_addr().expect("a bound listener has an address").port()
+}
+
+/// Waits until the server accepts connections.
+fn wait_for(port: u16) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        assert!(Instant::now() < deadline, "nothing listens on port {port}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Watches the processes with the default rules for a while; there must be no finding, and real traffic.
+fn stays_quiet(server: &str, pids: &[u32]) {
+    let run = tempfile::tempdir().expect("a folder can be made");
+    let pids: Vec<_> = pids.iter().map(u32::to_string).collect();
+    let mut command = memleak_command();
+    command.current_dir(run.path()).args(["--json", "--duration", WATCH, "-p", &pids.join(",")]);
+    let outcome = Memleak::spawn(&mut command, tempfile::tempdir().expect("a folder can be made")).outcome();
+    let alerts: Vec<_> = outcome.alerts().collect();
+    assert!(alerts.is_empty(), "{server}: {alerts:#?}");
+    assert_eq!(outcome.code, Some(0), "{server}: {}", outcome.stderr);
+    let last = outcome.last();
+    let hits: u64 = last.processes.iter().map(|process| process.hits).sum();
+    let lost: u64 = last.processes.iter().flat_map(|process| process.losses.values()).sum();
+    eprintln!("{server}: {hits} traced calls in {WATCH}, {} sites, {lost} lost, no finding", last.sites.len());
+    assert!(hits > 1000, "{server} was busy: {hits} traced calls");
+}
+
+/// The child processes of a process.
+fn children_of(pid: u32) -> Vec<u32> {
+    let list = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).expect("children can be read");
+    list.split_whitespace().map(|pid| pid.parse().expect("a pid")).collect()
+}
+
+// A store in memory, half writes, half reads, with more keys than the load repeats at once.
+#[test]
+fn redis_under_load_is_quiet() {
+    needs!(Feature::Bpf, Feature::Command("redis-server"), Feature::Command("redis-benchmark"));
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let port = free_port();
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let mut server = Command::new("redis-server");
+    server.current_dir(folder.path()).args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", ""]);
+    let server = Running::start(&mut server);
+    wait_for(port);
+    let mut load = Command::new("redis-benchmark");
+    load.args([
+        "-p",
+        &port.to_string(),
+        "-t",
+        "set,get,lpush,lpop",
+        "-r",
+        "10000",
+        "-d",
+        "100",
+        "-n",
+        "20000",
+        "-l",
+        "-q",
+    ]);
+    let _load = Running::start(&mut load);
+    // The data set is filled before we look: what comes after is steady.
+    std::thread::sleep(Duration::from_secs(5));
+    stays_quiet("redis", &[server.0.id()]);
+}
+
+// A web server: request memory lives in pools that die with the request.
+#[test]
+fn nginx_under_load_is_quiet() {
+    needs!(Feature::Bpf, Feature::Command("nginx"), Feature::Command("wrk"));
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let port = free_port();
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let config = nginx_config(folder.path(), port);
+    let server = Running::start(Command::new("/usr/sbin/nginx").arg("-c").arg(config).arg("-p").arg(folder.path()));
+    wait_for(port);
+    let workers = children_of(server.0.id());
+    assert!(!workers.is_empty(), "nginx has workers");
+    let mut load = Command::new("wrk");
+    load.args(["-t", "1", "-c", "20", "-d", "120s", &format!("http://127.0.0.1:{port}/")]);
+    let _load = Running::start(&mut load);
+    std::thread::sleep(Duration::from_secs(2));
+    stays_quiet("nginx", &workers);
+}
+
+/// Writes a page and a configuration that touch nothing outside the folder.
+fn nginx_config(folder: &Path, port: u16) -> std::path::PathBuf {
+    let root = folder.display();
+    std::fs::write(folder.join("index.html"), "x".repeat(5000)).expect("a page can be written");
+    // Workers run as root here, so that they can read the folder.
+    let text = format!(
+        "user root;\ndaemon off;\nworker_processes 1;\npid {root}/nginx.pid;\nerror_log {root}/error.log;\n\
+         events {{ worker_connections 256; }}\n\
+         http {{\n  access_log off;\n  gzip on;\n  gzip_types text/html;\n\
+         client_body_temp_path {root}/body;\n  proxy_temp_path {root}/proxy;\n  fastcgi_temp_path {root}/fastcgi;\n\
+         uwsgi_temp_path {root}/uwsgi;\n  scgi_temp_path {root}/scgi;\n\
+         server {{ listen 127.0.0.1:{port}; root {root}; }}\n}}\n"
+    );
+    let path = folder.join("nginx.conf");
+    std::fs::write(&path, text).expect("a configuration can be written");
+    path
+}
+
+/// Clients that set and get over memcached's text protocol until they are dropped.
+struct MemcachedLoad {
+    stop: Arc<AtomicBool>,
+    requests: Arc<AtomicU64>,
+    clients: Vec<JoinHandle<std::io::Result<()>>>,
+}
+
+impl MemcachedLoad {
+    fn start(port: u16, clients: u64) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let requests = Arc::new(AtomicU64::new(0));
+        let clients = (0..clients)
+            .map(|seed| {
+                let (stop, requests) = (Arc::clone(&stop), Arc::clone(&requests));
+                std::thread::spawn(move || {
+                    while !stop.load(Ordering::Relaxed) {
+                        // A new connection now and then: connection buffers are allocated, items live in slabs.
+                        memcached_session(port, seed, &requests)?;
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        MemcachedLoad { stop, requests, clients }
+    }
+
+    fn finish(self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        for client in self.clients {
+            client.join().expect("a client does not panic").expect("memcached answers");
+        }
+        self.requests.load(Ordering::Relaxed)
+    }
+}
+
+/// One connection: 50 pairs of set and get.
+fn memcached_session(port: u16, seed: u64, requests: &AtomicU64) -> std::io::Result<()> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_nodelay(true)?;
+    let mut answers = BufReader::new(stream.try_clone()?);
+    let mut line = String::new();
+    let mut next = |answers: &mut BufReader<TcpStream>| {
+        line.clear();
+        answers.read_line(&mut line).map(|_| line.trim_end().to_owned())
+    };
+    for n in 0..50 {
+        let key = (seed * 7919 + n * 104_729) % 5000;
+        let value = "v".repeat(100 + key as usize % 400);
+        write!(stream, "set key{key} 0 0 {}\r\n{value}\r\nget key{key}\r\n", value.len())?;
+        let stored = next(&mut answers)?;
+        if stored != "STORED" {
+            return Err(std::io::Error::other(format!("answer to set: {stored}")));
+        }
+        while next(&mut answers)? != "END" {}
+        requests.fetch_add(2, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+// A cache with its own slab allocator, and connections that come and go.
+#[test]
+fn memcached_under_load_is_quiet() {
+    needs!(Feature::Bpf, Feature::Command("memcached"));
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let port = free_port();
+    let mut server = Command::new("memcached");
+    server.args(["-u", "root", "-l", "127.0.0.1", "-p", &port.to_string(), "-U", "0", "-m", "64", "-t", "2"]);
+    let server = Running::start(&mut server);
+    wait_for(port);
+    let load = MemcachedLoad::start(port, 4);
+    std::thread::sleep(Duration::from_secs(2));
+    stays_quiet("memcached", &[server.0.id()]);
+    let requests = load.finish();
+    eprintln!("memcached: {requests} requests answered");
+    assert!(requests > 10_000, "{requests} requests");
+}
