@@ -100,7 +100,7 @@ fi
 
 export DEBIAN_FRONTEND=noninteractive
 apt() {
-    apt-get -qq -y -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 "$@"
+    apt-get -qq -y -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 "$@" >/dev/null
 }
 
 say 'reading package lists'
@@ -119,7 +119,7 @@ if [ -n "$missing_wanted" ] && ! apt install --no-install-recommends $missing_wa
     done
 fi
 
-if [ -d /run/systemd/system ]; then
+if command -v systemctl >/dev/null; then
     for unit in nginx memcached redis-server; do
         case " $(echo $missing_wanted) " in
         *" $unit "*) systemctl disable --quiet "$unit" 2>/dev/null || true ;;
