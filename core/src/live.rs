@@ -175,7 +175,7 @@ pub fn why_not_attached(process: &Process, statuses: &[PluginStatus]) -> Option<
         })
         .collect();
     let why = if failures.is_empty() { NO_ALLOCATOR.to_owned() } else { failures.join(", ") };
-    Some(format!("process {} {}: {why}", process.pid, visible(&process.comm)))
+    Some(format!("process {} {} ({}): {why}", process.pid, visible(&process.comm), visible(&process.exe)))
 }
 
 /// An alert that fires, in one line.
@@ -215,7 +215,7 @@ pub fn notice_line(notice: &Notice) -> String {
                 }
             }
             if parts.is_empty() {
-                parts.push(NO_ALLOCATOR.into());
+                parts.push(format!("{}: {NO_ALLOCATOR}", visible(&process.exe)));
             }
             format!("watching {} {}: {}", process.pid, visible(&process.comm), parts.join(", "))
         }

@@ -48,4 +48,15 @@ static __always_inline u64 return_address(struct pt_regs *ctx, u64 sp)
 #error "unsupported architecture"
 #endif
 
+/*
+ * True for the address that a return probe puts in place of a function's return address: a page that the kernel maps
+ * at the very end of the address space (2^47, 2^48, 2^52 or 2^56 bytes), where no program has code.
+ */
+static __always_inline bool is_return_trampoline(u64 address)
+{
+	u64 end = (address | 0x1fff) + 1;
+
+	return end >> 38 && !(end & (end - 1));
+}
+
 #endif

@@ -229,6 +229,9 @@ static __always_inline int on_enter(struct pt_regs *ctx)
 		/* Stacks grow down: a nested call is below the pending one, and not far. */
 		if (sp < thread->sp && thread->sp - sp < NESTED_STACK_BYTES)
 			return SKIP;
+		/* A tail call takes over the frame, with the return address that our return probe has put there. */
+		if (sp == thread->sp && is_return_trampoline(return_address(ctx, sp)))
+			return SKIP;
 		abandon(&actor, thread);
 	}
 	thread->size = requested_size(ctx, function);
@@ -272,6 +275,8 @@ static __always_inline int on_return(struct pt_regs *ctx)
 			abandon(&actor, thread);
 		return 0; /* a nested call returns */
 	}
+	if (index != thread->function)
+		return 0; /* a tail call returns, together with the function that made it */
 	thread->sp = 0;
 	old_address = thread->old_address;
 	thread->old_address = 0;
