@@ -25,6 +25,7 @@ use crate::config::AlertSettings;
 use crate::finding::{Finding, Severity};
 use crate::history::History;
 use crate::snapshot::{Losses, Mode, Site, SiteKey, Totals};
+use crate::stats::theil_sen_slope;
 
 /// Most alerts of ended processes, and most resolved ones, that are remembered. The oldest go first.
 const MAX_REMEMBERED: usize = 1_000;
@@ -355,21 +356,6 @@ fn instances(keys: &[SiteKey]) -> usize {
     instances.sort_unstable();
     instances.dedup();
     instances.len()
-}
-
-/// Median slope over all pairs of at most 40 evenly picked points; 0 with fewer than two times.
-fn theil_sen_slope(points: &[(f64, f64)]) -> f64 {
-    let step = points.len().div_ceil(40).max(1);
-    let picked: Vec<(f64, f64)> = points.iter().rev().step_by(step).copied().collect();
-    let mut slopes = Vec::new();
-    for (i, a) in picked.iter().enumerate() {
-        slopes.extend(picked[i + 1..].iter().filter(|b| a.0 != b.0).map(|b| (b.1 - a.1) / (b.0 - a.0)));
-    }
-    slopes.sort_by(f64::total_cmp);
-    match slopes.len() {
-        0 => 0.0,
-        n => (slopes[(n - 1) / 2] + slopes[n / 2]) / 2.0,
-    }
 }
 
 #[cfg(test)]

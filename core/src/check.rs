@@ -6,11 +6,33 @@ use std::path::Path;
 
 use crate::config::Config;
 use crate::error::{Error, ErrorKind};
+use crate::output::alerts::check_template;
+use crate::output::templates::Templates;
+use crate::plugin;
+use crate::rules::RuleEngine;
 
 /// Everything that would keep a run with these settings from working, as far as it can be known without privileges
 /// and without running. Empty means that nothing was found.
 pub fn check(config: &Config) -> Vec<Error> {
-    outputs(config)
+    let mut problems = outputs(config);
+    problems.extend(plugin::load(&config.plugins).err());
+    problems.extend(RuleEngine::check(&config.rules));
+    problems.extend(templates(config));
+    problems
+}
+
+/// Checks all templates, and the one that the webhook uses.
+fn templates(config: &Config) -> Vec<Error> {
+    let dir = config.templates_dir.as_deref();
+    let problems = Templates::check(dir);
+    let name = config.alerts.webhook.as_ref().and_then(|w| w.template.as_deref());
+    match (name, problems.is_empty()) {
+        (Some(name), true) => {
+            let checked = Templates::new(dir).and_then(|templates| check_template(&templates, name));
+            checked.err().into_iter().collect()
+        }
+        _ => problems,
+    }
 }
 
 /// Checks that report and alerts can be written: their folders exist and take files.
@@ -68,6 +90,31 @@ mod tests {
         let found = problems(&file.join("r.html"), &dir.path().join("new"));
         assert_eq!(found.len(), 1, "{found:?}");
         assert!(found[0].contains("file is not a folder"), "{found:?}");
+    }
+
+    /// Everything that the settings name is looked at, not only the first thing that is wrong.
+    #[test]
+    fn problems_of_every_kind_are_found_together() {
+        let dir = tempfile::tempdir().unwrap();
+        let missing = |name: &str| Some(dir.path().join(name));
+        let mut config = Config::default();
+        config.alerts.file = missing("alerts/a");
+        config.plugins.dir = missing("plugins");
+        config.rules.dir = missing("rules");
+        config.templates_dir = missing("templates");
+        let found: Vec<String> = check(&config).iter().map(|e| format!("{e:#}")).collect();
+        assert_eq!(found.len(), 4, "{found:?}");
+        for (message, part) in found.iter().zip(["alerts", "plugins", "rules", "templates"]) {
+            assert!(message.contains(&dir.path().join(part).display().to_string()), "{message}");
+        }
+        let url = "http://localhost/".to_owned();
+        let template = Some("nope.json.tera".to_owned());
+        let webhook = Some(crate::config::WebhookSettings { url, template, ..Default::default() });
+        let config =
+            Config { alerts: crate::config::AlertSettings { webhook, ..Default::default() }, ..Config::default() };
+        let found = check(&config);
+        assert_eq!(found.len(), 1);
+        assert!(format!("{:#}", found[0]).contains("nope.json.tera"), "{:#}", found[0]);
     }
 
     /// Outputs that are switched off need no folder.

@@ -223,7 +223,7 @@ fn wrong_values_name_their_place_and_what_would_be_right() {
         ("[collector]\nmin_size = \"1XB\"", "m.toml:2:12: `collector.min_size`: unknown unit \"XB\""),
         (
             "[collector]\nbackend = \"sesion\"",
-            "m.toml:2:11: `collector.backend`: \"sesion\" is none of auto, session, multi, perf; did you mean \"session\"?",
+            "m.toml:2:11: `collector.backend`: \"sesion\" is none of auto, session, multi, perf, perf-plain; did you mean \"session\"?",
         ),
         (
             "[alerts]\nmin_severity = \"fatal\"",

@@ -3,6 +3,8 @@
 //! The schema is documented in `docs/alerts.md`; fields are only ever added. Names from the traced system are passed
 //! on as they are, except that characters which steer a terminal are written as JSON escapes.
 
+mod text;
+
 use std::collections::VecDeque;
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -18,6 +20,9 @@ use crate::finding::Severity;
 use crate::snapshot::{Losses, Mode};
 use crate::symbolize::Frame;
 use crate::units::format_time_utc;
+
+pub(super) use text::check_templates;
+pub use text::{AlertGroup, check_template, group, text};
 
 /// Most lines that wait for a file that cannot be written; the oldest are lost beyond that.
 const MAX_WAITING: usize = 1_000;
@@ -169,51 +174,6 @@ impl From<&AlertEvent> for AlertLine {
             losses: event.losses,
         }
     }
-}
-
-/// What several rules say of one site at one time: the context of `alert.txt.tera`.
-#[derive(Clone, Debug, Serialize)]
-pub struct AlertGroup {
-    /// Whether these alerts stand.
-    pub status: Status,
-    /// The highest severity of them.
-    pub severity: Severity,
-    /// The process and the site, and what holds for all of them, from the first line.
-    pub process: ProcessLine,
-    /// Number of processes with the finding.
-    pub processes: usize,
-    /// The allocation site.
-    pub site: SiteLine,
-    /// How the figures were obtained.
-    pub mode: Mode,
-    /// Number of events lost in the process, of all kinds.
-    pub lost: u64,
-    /// The lines, in the order given.
-    pub alerts: Vec<AlertLine>,
-}
-
-/// Groups lines by site and status, in order of first appearance: one message per site for people.
-pub fn group(lines: &[AlertLine]) -> Vec<AlertGroup> {
-    let mut groups: Vec<AlertGroup> = Vec::new();
-    for line in lines {
-        match groups.iter_mut().find(|g| g.site.id == line.site.id && g.status == line.status) {
-            Some(group) => {
-                group.severity = group.severity.max(line.severity);
-                group.alerts.push(line.clone());
-            }
-            None => groups.push(AlertGroup {
-                status: line.status,
-                severity: line.severity,
-                process: line.process.clone(),
-                processes: line.processes,
-                site: line.site.clone(),
-                mode: line.mode,
-                lost: line.losses.total(),
-                alerts: vec![line.clone()],
-            }),
-        }
-    }
-    groups
 }
 
 /// A value as one line of JSON without the line break. What a terminal would obey instead of show (control

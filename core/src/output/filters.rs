@@ -25,6 +25,7 @@ pub(super) fn register(tera: &mut Tera) {
     tera.register_filter("time", number("time", format_time_utc));
     tera.register_filter("count", number("count", format_count));
     tera.register_filter("percent", number("percent", format_percent));
+    tera.register_filter("hex", hex);
     tera.register_filter("text", |value: &Value, _: &Args| Ok(Value::String(visible(&plain("text", value)?).into())));
     tera.register_filter("fit", fit);
     tera.register_filter("wrap", wrapped);
@@ -39,6 +40,15 @@ fn number(name: &'static str, format: fn(f64) -> String) -> impl Filter {
             Some(n) => Ok(Value::String(format(n))),
             None => Err(Error::msg(format!("filter `{name}` needs a number and was given {}", kind(value)))),
         },
+    }
+}
+
+/// A whole number in hexadecimal with `0x`: offsets.
+fn hex(value: &Value, _: &Args) -> Result<Value> {
+    match (value, value.as_u64()) {
+        (Value::Null, _) => Ok(Value::String(UNKNOWN.to_owned())),
+        (_, Some(n)) => Ok(Value::String(format!("{n:#x}"))),
+        _ => Err(Error::msg(format!("filter `hex` needs a whole number and was given {}", kind(value)))),
     }
 }
 
@@ -211,6 +221,8 @@ mod tests {
             ("percent", json!(1), "100 %"),
             ("bytes", json!(-2048), "-2.0 KiB"),
             ("bytes", Value::Null, "–"),
+            ("hex", json!(u64::MAX), "0xffffffffffffffff"),
+            ("hex", Value::Null, "–"),
         ] {
             assert_eq!(apply(filter, value).as_deref(), Ok(expected), "{filter}");
         }

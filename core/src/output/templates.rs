@@ -19,7 +19,9 @@ use super::text::visible;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Templates in the binary, by name.
-const EMBEDDED: [(&str, &str); 5] = [
+const EMBEDDED: [(&str, &str); 7] = [
+    ("alert.txt.tera", include_str!("../../../templates/alert.txt.tera")),
+    ("alert.webhook.json.tera", include_str!("../../../templates/alert.webhook.json.tera")),
     ("report.html.tera", include_str!("../../../templates/report.html.tera")),
     ("report.txt.tera", include_str!("../../../templates/report.txt.tera")),
     ("_collector.html.tera", include_str!("../../../templates/_collector.html.tera")),
@@ -95,12 +97,13 @@ impl Templates {
         }
     }
 
-    /// Everything that is wrong with the templates of `dir`; empty when nothing is. Templates of the report are also
-    /// rendered once with a small sample, which finds unknown fields and filters.
+    /// Everything that is wrong with the templates of `dir`; empty when nothing is. Templates of the report and
+    /// of alerts are also rendered once with a small sample, which finds unknown fields and filters.
     pub fn check(dir: Option<&Path>) -> Vec<Error> {
         let (templates, mut problems) = Templates::load(dir);
         if problems.is_empty() {
             problems.extend(super::report::check_templates(&templates));
+            problems.extend(super::alerts::check_templates(&templates));
         }
         problems
     }

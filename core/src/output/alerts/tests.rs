@@ -194,25 +194,6 @@ fn hostile_names_are_escaped_and_survive() {
     assert_eq!(serde_json::from_str::<String>(&plane_14).unwrap(), "\u{e0041}é");
 }
 
-/// Three rules at one site are one message; another site or status is another.
-#[test]
-fn text_groups_the_rules_of_a_site() {
-    let line = |rule: &str, severity, id: &str, status| {
-        let mut line = AlertLine::from(&event(rule));
-        (line.severity, line.site.id, line.status) = (severity, id.to_owned(), status);
-        line
-    };
-    let groups = group(&[
-        line("growth", Severity::Warning, "a", Status::Firing),
-        line("age", Severity::Warning, "b", Status::Firing),
-        line("survival", Severity::Critical, "a", Status::Firing),
-        line("imbalance", Severity::Warning, "a", Status::Resolved),
-    ]);
-    let rules: Vec<Vec<&str>> = groups.iter().map(|g| g.alerts.iter().map(|a| a.rule.as_str()).collect()).collect();
-    assert_eq!(rules, [vec!["growth", "survival"], vec!["age"], vec!["imbalance"]]);
-    assert_eq!((groups[0].severity, groups[0].lost), (Severity::Critical, 3));
-}
-
 /// Alerts name paths and processes: others have no business reading them. Earlier runs are kept.
 #[test]
 fn the_file_is_private_and_appended_to() {
