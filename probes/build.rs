@@ -2,18 +2,21 @@
 
 use std::env;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, ExitCode};
 
 use libbpf_cargo::SkeletonBuilder;
 
 /// One object per entry; each becomes `NAME.skel.rs`.
 const OBJECTS: [&str; 2] = ["userspace_alloc", "features"];
 
-fn main() {
-    if let Err(e) = build() {
-        // The build script's own error output is what the user sees: no backtrace around it.
-        eprintln!("{e}");
-        std::process::exit(1);
+fn main() -> ExitCode {
+    match build() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            // What the user sees: no backtrace around it.
+            eprintln!("{e}");
+            ExitCode::FAILURE
+        }
     }
 }
 

@@ -123,6 +123,14 @@ impl Rings {
         }
     }
 
+    /// Drops everything that has happened so far.
+    pub(crate) fn discard(&self) -> Result<()> {
+        self.poll(Duration::ZERO)?;
+        self.processes.borrow_mut().clear();
+        self.events.borrow_mut().clear();
+        Ok(())
+    }
+
     pub(crate) fn next_process_event(&self) -> Option<ProcessEvent> {
         self.processes.borrow_mut().pop_front()
     }

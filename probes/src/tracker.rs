@@ -207,6 +207,7 @@ impl Tracker {
             cost_per_hit_ns: 0.0,
         };
         tracker.cost_per_hit_ns = calibration::measure(&mut tracker)?;
+        tracker.rings.discard()?;
         Ok(tracker)
     }
 
