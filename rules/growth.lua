@@ -40,7 +40,10 @@ local function evaluate(site, p)
   end
   -- The second look is three times as long: a curve that flattens slowly is straight when seen from close by.
   local level_off = math.max(window:level_off(), series:window(3 * span, 3 * p.min_snapshots):level_off())
-  if level_off > p.max_level_off or not grow.new_height(window, series:before(span, p.min_snapshots)) then
+  if level_off > p.max_level_off or not grow.goes_on(window) then
+    return nil
+  end
+  if not grow.new_height(window, series:before(span, p.min_snapshots)) then
     return nil
   end
 
@@ -78,7 +81,7 @@ return {
   name = "growth",
   description = "outstanding bytes keep rising and do not level off",
   params = {
-    min_snapshots = 12,
+    min_snapshots = 21,
     min_time = "20s",
     share = 0.2,
     max_time = "10min",

@@ -64,7 +64,7 @@ return {
   description = "far more is allocated than freed, over a longer time",
   params = {
     min_time = "90s",
-    min_snapshots = 12,
+    min_snapshots = 30,
     share = 0.2,
     max_time = "10min",
     min_allocations = 500,

@@ -12,11 +12,12 @@
 --   min_slope      least slope
 --   min_bytes      least growth over the run
 --   min_share      least growth as a share of what is outstanding: a large cache that drifts is no leak
+--   min_noise      least growth as a multiple of the noise around the trend
 --   min_rises      fewest steps upwards: thread pools grow in a few
 --   max_level_off  how much slower the growth may have become: 0 not at all, 1 stopped
 --
 -- Sample finding
---   warning 0.97: trend of 2.0 KiB/min, 120.0 KiB an hour over 42m (certainty 99.9 %), now 310.2 KiB
+--   warning 0.97: trend of 2.0 KiB/min, 120.0 KiB an hour over 42m (certainty 100 %), now 310.2 KiB
 
 local grow = require("lib.grow")
 
@@ -36,6 +37,9 @@ local function evaluate(site, p)
   local certainty = series:trend_confidence()
   local level_off = series:level_off()
   if certainty < p.min_confidence or level_off > p.max_level_off or series:rises() < p.min_rises then
+    return nil
+  end
+  if growth < p.min_noise * series:noise() then
     return nil
   end
   local first, last = series:before(seen * 2 / 3), series:window(seen / 3)
@@ -69,6 +73,7 @@ return {
     min_slope = "512B/min",
     min_bytes = "64KiB",
     min_share = 0.05,
+    min_noise = 4,
     min_rises = 10,
     max_level_off = 0.5,
   },

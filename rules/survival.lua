@@ -7,10 +7,11 @@
 -- Arguments
 --   min_age        blocks younger than this are nobody's business yet
 --   min_time       shortest time that the site has been watched
+--   min_snapshots  fewest snapshots of it
 --   min_bytes      least bytes outstanding in old generations
 --   min_blocks     fewest blocks outstanding in old generations
 --   max_share      above this share there is no churn to hide in, and rule "growth" sees it
---   max_decay      how much smaller the share may be in the older half of the generations (0.4: 40 % smaller), and
+--   max_decay      how much smaller the share may be in the older half of the generations (0.3: 30 % smaller), and
 --                  how much larger
 --   max_level_off  how much slower the growth may have become: 0 not at all, 1 stopped
 --
@@ -26,7 +27,7 @@ local function evaluate(site, p)
   end
   local series = site.series
   local seen = series:duration()
-  if seen < p.min_time then
+  if seen < p.min_time or #series < p.min_snapshots then
     return nil
   end
   local share, blocks, _, bytes, generations, with_survivors = site:survival(p.min_age)
@@ -47,9 +48,14 @@ local function evaluate(site, p)
   if ratio < 1 - p.max_decay or ratio > 1 / (1 - p.max_decay) then
     return nil
   end
-  -- Where survivors pile up, so do the bytes, in the last third of the time as before.
+  -- Where survivors pile up, so do the bytes: in a bounded cache young blocks survive too, but old ones go for them.
+  local half = seen / 2
+  local _, _, _, kept = site:survival(0, half)
+  if series:window(half):growth() < kept / 2 then
+    return nil
+  end
   local level_off = series:level_off()
-  if level_off > p.max_level_off or series:trend_confidence() < 0.9 then
+  if level_off > p.max_level_off or series:trend_confidence() < 0.9 or not grow.goes_on(series) then
     return nil
   end
 
@@ -78,12 +84,13 @@ return {
   description = "a constant share of every generation of blocks survives although most die young",
   params = {
     min_age = "15s",
-    min_time = "45s",
+    min_time = "1min",
+    min_snapshots = 30,
     min_bytes = "16KiB",
     min_blocks = 20,
-    max_share = 0.95,
-    max_decay = 0.4,
-    max_level_off = 0.5,
+    max_share = 0.9,
+    max_decay = 0.3,
+    max_level_off = 0.4,
   },
   evaluate = evaluate,
 }

@@ -42,6 +42,26 @@ pub fn theil_sen_slope(points: &[(f64, f64)]) -> f64 {
     median(&mut slopes[..pairs])
 }
 
+/// Spread of the values around their Theil-Sen line: the median absolute deviation times 1.4826, which is the standard
+/// deviation if the noise is normal. Of more than [`MAX_POINTS`] points an even subsample is taken. 0 for fewer than
+/// three points.
+pub fn noise(points: &[(f64, f64)]) -> f64 {
+    if points.len() < 3 {
+        return 0.0;
+    }
+    let slope = theil_sen_slope(points);
+    let mut residuals = [0.0; MAX_POINTS];
+    let mut n = 0;
+    for i in spread(points.len()) {
+        residuals[n] = points[i].1 - slope * (points[i].0 - points[0].0);
+        n += 1;
+    }
+    let middle = median(&mut residuals[..n]);
+    residuals[..n].iter_mut().for_each(|r| *r = (*r - middle).abs());
+    let noise = 1.4826 * median(&mut residuals[..n]);
+    if noise.is_finite() { noise } else { 0.0 }
+}
+
 /// Median; the mean of the two middle ones for an even count, 0 for none.
 fn median(values: &mut [f64]) -> f64 {
     let middle = values.len() / 2;
@@ -226,6 +246,14 @@ mod tests {
         }
     }
 
+    /// Around a line of slope 3 the deviations are 0, 1 and 2 in turn around their median 1: the median absolute one is 1.
+    #[test]
+    fn noise_is_the_spread_around_the_trend() {
+        let p = points(&(0..30).map(|i| 3.0 * f64::from(i) + f64::from(i % 3)).collect::<Vec<_>>());
+        assert!((noise(&p) - 1.4826).abs() < 0.1, "{}", noise(&p));
+        assert_eq!(noise(&points(&[1.0, 2.0, 3.0, 4.0])), 0.0);
+    }
+
     /// Equal neighbours do not rise.
     #[test]
     fn rising_fraction_counts_strict_rises() {
@@ -315,6 +343,7 @@ mod tests {
                 trend_confidence(&values),
                 level_off(p),
                 largest_drop(values.iter().copied()),
+                noise(p),
                 rate(p),
             ];
             assert!(all.iter().all(|v| v.is_finite()), "{p:?} gave {all:?}");

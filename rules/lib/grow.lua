@@ -18,6 +18,13 @@ function M.new_height(window, before)
   return window:last() >= before:max() + window:growth() / 2
 end
 
+-- Whether the growth has gone on to the very end of `window`: its last sixth, at least four steps, rises at no less than
+-- a share of the speed of all of it. The thirds that `level_off` compares notice a sudden stop late.
+function M.goes_on(window)
+  local last = window:window(window:duration() / 6, 5)
+  return last:rate() >= 0.4 * window:slope()
+end
+
 -- Whether the growth may be old blocks being replaced: blocks from before the attach are unknown, so when a full cache
 -- swaps them for new ones, only the new ones are counted. The sign is that the process frees at least as many
 -- unknown blocks as the site gains, while its resident memory does not grow with the site.

@@ -271,6 +271,7 @@ impl UserData for SeriesRef {
             "trend_confidence" => Stat::TrendConfidence,
             "level_off" => Stat::LevelOff,
             "largest_drop" => Stat::LargestDrop,
+            "noise" => Stat::Noise,
             "max" => Stat::Max,
             "min" => Stat::Min,
         );

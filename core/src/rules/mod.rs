@@ -34,7 +34,7 @@ use crate::finding::Finding;
 use crate::history::History;
 use crate::snapshot::{ProcessSample, Site};
 use crate::{Error, Result};
-use params::nearest;
+use params::hint;
 use reload::Watcher;
 use rule::{Draft, Rule, Setup};
 use sandbox::Limits;
@@ -206,8 +206,8 @@ fn build(settings: &RuleSettings, sources: &Sources) -> (Setup, BTreeMap<String,
     if errors.is_empty() {
         for name in settings.params.keys() {
             if !rules.values().any(|r| *r.info.name == **name) {
-                let hint = nearest(name, rules.values().map(|r| r.info.name.as_ref())).unwrap_or_default();
-                errors.push(Error::config(format!("rules.{name}: there is no rule {name}; did you mean {hint}?")));
+                let hint = hint(name, rules.values().map(|r| r.info.name.as_ref()));
+                errors.push(Error::config(format!("rules.{name}: there is no rule {name}; {hint}")));
             }
         }
     }

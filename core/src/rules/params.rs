@@ -7,6 +7,7 @@ use std::fmt;
 
 use mlua::{Integer, Lua, Table, Value};
 
+use crate::config::nearest;
 use crate::units::{self, Bytes};
 
 /// Key of `[rules.NAME]` that is not a parameter.
@@ -68,12 +69,12 @@ impl ParamValue {
             Value::Boolean(b) => Ok(ParamValue::Flag(*b)),
             Value::String(text) => ParamValue::from_text(&text.to_string_lossy()),
             Value::Table(list) => {
-                let texts: Result<Vec<_>, _> = list.sequence_values::<mlua::LuaString>().collect();
-                let texts = texts.map_err(|_| "a list must hold texts only".to_owned())?;
+                let values = list.sequence_values::<Value>();
+                let texts: Vec<_> = values.filter_map(|v| Some(v.ok()?.as_string()?.to_string_lossy())).collect();
                 if list.pairs::<Value, Value>().count() != texts.len() {
                     return Err("a list must hold texts only".to_owned());
                 }
-                Ok(ParamValue::Texts(texts.iter().map(|t| t.to_string_lossy()).collect()))
+                Ok(ParamValue::Texts(texts))
             }
             other => Err(format!("a {} cannot be a parameter", other.type_name())),
         }
@@ -176,16 +177,10 @@ pub(super) fn apply(rule: &str, params: &mut [ParamInfo], table: &toml::Table) -
             continue;
         }
         let Some(param) = params.iter_mut().find(|p| p.name == *key) else {
-            let names = params.iter().map(|p| p.name.as_str());
-            let hint = match nearest(key, names.chain([ENABLED])) {
-                Some(ENABLED) => format!("did you mean {ENABLED} (true or false)?"),
-                Some(name) => {
-                    let expected = params.iter().find(|p| p.name == name).map_or("", |p| p.default.expected());
-                    format!("did you mean {name} ({expected})?")
-                }
-                None => "the rule has no parameters".to_owned(),
-            };
-            errors.push(format!("rules.{rule}.{key}: the rule has no such parameter; {hint}"));
+            let names = params.iter().map(|p| p.name.as_str()).chain([ENABLED]);
+            let near = nearest(key, names.clone()).and_then(|near| params.iter().find(|p| p.name == near));
+            let expected = near.map_or(String::new(), |p| format!(" It is {}.", p.default.expected()));
+            errors.push(format!("rules.{rule}.{key}: the rule has no such parameter; {}{expected}", hint(key, names)));
             continue;
         };
         match param.default.override_with(value) {
@@ -209,25 +204,12 @@ pub(super) fn to_lua(lua: &Lua, params: &[ParamInfo]) -> mlua::Result<Table> {
     Ok(table)
 }
 
-/// The name that takes the fewest edits to get to; `None` when there are no names.
-pub(super) fn nearest<'a>(word: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    names.into_iter().min_by_key(|name| edits(word, name))
-}
-
-/// Levenshtein distance.
-fn edits(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, ca) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, cb) in b.iter().enumerate() {
-            let substituted = diagonal + usize::from(ca != *cb);
-            diagonal = row[j + 1];
-            row[j + 1] = substituted.min(row[j] + 1).min(diagonal + 1);
-        }
+/// What to say after an unknown name: the one that was probably meant, else all that there are.
+pub(super) fn hint<'a>(word: &str, known: impl IntoIterator<Item = &'a str> + Clone) -> String {
+    match nearest(word, known.clone()) {
+        Some(name) => format!("did you mean {name}?"),
+        None => format!("known: {}", known.into_iter().collect::<Vec<_>>().join(", ")),
     }
-    row[b.len()]
 }
 
 #[cfg(test)]
@@ -278,7 +260,7 @@ mod tests {
         let (enabled, errors) = apply("r", &mut params, &table);
         assert_eq!((enabled, errors), (false, vec![]));
         let values: Vec<_> = params.iter().map(|p| p.value.to_string()).collect();
-        assert_eq!(values, ["2m", "[\"a\"]", "0.5", "false", "60 B/min", "2MiB"]);
+        assert_eq!(values, ["2m", "[\"a\"]", "0.5", "false", "3.5 KiB/h", "2MiB"]);
     }
 
     /// A wrong key or kind names rule, key, nearest key and unit.

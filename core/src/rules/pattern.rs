@@ -343,6 +343,8 @@ fn in_class(c: u8, class: u8) -> bool {
         b'u' => c.is_ascii_uppercase(),
         b'w' => c.is_ascii_alphanumeric(),
         b'x' => c.is_ascii_hexdigit(),
+        // Undocumented since 5.2, but still there.
+        b'z' => c == 0,
         _ => return class == c,
     };
     hit != class.is_ascii_uppercase()

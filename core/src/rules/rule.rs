@@ -10,7 +10,7 @@ use mlua::{Function, IntoLuaMulti, Table, Value};
 use super::api::{self, SiteRef, SnapshotRef, Symbolize};
 use super::budget::Limit;
 use super::error::RuleError;
-use super::params::{self, ParamInfo, nearest};
+use super::params::{self, ParamInfo, hint};
 use super::sandbox::{Libraries, Limits, Sandbox};
 use super::source::{LuaFile, Origin};
 use super::view::Context;
@@ -142,8 +142,7 @@ impl Rule {
             let key = pair.map_err(|e| broken(e.to_string()))?.0;
             let key = key.to_string().unwrap_or_default();
             if !KEYS.contains(&key.as_str()) {
-                let hint = nearest(&key, KEYS).unwrap_or_default();
-                return Err(broken(format!("the table has an unknown key '{key}'; did you mean '{hint}'?")));
+                return Err(broken(format!("the table has an unknown key '{key}'; {}", hint(&key, KEYS))));
             }
         }
         let text = |key: &str| match table.raw_get::<Value>(key) {
@@ -391,11 +390,8 @@ fn draft_of(table: &Table) -> Result<Draft, String> {
         let key = pair.map_err(|e| e.to_string())?.0.to_string().unwrap_or_default();
         keys += 1;
         if keys > RESULT_KEYS.len() || !RESULT_KEYS.contains(&key.as_str()) {
-            let hint = nearest(&key, RESULT_KEYS).unwrap_or_default();
-            return Err(format!(
-                "the finding has an unknown key '{}'; did you mean '{hint}'?",
-                super::sandbox::cut(&key, 40)
-            ));
+            let hint = hint(&key, RESULT_KEYS);
+            return Err(format!("the finding has an unknown key '{}'; {hint}", super::sandbox::cut(&key, 40)));
         }
     }
     let severity = match get("severity")? {

@@ -26,6 +26,7 @@ pub(super) enum Stat {
     TrendConfidence,
     LevelOff,
     LargestDrop,
+    Noise,
     Max,
     Min,
 }
@@ -92,6 +93,7 @@ fn compute(stat: Stat, samples: &[Sample]) -> f64 {
         Stat::TrendConfidence => stats::trend_confidence(&values().collect::<Vec<_>>()),
         Stat::LevelOff => stats::level_off(&points()),
         Stat::LargestDrop => stats::largest_drop(values()),
+        Stat::Noise => stats::noise(&points()),
         Stat::Max => values().reduce(f64::max).unwrap_or(0.0),
         Stat::Min => values().reduce(f64::min).unwrap_or(0.0),
     }
