@@ -48,6 +48,8 @@ pub(super) struct Budget {
     /// CPU time of this thread at which the rule's time for this snapshot is over.
     cpu_end: Cell<Duration>,
     exceeded: RefCell<Option<Limit>>,
+    /// Chunk and line at which the hook found a limit exceeded: errors of hooks carry no place themselves.
+    place: RefCell<Option<(String, u32)>>,
 }
 
 impl Budget {
@@ -58,6 +60,7 @@ impl Budget {
             left: Cell::new(max_instructions),
             cpu_end: Cell::new(Duration::MAX),
             exceeded: RefCell::new(None),
+            place: RefCell::new(None),
         }
     }
 
@@ -71,6 +74,7 @@ impl Budget {
         self.left.set(self.max_instructions);
         if self.exceeded.borrow().is_some() {
             self.exceeded.replace(None);
+            self.place.replace(None);
         }
     }
 
@@ -105,6 +109,19 @@ impl Budget {
     /// Memory that the state may use, in bytes.
     pub(super) fn max_memory(&self) -> usize {
         usize::try_from(self.max_memory).unwrap_or(usize::MAX)
+    }
+
+    /// Notes where the rule was when the hook stopped it; the first place counts.
+    pub(super) fn stopped_at(&self, place: impl FnOnce() -> Option<(String, u32)>) {
+        let mut noted = self.place.borrow_mut();
+        if noted.is_none() {
+            *noted = place();
+        }
+    }
+
+    /// Where the hook stopped the rule, if it did.
+    pub(super) fn place(&self) -> Option<(String, u32)> {
+        self.place.borrow().clone()
     }
 
     /// Notes that the memory limit was hit.

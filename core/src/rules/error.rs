@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use mlua::Error as LuaError;
 
+use super::budget::Limit;
 use super::sandbox::cut;
 use super::source::{LuaFile, Origin};
 use crate::snapshot::Site;
@@ -13,6 +14,12 @@ use crate::{Error, ErrorKind};
 
 /// Longest message kept, in bytes: rules may put anything into `error()`.
 const MAX_MESSAGE: usize = 500;
+
+/// A limit that stopped a rule, and chunk and line where, if that is known.
+pub(super) struct Stopped {
+    pub(super) limit: Limit,
+    pub(super) place: Option<(String, u32)>,
+}
 
 /// A rule that failed, with the place in its file.
 #[derive(Clone, Debug)]
@@ -68,17 +75,21 @@ impl RuleError {
         }
     }
 
-    /// From an error of Lua; `message` replaces Lua's own words. `line` is where the called function starts, for errors
-    /// without a place of their own.
+    /// From an error of Lua, or from a limit: then message and place come from `limit`. `line` is where the called
+    /// function starts, for errors without a place of their own.
     pub(super) fn from_lua(
         rule: &str,
         file: &LuaFile,
         line: Option<u32>,
         error: &LuaError,
-        message: Option<String>,
+        limit: Option<Stopped>,
     ) -> RuleError {
         let (place, text) = locate(error);
-        let mut result = RuleError::new(rule, file, line, message.unwrap_or(text));
+        let (place, text) = match limit {
+            Some(stopped) => (stopped.place.or(place), stopped.limit.to_string()),
+            None => (place, text),
+        };
+        let mut result = RuleError::new(rule, file, line, text);
         if let Some((chunk, line)) = place {
             if chunk != file.name {
                 // A shared module; it lies beside the rule when the rule comes from a folder.

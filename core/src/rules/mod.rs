@@ -190,7 +190,9 @@ fn build(settings: &RuleSettings, sources: &Sources) -> (Setup, BTreeMap<String,
     };
     let mut errors: Vec<Error> = source::unreadable_errors(sources).collect();
     let mut rules: BTreeMap<String, Rule> = BTreeMap::new();
-    for (name, file) in &sources.rules {
+    // Built-in rules first: of two rules with the same name the user's is the one to change.
+    let (embedded, files): (Vec<_>, Vec<_>) = sources.rules.iter().partition(|(_, f)| f.origin == Origin::Embedded);
+    for (name, file) in embedded.into_iter().chain(files) {
         match Rule::compile(file, &setup) {
             Ok(rule) => {
                 let error = duplicate(&rules, &rule);

@@ -17,7 +17,7 @@ local allowed = {}
 for name in ("index newindex call tostring len eq lt le concat unm add sub mul div mod pow idiv band bor bxor shl shr bnot pairs"):gmatch("%a+") do
   allowed["__" .. name] = true
 end
-local raw_setmetatable, raw_type, raw_next, raw_error = setmetatable, type, next, error
+local raw_setmetatable, raw_type, raw_next, raw_error, raw_tostring = setmetatable, type, next, error, tostring
 local function safe_setmetatable(object, meta)
   if raw_type(meta) ~= "table" then
     raw_error("bad argument #2 to 'setmetatable' (table expected)", 2)
@@ -96,14 +96,14 @@ local globals = {
 -- Reading a name that does not exist is a typing error far more often than a test for nil.
 raw_setmetatable(globals, {
   __index = function(_, name)
-    raw_error("no global '" .. tostring(name) .. "' is available to rules", 2)
+    raw_error("no global '" .. raw_tostring(name) .. "' is available to rules", 2)
   end,
 })
 
 local env = raw_setmetatable({}, {
   __index = globals,
   __newindex = function(_, name)
-    raw_error("rules cannot set globals: write 'local " .. tostring(name) .. "'", 2)
+    raw_error("rules cannot set globals: write 'local " .. raw_tostring(name) .. "'", 2)
   end,
   __metatable = false,
 })

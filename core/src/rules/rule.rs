@@ -8,7 +8,6 @@ use std::sync::Arc;
 use mlua::{Function, IntoLuaMulti, Table, Value};
 
 use super::api::{self, SiteRef, SnapshotRef, Symbolize};
-use super::budget::Limit;
 use super::error::RuleError;
 use super::params::{self, ParamInfo, hint};
 use super::sandbox::{Libraries, Limits, Sandbox};
@@ -124,8 +123,8 @@ impl Rule {
                 Err(RuleError::new(stem, file, None, message))
             }
             Err(error) => {
-                let limit = sandbox.limit(&error).map(|l| l.to_string());
-                Err(RuleError::from_lua(stem, file, None, &error, limit))
+                let stopped = sandbox.stopped(&error);
+                Err(RuleError::from_lua(stem, file, None, &error, stopped))
             }
         }
     }
@@ -337,17 +336,9 @@ impl Run<'_> {
     }
 
     fn fail(&mut self, site: Option<usize>, line: Option<u32>, error: &mlua::Error) {
-        let limit = self.rule.sandbox.limit(error);
-        if let Some(limit) = &limit {
-            self.over = true;
-            if matches!(limit, Limit::Memory(_)) {
-                tracing::debug!(rule = %self.rule.info.name, "rule is out of memory");
-            }
-        }
-        self.note(site, |rule| {
-            let message = limit.map(|l| l.to_string());
-            RuleError::from_lua(&rule.info.name, &rule.file, line, error, message)
-        });
+        let stopped = self.rule.sandbox.stopped(error);
+        self.over |= stopped.is_some();
+        self.note(site, |rule| RuleError::from_lua(&rule.info.name, &rule.file, line, error, stopped));
     }
 
     /// Keeps the first error and counts the others.

@@ -11,11 +11,14 @@ use std::rc::Rc;
 use mlua::chunk::ChunkMode;
 use mlua::{Function, HookTriggers, Lua, LuaOptions, LuaString, StdLib, Table, Value, Variadic, VmState};
 
-use super::budget::{Budget, Limit};
+use super::budget::Budget;
+use super::error::Stopped;
 use super::strings;
 
 /// Instructions between two looks at the budget.
 const HOOK_EVERY: u64 = 1_000;
+/// Stack levels that are searched for a place in a rule file.
+const MAX_LEVELS: usize = 20;
 /// Longest line that `print` passes on to the log, in bytes.
 const MAX_PRINT: usize = 1_000;
 /// Shared Lua modules: name as in `require`, text.
@@ -63,10 +66,12 @@ impl Sandbox {
         let every = HOOK_EVERY.min(limits.instructions).max(1);
         let b = Rc::clone(&budget);
         let triggers = HookTriggers::new().every_nth_instruction(u32::try_from(every).unwrap_or(u32::MAX));
-        lua.set_hook(triggers, move |_, _| {
-            b.check_cpu()?;
-            b.charge(every)?;
-            Ok(VmState::Continue)
+        lua.set_hook(triggers, move |lua, _| {
+            let within = b.check_cpu().and_then(|()| b.charge(every));
+            if within.is_err() {
+                b.stopped_at(|| (0..MAX_LEVELS).find_map(|level| lua.inspect_stack(level, place).flatten()));
+            }
+            within.map(|()| VmState::Continue)
         })?;
         lua.set_memory_limit(budget.max_memory())?;
         Ok(Sandbox { lua, budget, env })
@@ -80,13 +85,20 @@ impl Sandbox {
     }
 
     /// The limit behind an error, if one is: the budget's own, or Lua's report that memory is out.
-    pub(super) fn limit(&self, error: &mlua::Error) -> Option<Limit> {
+    pub(super) fn stopped(&self, error: &mlua::Error) -> Option<Stopped> {
         let memory = error.chain().any(|e| matches!(e.downcast_ref(), Some(mlua::Error::MemoryError(_))));
         if memory {
             self.budget.exceed_memory();
         }
-        self.budget.exceeded()
+        self.budget.exceeded().map(|limit| Stopped { limit, place: self.budget.place() })
     }
+}
+
+/// Chunk and line of a stack level, unless it is host code or the prelude.
+fn place(level: &mlua::debug::Debug<'_>) -> Option<(String, u32)> {
+    let chunk = level.source().short_src?.into_owned();
+    let line = level.current_line().and_then(|n| u32::try_from(n).ok())?;
+    chunk.ends_with(".lua").then_some((chunk, line))
 }
 
 /// Where `require` keeps the environment among the modules; no module name has a space.

@@ -71,8 +71,8 @@ pub(super) fn string_library(lua: &Lua, original: &Table, budget: &Rc<Budget>) -
         if n <= 0 || unit == 0 {
             return lua.create_string("");
         }
-        let steps = (unit as u64).div_ceil(BYTES_PER_STEP as u64).saturating_mul(n.unsigned_abs());
-        b.charge(steps)?;
+        let bytes = (unit as u64).saturating_mul(n.unsigned_abs());
+        b.charge(bytes / BYTES_PER_STEP as u64 + n.unsigned_abs() / 8)?;
         rep_original.call((s, n, sep))
     };
     library.raw_set("rep", lua.create_function(rep)?)?;

@@ -1,5 +1,8 @@
 //! Tests of the rule engine and of the shipped rules.
 
+mod engine;
+mod hostile;
+mod reload;
 mod shapes;
 mod shipped;
 mod support;
