@@ -298,6 +298,8 @@ function start() {
       reveal(Number(link.dataset.site));
     });
   }
+  // Paper cannot be unfolded.
+  addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((node) => { node.open = true; }));
   for (const id of ["theme", "tools", "table"]) byId(id).hidden = false;
   firstPins();
   drawSeverities();

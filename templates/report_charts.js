@@ -33,6 +33,7 @@ function drawGrowth(u, mark, colour) {
   ctx.fillRect(from, u.bbox.top, ratio, u.bbox.height);
   ctx.font = `${11 * ratio}px system-ui, sans-serif`;
   ctx.textBaseline = "top";
+  ctx.textAlign = "left";
   const label = `growing for ${formatDuration(mark.until - mark.since)}`;
   if (ctx.measureText(label).width + 12 * ratio < to - from) ctx.fillText(label, from + 6 * ratio, u.bbox.top + 5 * ratio);
   ctx.restore();

@@ -7,11 +7,10 @@ const none = "–";
 /** Text by number; "" for none. */
 const text = (index) => (index < 0 ? "" : data.strings[index]);
 
-/** Decodes a series: base64 over zigzag LEB128 differences of time (1/100 s), bytes and count. */
-function decode(series) {
-  const raw = atob(series);
-  const time = [], bytes = [], count = [];
-  const now = [0, 0, 0];
+/** Decodes rows of three numbers into three columns: base64 over zigzag LEB128 differences from row to row. */
+function decode(encoded) {
+  const raw = atob(encoded);
+  const columns = [[], [], []], now = [0, 0, 0];
   let at = 0;
   while (at < raw.length) {
     for (let column = 0; column < 3; column++) {
@@ -23,27 +22,39 @@ function decode(series) {
         scale *= 128;
       } while (byte >= 0x80);
       now[column] += value % 2 ? -(value + 1) / 2 : value / 2;
+      columns[column].push(now[column]);
     }
-    time.push(data.zero_wall_s + now[0] / 100);
-    bytes.push(now[1]);
-    count.push(now[2]);
   }
-  return { time, bytes, count };
+  return columns;
 }
 
 /** The decoded series of a site (by index), or of everything (-1); decoded on first use. */
 const decoded = new Map();
 function seriesOf(index) {
-  if (!decoded.has(index)) decoded.set(index, decode(index < 0 ? data.series : data.sites[index].series));
+  if (!decoded.has(index)) {
+    const [ticks, bytes, count] = decode(index < 0 ? data.series : data.sites[index].series);
+    decoded.set(index, { time: ticks.map((t) => data.zero_wall_s + t / 100), bytes, count });
+  }
   return decoded.get(index);
 }
 
-/** A frame by number as an object. */
+/** The cohorts of a site, oldest first. */
+function cohortsOf(site) {
+  const [born, outstanding, bytes] = decode(site.cohorts);
+  return data.periods[site.periods].map(([start, end], i) => ({ start, end, born: born[i], outstanding: outstanding[i], bytes: bytes[i] }));
+}
+
+/** The part of a path after the last slash. */
+const fileName = (path) => path.slice(path.lastIndexOf("/") + 1);
+
+/** A frame by number as an object; name and place as in the context of templates. */
 function frameOf(number) {
-  const [fn, module, offset, file, line, inlined, reason, name, place] = data.frames[number];
+  const [fn, moduleIndex, offsetIndex, fileIndex, line, inlined, reason] = data.frames[number];
+  const named = fn >= 0, module = text(moduleIndex), offset = text(offsetIndex), file = text(fileIndex);
   return {
-    named: fn >= 0, module: text(module), offset: text(offset), file: text(file), line,
-    inlined: inlined === 1, reason: text(reason), name: text(name), place: text(place),
+    named, module, offset, file, line, inlined: inlined === 1, reason: text(reason),
+    name: named ? text(fn) : module ? `${fileName(module)}+${offset}` : offset,
+    place: file ? (line > 0 ? `${file}:${line}` : file) : named ? fileName(module) : "",
   };
 }
 

@@ -85,19 +85,19 @@ function factsOf(site) {
 
 /** Cohorts, oldest at the left: what is left of the blocks born in the same period. */
 function survivalOf(site) {
-  const born = site.cohorts.filter((c) => c[3] > 0);
+  const born = cohortsOf(site).filter((c) => c.born > 0);
   if (!born.length) return null;
   const now = site.ended ?? data.now_s;
-  const share = (c) => c[5] / c[3];
-  const age = (c) => `${formatDuration(now - c[1])} to ${formatDuration(now - c[0])} old`;
+  const share = (c) => c.outstanding / c.born;
+  const age = (c) => `${formatDuration(now - c.end)} to ${formatDuration(now - c.start)} old`;
   const oldest = born[0];
   const summary = `${formatPercent(share(oldest))} of the oldest blocks (${age(oldest)}) are still outstanding`;
   return el("div", {}, el("h3", {}, "Survival by age"),
     bars(born.map((c) => ({
       track: 1, fill: share(c),
-      title: `${age(c)}: ${formatCount(c[5])} of ${formatCount(c[3])} blocks outstanding, ${formatBytes(c[4])}`,
+      title: `${age(c)}: ${formatCount(c.outstanding)} of ${formatCount(c.born)} blocks outstanding, ${formatBytes(c.bytes)}`,
     })), summary),
-    el("div", { className: "bar-labels" }, el("span", {}, `${formatDuration(now - oldest[0])} old`), el("span", {}, "now")),
+    el("div", { className: "bar-labels" }, el("span", {}, `${formatDuration(now - oldest.start)} old`), el("span", {}, "now")),
     el("p", { className: "caption" }, `${summary}.`));
 }
 

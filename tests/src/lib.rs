@@ -15,6 +15,7 @@ pub mod features;
 pub mod memleak;
 pub mod program;
 pub mod snapshot;
+pub mod webdriver;
 
 pub use features::{Feature, missing, skip};
 pub use memleak::{Memleak, Outcome, memleak_command, output_within};

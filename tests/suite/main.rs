@@ -6,5 +6,6 @@
 mod bad_input;
 mod cli;
 mod demo;
+mod report;
 mod servers;
 mod userspace;

@@ -495,7 +495,7 @@ pub fn realistic() -> Run {
         ProcessSample { alive: false, rss_bytes: None, ..process_sample(&worker, 0, Losses::default()) },
     ];
     let alert = |i: usize, status, rule: &str, severity, confidence, since_s, reason: &str| AlertView {
-        id: format!("{:016x}", (i as u64 + 1).wrapping_mul(0xa076_1d64_78bd_642f)),
+        id: format!("{:016x}", (i as u64 + rule.len() as u64).wrapping_mul(0xa076_1d64_78bd_642f)),
         status,
         since_s,
         rule: rule.into(),

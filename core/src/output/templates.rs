@@ -169,7 +169,8 @@ impl Templates {
             Error::with_source(ErrorKind::Template, format!("failed to render {}{of}", self.origin(name)), cause)
         };
         if !self.contains(name) {
-            let known: Vec<&str> = self.text.get_template_names().filter(|n| !n.starts_with('_')).collect();
+            let mut known: Vec<&str> = self.text.get_template_names().filter(|n| !n.starts_with('_')).collect();
+            known.sort_unstable();
             return Err(fail(format!("no such template; there are {}", known.join(", "))));
         }
         let context = Context::from_serialize(context).map_err(|e| fail(chain(&e)))?;
@@ -200,9 +201,14 @@ fn add(
     let mut good = Vec::new();
     for (name, text) in sources {
         // Alone first: tera reports only the first problem of a set, and we want them all.
-        match tera::Template::new(name, None, text) {
-            Ok(_) => good.push((name.as_str(), text.as_ref())),
-            Err(e) => problems.push(parse_error(name, files.get(name), &e)),
+        match (tera::Template::new(name, None, text), joined_line(text)) {
+            (Ok(_), None) => good.push((name.as_str(), text.as_ref())),
+            (Ok(_), Some(line)) => {
+                let file = shown_file(name, files.get(name));
+                let why = "values joined with ~ are not escaped; join them in {% set %} and print the result";
+                problems.push(Error::new(ErrorKind::Template, format!("{file}:{line}: {why}")));
+            }
+            (Err(e), _) => problems.push(parse_error(name, files.get(name), &e)),
         }
     }
     // What is left to go wrong together: a parent or a macro file that is missing.
@@ -217,8 +223,43 @@ fn parse_error(name: &str, file: Option<&PathBuf>, error: &tera::Error) -> Error
     let text = chain(error);
     let place = text.split_once("--> ").and_then(|(_, rest)| rest.split_whitespace().next()).unwrap_or("1:1");
     let cause = text.rsplit_once("= ").map_or(text.as_str(), |(_, cause)| cause).trim();
-    let file = file.map_or_else(|| format!("embedded template {name}"), |p| shown(p));
-    Error::new(ErrorKind::Template, format!("{file}:{place}: {cause}"))
+    Error::new(ErrorKind::Template, format!("{}:{place}: {cause}", shown_file(name, file)))
+}
+
+/// The file of a template, or that it is an embedded one.
+fn shown_file(name: &str, file: Option<&PathBuf>) -> String {
+    file.map_or_else(|| format!("embedded template {name}"), |p| shown(p))
+}
+
+/// The first line that prints values joined with `~`: the template engine escapes variables and what filters return,
+/// but not these, so that they would let hostile names through.
+fn joined_line(text: &str) -> Option<usize> {
+    let mut rest = text;
+    let mut line = 1;
+    while let Some(start) = rest.find("{{") {
+        line += rest[..start].matches('\n').count();
+        rest = &rest[start..];
+        let mut quote = None;
+        let end = rest.char_indices().find_map(|(i, c)| {
+            match (quote, c) {
+                (None, '"' | '\'' | '`') => quote = Some(c),
+                (Some(q), _) if q == c => quote = None,
+                (None, '~') => return Some((i, true)),
+                (None, '}') if rest[i..].starts_with("}}") => return Some((i, false)),
+                _ => {}
+            }
+            None
+        });
+        match end {
+            Some((i, true)) => return Some(line + rest[..i].matches('\n').count()),
+            Some((i, false)) => {
+                line += rest[..i].matches('\n').count();
+                rest = &rest[i..];
+            }
+            None => return None,
+        }
+    }
+    None
 }
 
 /// The files of a folder that are templates, style sheets or scripts, by name. Hidden files are left out: editors
@@ -299,4 +340,153 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
 /// A path for messages.
 fn shown(path: &Path) -> String {
     visible(&path.to_string_lossy()).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// A folder with templates of the test fixtures.
+    fn fixture(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/templates").join(name)
+    }
+
+    /// A folder with one template.
+    fn folder(name: &str, text: &[u8]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().expect("folder");
+        std::fs::write(dir.path().join(name), text).expect("template");
+        dir
+    }
+
+    fn messages(problems: &[Error]) -> Vec<String> {
+        problems.iter().map(|e| format!("{e:#}")).collect()
+    }
+
+    /// What we ship must work as it is.
+    #[test]
+    fn the_embedded_templates_have_no_problems() {
+        assert_eq!(messages(&Templates::check(None)), [""; 0]);
+    }
+
+    /// Whether a name can do harm depends on the kind of template, so each kind must escape on its own.
+    #[test]
+    fn values_are_escaped_by_the_kind_of_template() {
+        let hostile = json!({ "v": "<b a='\"'>\n\x1b[2J\u{202e}" });
+        for (name, expected) in [
+            ("t.html.tera", r"&lt;b a=&#x27;&quot;&#x27;&gt;\n\x1b[2J\u{202e}"),
+            ("t.json.tera", r#"<b a='\"'>\n\u001b[2J"#),
+            ("t.txt.tera", r#"<b a='"'>\n\x1b[2J\u{202e}"#),
+            ("t.tera", r#"<b a='"'>\n\x1b[2J\u{202e}"#),
+        ] {
+            let dir = folder(name, b"{{ v }}");
+            let templates = Templates::new(Some(dir.path())).expect("templates");
+            let text = templates.render(name, &hostile).expect("rendered");
+            assert!(text.starts_with(expected), "{name}: {text}");
+        }
+    }
+
+    /// A webhook body must stay JSON whatever the names are, with either JSON filter and with none.
+    #[test]
+    fn a_json_template_gives_json() {
+        let dir = folder("t.json.tera", br#"{"a": "{{ v }}", "b": {{ v | json }}, "c": {{ v | json_encode }}}"#);
+        let templates = Templates::new(Some(dir.path())).expect("templates");
+        let hostile = "\"}, \\ \n </script>";
+        let text = templates.render("t.json.tera", &json!({ "v": hostile })).expect("rendered");
+        let value: Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!(value, json!({ "a": hostile, "b": hostile, "c": hostile }));
+    }
+
+    /// A fragment is escaped by the page it is part of, not by its own name.
+    #[test]
+    fn an_included_fragment_is_escaped_like_its_page() {
+        let dir = folder("t.html.tera", b"{% include \"_part.tera\" %}");
+        std::fs::write(dir.path().join("_part.tera"), "{{ v }}").expect("fragment");
+        let templates = Templates::new(Some(dir.path())).expect("templates");
+        assert_eq!(templates.render("t.html.tera", &json!({ "v": "<b>" })).expect("rendered"), "&lt;b&gt;");
+    }
+
+    /// A user changes one file and keeps the rest.
+    #[test]
+    fn a_users_template_wins_and_uses_embedded_fragments() {
+        let dir = fixture("override");
+        assert_eq!(messages(&Templates::check(Some(&dir))), [""; 0]);
+        let templates = Templates::new(Some(&dir)).expect("templates");
+        assert!(templates.contains("report.html.tera"));
+        let context = json!({ "title": "T", "sites": [], "sites_total": 0 });
+        let text = templates.render("report.txt.tera", &context).expect("rendered");
+        assert!(text.starts_with("mine: T\nSITES"), "{text}");
+    }
+
+    /// Every broken file is named with line and column, not only the first.
+    #[test]
+    fn all_broken_templates_are_named_with_their_place() {
+        let problems = messages(&Templates::check(Some(&fixture("syntax"))));
+        assert_eq!(problems.len(), 2, "{problems:?}");
+        assert!(problems[0].contains("syntax/report.html.tera:3:1: expected "), "{}", problems[0]);
+        assert!(problems[1].contains("syntax/report.txt.tera:3:"), "{}", problems[1]);
+        let first = Templates::new(Some(&fixture("syntax"))).expect_err("broken");
+        assert_eq!(format!("{first:#}"), problems[0]);
+    }
+
+    /// Each mistake that only shows when rendering must name the file and what is wrong before a run begins.
+    #[test]
+    fn check_finds_what_only_rendering_shows() {
+        for (name, file, cause) in [
+            ("field", "field/report.txt.tera", "`totals.leaked_bytes` not found"),
+            ("filter", "filter/report.txt.tera", "Filter 'megabytes' not found"),
+            ("parent", "", "company.html.tera"),
+            ("asset", "asset/report.js", "`</script`"),
+            ("joined", "joined/report.html.tera:2", "are not escaped"),
+        ] {
+            let problems = messages(&Templates::check(Some(&fixture(name))));
+            assert_eq!(problems.len(), 1, "{name}: {problems:?}");
+            assert!(problems[0].contains(file) && problems[0].contains(cause), "{name}: {problems:?}");
+        }
+    }
+
+    /// Joined values are found wherever they are printed, and nothing else is.
+    #[test]
+    fn joined_values_are_found_by_line() {
+        assert_eq!(joined_line("{{ a }}\n{{ b |\n c ~ d }}"), Some(3));
+        for fine in ["{% set x = a ~ b %}{{ x }}", "{{ a }} ~ {{ b }}", "{{ \"~\" }}", "~ {{ a", "{{ a | d(v='}}~') }}"]
+        {
+            assert_eq!(joined_line(fine), None, "{fine}");
+        }
+    }
+
+    /// A typing error in the folder's name must not silently fall back to the embedded templates.
+    #[test]
+    fn a_missing_folder_is_an_error_that_names_it() {
+        let error = Templates::new(Some(Path::new("/no/such/templates"))).expect_err("missing");
+        assert_eq!(error.kind(), ErrorKind::Io);
+        assert!(error.to_string().contains("the template folder /no/such/templates"), "{error}");
+    }
+
+    /// A file that is no text is named; files that are no templates are none of our business.
+    #[test]
+    fn unreadable_templates_are_named_and_other_files_ignored() {
+        let dir = folder("report.txt.tera", b"\xff\xfe");
+        std::fs::write(dir.path().join("notes.md"), b"\xff").expect("file");
+        std::fs::write(dir.path().join(".report.txt.tera.swp"), b"\xff").expect("file");
+        std::fs::write(dir.path().join(".hidden.tera"), b"{{").expect("file");
+        let problems = messages(&Templates::check(Some(dir.path())));
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert!(problems[0].contains("report.txt.tera: stream did not contain valid UTF-8"), "{problems:?}");
+    }
+
+    /// A failed alert must be found among hundreds: the message names the template and the subject.
+    #[test]
+    fn a_render_error_names_template_subject_and_cause() {
+        let dir = folder("alert.txt.tera", b"{{ reason }} {{ nothing }}");
+        let templates = Templates::new(Some(dir.path())).expect("templates");
+        let error = templates.render_for("alert.txt.tera", "alert 9f02\n", &json!({ "reason": 1 })).expect_err("field");
+        assert_eq!(error.kind(), ErrorKind::Template);
+        let message = format!("{error:#}");
+        assert!(message.starts_with("failed to render template /"), "{message}");
+        assert!(message.contains(r"alert.txt.tera for alert 9f02\n: "), "{message}");
+        assert!(message.contains("`nothing` not found"), "{message}");
+        let message = format!("{:#}", templates.render("alrt.txt.tera", &json!({})).expect_err("unknown"));
+        assert!(message.contains("no such template; there are alert.txt.tera, report.html.tera"), "{message}");
+    }
 }

@@ -350,7 +350,7 @@ impl Findings {
     }
 }
 
-/// Alerts in the order of the report: firing first, then by severity, then by rank of the site.
+/// Alerts in the order of the report: firing first, then by rank of the site, then by severity.
 fn alert_contexts(alerts: &[AlertView], sites: &[SiteView], now_s: f64, zero_wall_s: f64) -> Vec<AlertContext> {
     let places: HashMap<SiteKey, usize> = sites.iter().enumerate().map(|(i, s)| (s.key, i)).collect();
     let mut out: Vec<AlertContext> = (alerts.iter())
@@ -372,8 +372,9 @@ fn alert_contexts(alerts: &[AlertView], sites: &[SiteView], now_s: f64, zero_wal
     out.sort_by(|a, b| {
         (a.status == AlertStatus::Resolved)
             .cmp(&(b.status == AlertStatus::Resolved))
-            .then_with(|| b.severity.cmp(&a.severity))
+            // The places follow the worst severity of a site, and keep what is said about one site together.
             .then_with(|| place(a).cmp(&place(b)))
+            .then_with(|| b.severity.cmp(&a.severity))
             .then_with(|| (&a.rule, &a.id).cmp(&(&b.rule, &b.id)))
     });
     out
@@ -463,7 +464,7 @@ impl FrameView {
         let shown = match (&frame.function, &module) {
             (Some(function), _) => name(function),
             (None, Some(module)) => format!("{}+{offset}", file_name(module)),
-            (None, None) => format!("{:#x}", frame.address),
+            (None, None) => offset.clone(),
         };
         let file = frame.file.as_deref().map(name);
         let place = match (&file, frame.line, &module) {

@@ -16,11 +16,12 @@ use super::trend::thinned;
 use crate::finding::Severity;
 use crate::history::Sample;
 use crate::output::text::visible;
+use crate::snapshot::Cohort;
 
 /// Sites that keep every point: those at the top are looked at first.
 const FULL_SITES: usize = 50;
 /// Points that the other sites share, about 6 bytes each.
-const SHARED_POINTS: usize = 200_000;
+const SHARED_POINTS: usize = 160_000;
 /// Bounds of the points of one of them; a sparkline is not wider.
 const MIN_POINTS: usize = 48;
 const MAX_POINTS: usize = 500;
@@ -37,13 +38,15 @@ pub(super) struct Page {
     /// Since when the total grows without a break.
     growing_since_s: Option<f64>,
     strings: Vec<String>,
-    /// `[function, module, offset, file, line, inlined, reason, name, place]`, strings by index.
-    frames: Vec<[i64; 9]>,
+    /// `[function, module, offset, file, line, inlined, reason]`, strings by index.
+    frames: Vec<[i64; 7]>,
     processes: Vec<PageProcess>,
     alerts: Vec<PageAlert>,
     sites: Vec<PageSite>,
     /// The series of all sites together.
     series: String,
+    /// Lists of `[start_s, end_s]`: most sites share the periods of their cohorts.
+    periods: Vec<Vec<(f64, f64)>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -87,8 +90,10 @@ struct PageSite {
     name: i64,
     stack: Vec<usize>,
     truncated: i64,
-    /// `[start_s, end_s, born_bytes, born_count, outstanding_bytes, outstanding_count]` each.
-    cohorts: Vec<(f64, f64, u64, u64, u64, u64)>,
+    /// Which of `periods` its cohorts cover.
+    periods: usize,
+    /// Born count, outstanding count and outstanding bytes of every cohort, encoded like a series.
+    cohorts: String,
     /// `[class, frees]` for classes that are not empty.
     lifetimes: Vec<(usize, u64)>,
     series: String,
@@ -127,7 +132,8 @@ impl Page {
             zero_wall_s: report.zero_wall_s,
             now_s: report.now_s,
             growing_since_s: report.growing_since_s(),
-            series: encode(&thinned(&report.series, 2 * MAX_POINTS)),
+            series: encode(thinned(&report.series, 2 * MAX_POINTS).iter().map(row)),
+            periods: names.periods,
             strings: names.strings,
             frames: names.frames,
             processes,
@@ -164,25 +170,26 @@ impl PageSite {
             name: names.string(&s.heading.name),
             stack: s.frames.iter().map(|f| names.frame(f)).collect(),
             truncated: names.optional(s.truncated.as_deref()),
-            cohorts: (s.cohorts.iter())
-                .map(|c| {
-                    let (start, end) = (short(c.start_s), short(c.end_s));
-                    (start, end, c.born_bytes, c.born_count, c.outstanding_bytes, c.outstanding_count)
-                })
-                .collect(),
+            periods: names.periods(&s.cohorts),
+            cohorts: encode(
+                s.cohorts
+                    .iter()
+                    .map(|c| [signed(c.born_count), signed(c.outstanding_count), signed(c.outstanding_bytes)]),
+            ),
             lifetimes: s.lifetimes.iter().copied().enumerate().filter(|(_, n)| *n > 0).collect(),
-            series: encode(&thinned(&s.series, points)),
+            series: encode(thinned(&s.series, points).iter().map(row)),
         }
     }
 }
 
-/// Strings and frames that have a number.
+/// Strings, frames and lists of periods that have a number.
 #[derive(Default)]
 struct Names {
     strings: Vec<String>,
     string_numbers: HashMap<String, i64>,
-    frames: Vec<[i64; 9]>,
-    frame_numbers: HashMap<[i64; 9], usize>,
+    frames: Vec<[i64; 7]>,
+    frame_numbers: HashMap<[i64; 7], usize>,
+    periods: Vec<Vec<(f64, f64)>>,
 }
 
 impl Names {
@@ -211,8 +218,6 @@ impl Names {
             f.line.map_or(-1, i64::from),
             i64::from(f.inlined),
             self.optional(f.reason.as_deref()),
-            self.string(&f.name),
-            self.string(&f.place),
         ];
         let frames = &mut self.frames;
         *self.frame_numbers.entry(frame).or_insert_with(|| {
@@ -222,22 +227,41 @@ impl Names {
     }
 }
 
+impl Names {
+    /// The number of the cohorts' list of periods. There are few different ones, and neighbours in the ranking tend to
+    /// share theirs, so the search begins at the newest.
+    fn periods(&mut self, cohorts: &[Cohort]) -> usize {
+        let periods: Vec<(f64, f64)> = cohorts.iter().map(|c| (short(c.start_s), short(c.end_s))).collect();
+        match self.periods.iter().rposition(|p| *p == periods) {
+            Some(i) => i,
+            None => {
+                self.periods.push(periods);
+                self.periods.len() - 1
+            }
+        }
+    }
+}
+
 /// Milliseconds are enough for a reader, and shorter to write.
 fn short(value: f64) -> f64 {
     (value * 1000.0).round() / 1000.0
 }
 
-/// Time (ticks), outstanding bytes and outstanding count of every sample, each as the difference from the one before
-/// in zigzag LEB128, all in base64.
-fn encode(samples: &[Sample]) -> String {
-    let mut bytes = Vec::with_capacity(samples.len() * 6);
+/// Time (ticks), outstanding bytes and outstanding count of a sample.
+fn row(s: &Sample) -> [i64; 3] {
+    let ticks = (s.time_s * TICKS_PER_S).round() as i64;
+    [ticks, signed(s.totals.outstanding_bytes()), signed(s.totals.outstanding_count())]
+}
+
+fn signed(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+/// Rows of three numbers, each as the difference from the row before in zigzag LEB128, all in base64.
+fn encode(rows: impl Iterator<Item = [i64; 3]>) -> String {
+    let mut bytes = Vec::new();
     let mut previous = [0_i64; 3];
-    for s in samples {
-        let now = [
-            (s.time_s * TICKS_PER_S).round() as i64,
-            i64::try_from(s.totals.outstanding_bytes()).unwrap_or(i64::MAX),
-            i64::try_from(s.totals.outstanding_count()).unwrap_or(i64::MAX),
-        ];
+    for now in rows {
         for (value, before) in now.into_iter().zip(previous) {
             let delta = value.wrapping_sub(before);
             let mut zigzag = ((delta << 1) ^ (delta >> 63)) as u64;
@@ -266,7 +290,7 @@ mod tests {
     #[test]
     fn a_series_is_zigzag_deltas_in_base64() {
         // 1.00 s, 64 bytes, 1 block: 200 (0xc8 0x01), 128 (0x80 0x01), 2; then +0, -64, -1: 0, 127, 1.
-        let text = encode(&[sample(1.0, 64, 1), sample(1.0, 0, 0)]);
+        let text = encode([sample(1.0, 64, 1), sample(1.0, 0, 0)].iter().map(row));
         let bytes = STANDARD_NO_PAD.decode(text).expect("base64");
         assert_eq!(bytes, [0xc8, 0x01, 0x80, 0x01, 0x02, 0x00, 0x7f, 0x01]);
     }
