@@ -194,7 +194,7 @@ function makeRow(index) {
     return td;
   };
   const row = el("tr", { className: "site", id: `site-${index}` },
-    el("td", {}, site.severity ? el("span", { className: `badge ${severityNames[site.severity]}` }, severityNames[site.severity]) : resolved ? el("span", { className: "badge" }, "resolved") : ""),
+    el("td", {}, site.severity ? badge(severityNames[site.severity]) : resolved ? badge("resolved") : ""),
     el("td", {}, button),
     el("td", { className: "trend" }, sparkline(index)),
     cell("Outstanding", formatBytes(site.bytes)),
@@ -298,8 +298,19 @@ function start() {
       reveal(Number(link.dataset.site));
     });
   }
-  // Paper cannot be unfolded.
-  addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((node) => { node.open = true; }));
+  // Paper cannot be unfolded, and charts drawn for a dark page would be pale on it.
+  let theme;
+  addEventListener("beforeprint", () => {
+    document.querySelectorAll("details").forEach((node) => { node.open = true; });
+    theme = document.documentElement.dataset.theme;
+    document.documentElement.dataset.theme = "light";
+    themeChanged();
+  });
+  addEventListener("afterprint", () => {
+    if (theme) document.documentElement.dataset.theme = theme;
+    else delete document.documentElement.dataset.theme;
+    themeChanged();
+  });
   for (const id of ["theme", "tools", "table"]) byId(id).hidden = false;
   firstPins();
   drawSeverities();

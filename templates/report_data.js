@@ -141,3 +141,6 @@ function svg(tag, attributes, ...children) {
   node.append(...children);
   return node;
 }
+
+/** A severity or status as a label. */
+const badge = (name) => el("span", { className: `badge ${name}` }, name[0].toUpperCase() + name.slice(1));

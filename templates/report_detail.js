@@ -41,7 +41,7 @@ function notesOf(site) {
   return el("div", {}, el("h3", {}, "Findings"), el("ul", { className: "notes" }, ...site.alerts.map((i) => {
     const alert = data.alerts[i];
     const firing = alert.status === "firing";
-    return el("li", {}, el("span", { className: `badge ${firing ? alert.severity : ""}` }, firing ? alert.severity : "resolved"),
+    return el("li", {}, badge(firing ? alert.severity : "resolved"),
       ` ${text(alert.rule)}: `, el("bdi", {}, text(alert.reason)));
   })));
 }

@@ -34,6 +34,22 @@ impl Page {
     }
 }
 
+/// The text goes to a terminal: no line beyond 80 columns, and nothing in it that the terminal would obey.
+#[test]
+fn report_text_fits_a_terminal_and_cannot_steer_it() {
+    let run = synthetic::realistic();
+    let templates = Templates::new(None).expect("embedded templates");
+    let text = Report::new(&run.history, &run.alerts, &run.info, 2_000).text(&templates).expect("rendered");
+    for line in text.lines() {
+        assert!(line.chars().count() <= 80, "{line:?}");
+        assert!(!line.contains(|c: char| c.is_control() || ('\u{202a}'..='\u{202e}').contains(&c)), "{line:?}");
+    }
+    for part in ["FINDINGS (4), 1 resolved", "CRITICAL growth", "session::Store::open_session", "memleak-alerts.ndjson"]
+    {
+        assert!(text.contains(part), "{part:?} is missing in\n{text}");
+    }
+}
+
 /// The realistic report, opened in a browser of its own; `None` without a browser.
 fn opened() -> Option<(Browser, Page)> {
     let browser = Browser::start()?;

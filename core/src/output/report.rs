@@ -156,3 +156,173 @@ pub(super) fn check_templates(templates: &Templates) -> Vec<Error> {
     let report = sample::report();
     [report.html(templates), report.text(templates)].into_iter().filter_map(|r| r.err()).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, OnceLock};
+
+    use super::*;
+    use crate::history::{Bounds, History};
+    use crate::snapshot::{LIFETIME_CLASSES, Process, ProcessSample, Site, SiteSample, Snapshot, Totals};
+
+    fn key(number: u64) -> SiteKey {
+        SiteKey { instance: 1, probe_set: 1, stack: number }
+    }
+
+    /// A history of 20 s in which site `i` holds `sites[i].0` bytes and grows by `sites[i].1` bytes per second.
+    fn history(sites: &[(u64, u64)]) -> History {
+        let process = Arc::new(Process { instance: 1, pid: 7, ..Process::default() });
+        let sites: Vec<(Arc<Site>, u64, u64)> = (sites.iter().zip(0..))
+            .map(|((bytes, growth), number)| {
+                let site = Site {
+                    key: key(number),
+                    id: number,
+                    process: Arc::clone(&process),
+                    probe_set: "glibc".into(),
+                    function: "malloc".into(),
+                    addresses: vec![0x1000 + number],
+                    truncated: None,
+                    frames: OnceLock::new(),
+                };
+                (Arc::new(site), *bytes, *growth)
+            })
+            .collect();
+        let mut history = History::new(Bounds::default());
+        for t in 1..=20 {
+            let sample = |(site, bytes, growth): &(Arc<Site>, u64, u64)| SiteSample {
+                site: Arc::clone(site),
+                totals: Totals { allocated_bytes: bytes + growth * t, allocated_count: 1, ..Totals::default() },
+                last_allocation_s: t as f64,
+                cohorts: Vec::new(),
+                lifetimes: [0; LIFETIME_CLASSES],
+            };
+            history.push(&Snapshot {
+                number: t,
+                time_s: t as f64,
+                wall_s: 1e9 + t as f64,
+                processes: vec![ProcessSample {
+                    process: Arc::clone(&process),
+                    alive: true,
+                    ..ProcessSample::default()
+                }],
+                sites: sites.iter().map(sample).collect(),
+                collect_cpu_s: 0.0,
+            });
+        }
+        history
+    }
+
+    fn alert(number: u64, status: AlertStatus, severity: Severity) -> AlertView {
+        AlertView {
+            id: format!("{number:016x}"),
+            status,
+            since_s: 3.0,
+            rule: "growth".to_owned(),
+            severity,
+            confidence: 0.5,
+            reason: "grew".to_owned(),
+            site: key(number),
+            processes: 1,
+        }
+    }
+
+    fn order(report: &Report) -> Vec<String> {
+        report.sites.iter().map(|s| s.heading.name.clone()).collect()
+    }
+
+    /// What hurts most comes first: severity, then growth, then size; a small leak beats a large cache.
+    #[test]
+    fn sites_rank_by_severity_then_growth_then_bytes() {
+        let history = history(&[(9_000, 0), (10, 5), (10, 70), (20, 0), (500, 5), (1, 0)]);
+        let alerts = [
+            alert(3, AlertStatus::Firing, Severity::Info),
+            alert(1, AlertStatus::Firing, Severity::Critical),
+            alert(5, AlertStatus::Resolved, Severity::Critical),
+        ];
+        let report = Report::new(&history, &alerts, &RunInfo::default(), 10);
+        assert_eq!(order(&report), ["0x1001", "0x1003", "0x1005", "0x1002", "0x1004", "0x1000"]);
+        let severities: Vec<_> = report.sites.iter().map(|s| s.severity).collect();
+        assert_eq!(severities[..3], [Some(Severity::Critical), Some(Severity::Info), None]);
+    }
+
+    /// A bound on the sites must cut from the end, keep what alerts are about, and say what it hides.
+    #[test]
+    fn the_bound_keeps_alerts_and_counts_what_it_hides() {
+        let history = history(&[(9_000, 0), (10, 5), (10, 70), (20, 0)]);
+        let alerts = [alert(3, AlertStatus::Firing, Severity::Info), alert(1, AlertStatus::Resolved, Severity::Info)];
+        let report = Report::new(&history, &alerts, &RunInfo::default(), 1);
+        assert_eq!(order(&report), ["0x1003", "0x1001"]);
+        let context = serde_json::to_value(&report).expect("context");
+        assert_eq!(context["sites_total"], 4);
+        assert_eq!(context["hidden_sites"], 2);
+        assert_eq!(context["hidden_bytes"], 9_000 + 10 + 70 * 20);
+        let report = Report::new(&history, &[], &RunInfo::default(), 3);
+        assert_eq!(order(&report), ["0x1002", "0x1001", "0x1000"]);
+    }
+
+    /// Alerts of one site stay together, the resolved ones last, and one whose site is gone is still shown.
+    #[test]
+    fn alerts_are_ordered_and_survive_their_site() {
+        use AlertStatus::{Firing, Resolved};
+        use Severity::{Critical, Info, Warning};
+        let history = history(&[(10, 1), (10, 9)]);
+        let alerts = [
+            alert(99, Firing, Critical),
+            alert(0, Resolved, Critical),
+            alert(0, Firing, Info),
+            alert(1, Firing, Info),
+            alert(1, Firing, Warning),
+        ];
+        let report = Report::new(&history, &alerts, &RunInfo::default(), 10);
+        let shown: Vec<_> =
+            (report.alerts.iter()).map(|a| (a.severity, a.status, a.site.as_ref().map(|s| s.index))).collect();
+        assert_eq!(
+            shown,
+            [
+                (Warning, Firing, Some(0)),
+                (Info, Firing, Some(0)),
+                (Info, Firing, Some(1)),
+                (Critical, Firing, None),
+                (Critical, Resolved, Some(1)),
+            ]
+        );
+    }
+
+    /// Paths of all values, with `[]` for the elements of arrays.
+    fn paths(value: &serde_json::Value, path: &str, out: &mut std::collections::BTreeSet<String>) {
+        match value {
+            serde_json::Value::Object(fields) => {
+                for (name, value) in fields {
+                    paths(value, &format!("{path}{}{name}", if path.is_empty() { "" } else { "." }), out);
+                }
+            }
+            serde_json::Value::Array(elements) if elements.iter().any(|e| e.is_object()) => {
+                elements.iter().for_each(|e| paths(e, &format!("{path}[]"), out));
+            }
+            _ => drop(out.insert(path.to_owned())),
+        }
+    }
+
+    /// The reference for authors of templates must list every field, and no field that does not exist.
+    #[test]
+    fn the_reference_lists_exactly_the_fields_of_the_context() {
+        let mut fields = std::collections::BTreeSet::new();
+        paths(&serde_json::to_value(sample::report()).expect("context"), "", &mut fields);
+        let reference = include_str!("../../../templates/README.md");
+        let (_, reference) = reference.split_once("## The report's context").expect("section");
+        let documented: std::collections::BTreeSet<String> = (reference.lines())
+            .filter_map(|line| line.strip_prefix("| `")?.split_once('`').map(|(path, _)| path.to_owned()))
+            .collect();
+        assert_eq!(fields, documented);
+    }
+
+    /// A run that ends before its first snapshot still gets its report.
+    #[test]
+    fn an_empty_history_renders() {
+        let templates = Templates::new(None).expect("templates");
+        let report = Report::new(&History::default(), &[], &RunInfo::default(), 10);
+        let text = report.text(&templates).expect("text");
+        assert!(text.contains("NO FINDINGS") && text.contains("No process has been watched."), "{text}");
+        assert!(report.html(&templates).expect("page").contains("No process has been watched."));
+    }
+}

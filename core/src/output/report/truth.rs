@@ -184,8 +184,8 @@ fn unseen(run: &RunInfo, unmatched_frees: u64) -> Vec<String> {
     let failed = run.plugins.iter().filter(|p| p.state == PluginState::Failed).count();
     match failed {
         0 => {}
-        1 => out.push("1 probe set could not be attached; see Collector.".to_owned()),
-        n => out.push(format!("{n} probe sets could not be attached; see Collector.")),
+        1 => out.push("1 probe set could not be attached.".to_owned()),
+        n => out.push(format!("{n} probe sets could not be attached.")),
     }
     out
 }
