@@ -24,15 +24,10 @@ pub struct Browser {
 }
 
 impl Browser {
-    /// Starts a browser; `None`, with a note on stderr, when chromedriver is not installed.
-    pub fn start() -> Option<Browser> {
-        let mut driver = match Command::new("chromedriver").arg("--port=0").stdout(Stdio::piped()).spawn() {
-            Ok(driver) => driver,
-            Err(e) => {
-                eprintln!("skipped: chromedriver cannot be started ({e}); install chromium and chromium-driver");
-                return None;
-            }
-        };
+    /// Starts a browser. The test asks for `Feature::Command("chromedriver")` first.
+    pub fn start() -> Browser {
+        let mut driver = (Command::new("chromedriver").arg("--port=0").stdout(Stdio::piped()).spawn())
+            .expect("chromedriver starts");
         let port = port(&mut driver);
         let config = ureq::Agent::config_builder().timeout_global(Some(PATIENCE)).http_status_as_error(false);
         let agent = config.build().new_agent();
@@ -58,7 +53,7 @@ impl Browser {
         let session = browser.send("", &capabilities);
         let id = session["sessionId"].as_str().expect("session id");
         browser.session_url = format!("{server}/{id}");
-        Some(browser)
+        browser
     }
 
     /// Opens a page and waits until it has loaded.

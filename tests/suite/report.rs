@@ -9,6 +9,7 @@ use memleak_core::output::atomic;
 use memleak_core::output::report::Report;
 use memleak_core::output::templates::Templates;
 use memleak_tests::webdriver::Browser;
+use memleak_tests::{Feature, needs};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -50,12 +51,12 @@ fn report_text_fits_a_terminal_and_cannot_steer_it() {
     }
 }
 
-/// The realistic report, opened in a browser of its own; `None` without a browser.
-fn opened() -> Option<(Browser, Page)> {
-    let browser = Browser::start()?;
+/// The realistic report, opened in a browser of its own.
+fn opened() -> (Browser, Page) {
+    let browser = Browser::start();
     let page = Page::write(&synthetic::realistic());
     browser.open(&page.url());
-    Some((browser, page))
+    (browser, page)
 }
 
 /// Nothing may be wrong on the console, and nothing but the file itself may have been asked for.
@@ -86,7 +87,8 @@ fn filter(browser: &Browser, words: &str, rows: usize) {
 /// The page must open without an error and without asking anybody for anything, and show what it was given.
 #[test]
 fn report_opens_quietly_and_complete() {
-    let Some((browser, page)) = opened() else { return };
+    needs!(Feature::Command("chromedriver"));
+    let (browser, page) = opened();
     assert_eq!(browser.run("return document.querySelectorAll('.alerts > li').length"), 5);
     assert_eq!(browser.run("return document.querySelectorAll('#table tr.site').length"), 50);
     assert_eq!(browser.run("return document.getElementById('shown').textContent"), "134 sites");
@@ -100,7 +102,8 @@ fn report_opens_quietly_and_complete() {
 /// Each head of a sortable column sorts, descending first, says so to screen readers, and works from the keyboard.
 #[test]
 fn report_sorts_by_every_column() {
-    let Some((browser, page)) = opened() else { return };
+    needs!(Feature::Command("chromedriver"));
+    let (browser, page) = opened();
     for (key, field) in
         [("bytes", "bytes"), ("count", "count"), ("growth", "growth"), ("age", "age"), ("severity", "severity")]
     {
@@ -127,7 +130,8 @@ fn report_sorts_by_every_column() {
 /// The filter finds functions, files, modules, processes and rules, all words must match, and severities combine.
 #[test]
 fn report_filters_by_text_and_severity() {
-    let Some((browser, page)) = opened() else { return };
+    needs!(Feature::Command("chromedriver"));
+    let (browser, page) = opened();
     for (words, expected) in [
         ("open_session", 1),
         ("store.cc:87", 1),
@@ -154,7 +158,8 @@ fn report_filters_by_text_and_severity() {
 /// lifetimes and a chart, and closes again.
 #[test]
 fn report_expands_rows_to_the_whole_story() {
-    let Some((browser, page)) = opened() else { return };
+    needs!(Feature::Command("chromedriver"));
+    let (browser, page) = opened();
     browser.keys("#site-0 .expand", "\u{e007}");
     let text = browser.run("return document.querySelector('tr.detail').innerText");
     let text = text.as_str().expect("text");
@@ -192,7 +197,8 @@ fn report_expands_rows_to_the_whole_story() {
 /// A site can be put into the trend charts and taken out, and an alert leads to its site.
 #[test]
 fn report_charts_a_selected_site() {
-    let Some((browser, page)) = opened() else { return };
+    needs!(Feature::Command("chromedriver"));
+    let (browser, page) = opened();
     let chips = "return [...document.querySelectorAll('#chips .label')].map(n => n.textContent)";
     let first =
         json!(["Total", "session::Store::open_session(http::Request const&)", "log::Ring::append(std::string_view)"]);
@@ -213,7 +219,8 @@ fn report_charts_a_selected_site() {
 /// Names from the traced system must be read, never run, and never vanish.
 #[test]
 fn report_shows_hostile_names_as_text() {
-    let Some((browser, page)) = opened() else { return };
+    needs!(Feature::Command("chromedriver"));
+    let (browser, page) = opened();
     filter(&browser, "alert(1)", 1);
     assert_eq!(names(&browser), [synthetic::HOSTILE_FUNCTION]);
     browser.click("#table tr.site .expand");
@@ -238,7 +245,8 @@ fn report_shows_hostile_names_as_text() {
 /// A phone must not scroll sideways, closed or opened, and sorting must still be possible.
 #[test]
 fn report_fits_a_phone() {
-    let Some((browser, page)) = opened() else { return };
+    needs!(Feature::Command("chromedriver"));
+    let (browser, page) = opened();
     browser.resize(390, 844);
     browser.open(&page.url());
     let width = "return [document.documentElement.scrollWidth, document.querySelector('#sort').offsetParent !== null]";
@@ -257,7 +265,8 @@ fn report_fits_a_phone() {
 /// The theme follows the system and can be switched.
 #[test]
 fn report_follows_and_switches_the_theme() {
-    let Some((browser, page)) = opened() else { return };
+    needs!(Feature::Command("chromedriver"));
+    let (browser, page) = opened();
     let background = "return getComputedStyle(document.body).backgroundColor";
     let dark = json!({ "features": [{ "name": "prefers-color-scheme", "value": "dark" }] });
     let light = json!({ "features": [{ "name": "prefers-color-scheme", "value": "light" }] });
@@ -276,7 +285,8 @@ fn report_of_2000_sites_opens_within_2_s_and_stays_below_5_mb() {
     let page = Page::write(&synthetic::large(2_000, 500));
     let size = std::fs::metadata(&page.path).expect("file").len();
     assert!(size < 5_000_000, "{size} bytes");
-    let Some(browser) = Browser::start() else { return };
+    needs!(Feature::Command("chromedriver"));
+    let browser = Browser::start();
     // The best of three: the machine may be busy with other tests.
     let times: Vec<f64> = (0..3)
         .map(|_| {

@@ -487,6 +487,6 @@ mod tests {
         assert!(message.contains(r"alert.txt.tera for alert 9f02\n: "), "{message}");
         assert!(message.contains("`nothing` not found"), "{message}");
         let message = format!("{:#}", templates.render("alrt.txt.tera", &json!({})).expect_err("unknown"));
-        assert!(message.contains("no such template; there are alert.txt.tera, report.html.tera"), "{message}");
+        assert!(message.contains("no such template; there are alert.txt.tera, "), "{message}");
     }
 }
