@@ -425,22 +425,54 @@ fn parse_cgroup(data: &[u8]) -> Option<String> {
     best.map(|(_, path)| bounded(path.strip_suffix(DELETED).unwrap_or(path), MAX_CMDLINE, false))
 }
 
+/// Processes for tests, of this module and others.
 #[cfg(test)]
-mod tests {
-    use std::process::{Command, Stdio};
+pub(crate) mod testing {
+    use std::process::{Child, Command, Stdio};
 
-    use super::*;
+    use super::ProcessStat;
 
-    /// Reads a process that was just started. The kernel lets the parent go on shortly before the arguments show.
-    fn read_started(pid: u32) -> ProcessStat {
-        loop {
-            let stat = ProcessStat::read(pid).expect("runs");
-            if !stat.cmdline.is_empty() {
-                return stat;
+    /// A process, ended with it.
+    pub(crate) struct Running(pub(crate) Child);
+
+    impl Running {
+        /// Starts it and waits until the new program shows: the kernel lets the parent go on shortly before.
+        pub(crate) fn start(command: &mut Command) -> Self {
+            let running = Running(command.stdout(Stdio::null()).spawn().expect("starts"));
+            while running.stat().cmdline.is_empty() {
+                std::thread::yield_now();
             }
-            std::thread::yield_now();
+            running
+        }
+
+        /// One that only waits.
+        pub(crate) fn sleep() -> Self {
+            Self::start(Command::new("sleep").arg("1000"))
+        }
+
+        pub(crate) fn pid(&self) -> u32 {
+            self.0.id()
+        }
+
+        pub(crate) fn stat(&self) -> ProcessStat {
+            ProcessStat::read(self.pid()).expect("runs")
         }
     }
+
+    impl Drop for Running {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::testing::Running;
+    use super::*;
 
     /// A program chooses its own name; one that looks like the end of the field must not shift the other fields.
     #[test]
@@ -499,20 +531,21 @@ mod tests {
     /// An ended process, waited for or not, is not alive, and reading it says so with the kind that callers act on.
     #[test]
     fn an_ended_process_is_a_target_error() {
-        let mut child = Command::new("sleep").arg("1000").spawn().expect("sleep starts");
-        let dir = ProcDir::open(child.id()).expect("child runs");
-        let start = dir.stat().expect("child runs").start_ticks;
-        assert!(is_alive(child.id(), start));
-        child.kill().expect("kill");
+        let mut running = Running::sleep();
+        let pid = running.pid();
+        let dir = ProcDir::open(pid).expect("runs");
+        let start = dir.stat().expect("runs").start_ticks;
+        assert!(is_alive(pid, start));
+        running.0.kill().expect("kill");
         while dir.stat().expect("not waited for").is_running() {
             std::thread::yield_now();
         }
-        assert!(!is_alive(child.id(), start), "zombie");
-        assert_eq!(usage(child.id(), start).expect_err("zombie").kind(), ErrorKind::Target);
-        child.wait().expect("wait");
-        assert!(!is_alive(child.id(), start));
+        assert!(!is_alive(pid, start), "zombie");
+        assert_eq!(usage(pid, start).expect_err("zombie").kind(), ErrorKind::Target);
+        drop(running);
+        assert!(!is_alive(pid, start));
         assert_eq!(dir.stat().expect_err("gone").kind(), ErrorKind::Target);
-        assert_eq!(ProcessStat::read(child.id()).expect_err("gone").kind(), ErrorKind::Target);
+        assert_eq!(ProcessStat::read(pid).expect_err("gone").kind(), ErrorKind::Target);
     }
 
     /// A deployment replaces the executable under a running service; a name that merely looks deleted is not.
@@ -522,13 +555,11 @@ mod tests {
         for (name, remove) in [("plain", true), ("odd (deleted)", false), ("odd (deleted)", true)] {
             let path = dir.path().join(name);
             std::fs::copy("/bin/sleep", &path).expect("copy");
-            let mut child = Command::new(&path).arg("1000").stdin(Stdio::null()).spawn().expect("starts");
+            let running = Running::start(Command::new(&path).arg("1000"));
             if remove {
                 std::fs::remove_file(&path).expect("remove");
             }
-            let stat = read_started(child.id());
-            child.kill().expect("kill");
-            child.wait().expect("wait");
+            let stat = running.stat();
             assert_eq!((Path::new(&stat.exe), stat.exe_deleted), (path.as_path(), remove));
             assert!(stat.cmdline.ends_with(&format!("{name} 1000")), "{}", stat.cmdline);
         }
@@ -537,10 +568,7 @@ mod tests {
     /// A program can make its command line as long as it likes; we keep a bounded part and say so.
     #[test]
     fn a_long_command_line_is_cut_with_a_mark() {
-        let mut child = Command::new("sleep").arg("1000").arg("0".repeat(100_000)).spawn().expect("starts");
-        let stat = read_started(child.id());
-        child.kill().expect("kill");
-        child.wait().expect("wait");
+        let stat = Running::start(Command::new("sleep").arg("1000").arg("0".repeat(100_000))).stat();
         assert_eq!(stat.cmdline.len(), MAX_CMDLINE);
         assert!(stat.cmdline.starts_with("sleep 1000 000") && stat.cmdline.ends_with("0..."));
     }

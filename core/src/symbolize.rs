@@ -138,7 +138,8 @@ impl Instance {
             return Ok(false);
         }
         let stat = match self.dir.stat() {
-            Ok(stat) if stat.image == self.image => stat,
+            // In the middle of exec it has no code yet.
+            Ok(stat) if stat.image == self.image || self.image.0 == 0 => stat,
             _ => {
                 self.over = true;
                 return Ok(false);
@@ -154,10 +155,11 @@ impl Instance {
         };
         let Some(maps) = maps else { return Ok(false) };
         // exec between the two readings.
-        if self.dir.stat().map_or(true, |s| s.image != self.image) {
+        if self.dir.stat().map_or(true, |s| s.image != stat.image) {
             self.over = true;
             return Ok(false);
         }
+        self.image = stat.image;
         let gone = self.maps.iter().filter(|m| m.perms.execute && maps.find(m.start) != Some(m));
         for mapping in gone {
             self.retired.push_front(mapping.clone());

@@ -264,42 +264,10 @@ impl Matcher {
 #[cfg(test)]
 mod tests {
     use std::os::unix::process::CommandExt;
-    use std::process::{Child, Command};
+    use std::process::Command;
 
     use super::*;
-
-    /// A process of a test, ended with it.
-    struct Running(Child);
-
-    impl Running {
-        fn start(command: &mut Command) -> Self {
-            let child = Running(command.spawn().expect("starts"));
-            let exec_done = || ProcessStat::read(child.0.id()).expect("runs").exe != own_exe();
-            while !exec_done() {
-                std::thread::yield_now();
-            }
-            child
-        }
-
-        fn sleep() -> Self {
-            Self::start(Command::new("sleep").arg("1000"))
-        }
-
-        fn pid(&self) -> u32 {
-            self.0.id()
-        }
-    }
-
-    impl Drop for Running {
-        fn drop(&mut self) {
-            let _ = self.0.kill();
-            let _ = self.0.wait();
-        }
-    }
-
-    fn own_exe() -> String {
-        ProcessStat::read(std::process::id()).expect("we run").exe
-    }
+    use crate::process::testing::Running;
 
     fn spec(f: impl FnOnce(&mut TargetSpec)) -> TargetSpec {
         let mut spec = TargetSpec::default();

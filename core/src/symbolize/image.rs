@@ -15,7 +15,7 @@ use object::endian::Endianness;
 use object::pod::Pod;
 use object::read::elf::{CompressionHeader, FileHeader, SectionHeader};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::maps::elf::{ByClass, Sections, malformed, read_at, with_class};
 use crate::sys;
 
@@ -222,7 +222,10 @@ impl Writer {
         let offset = self.at.next_multiple_of(ALIGN);
         let len = part.compressed.map_or(part.len, |(_, len)| len);
         if offset.saturating_add(len) > self.max_bytes {
-            return Err(malformed("size of a section"));
+            return Err(Error::new(
+                ErrorKind::Io,
+                format!("failed to read an ELF file: its symbols are larger than {} bytes", self.max_bytes),
+            ));
         }
         let source = Range { file: from, at: part.offset, left: part.len };
         let failed = |e| Error::io("failed to copy a section of an ELF file", e);
