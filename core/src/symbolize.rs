@@ -246,10 +246,7 @@ impl Symbolizer {
         let Instance { maps, modules, dir, .. } = instance;
         for mapping in maps.iter().filter(|m| m.perms.execute && matches!(m.backing, Backing::File { .. })) {
             let key = (mapping.dev, mapping.inode);
-            if !modules.contains_key(&key) {
-                let known = self.open_module(dir, mapping).map_err(|e| format!("{e:#}"));
-                modules.insert(key, known);
-            }
+            modules.entry(key).or_insert_with(|| self.open_module(dir, mapping).map_err(|e| format!("{e:#}")));
         }
     }
 

@@ -462,7 +462,7 @@ fn debug_information_beyond_the_bound_costs_only_lines() {
     let exe = folder.program("stack", &["-g", "-fno-eliminate-unused-debug-types", "-include", include]);
     let mut running = Running::start(&exe, &[]);
     let stack = running.ask("stack");
-    let mut frames_within = |module_bytes| {
+    let frames_within = |module_bytes| {
         let mut symbolizer = Symbolizer::with_limits(Limits { module_bytes, ..Limits::default() });
         symbolizer.observe(&running.process(1)).expect("observed");
         symbolizer.frames(1, &stack[..2])
