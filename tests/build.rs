@@ -8,9 +8,18 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Flags of every program: light optimisation, lines, frame pointers, no call turned into a jump.
-const COMMON: &[&str] =
-    &["-O1", "-g", "-Wall", "-Wextra", "-fno-omit-frame-pointer", "-fno-optimize-sibling-calls", "-pthread"];
+/// Flags of every program: light optimisation, lines, frame pointers, no call turned into a jump, no loop into a
+/// sequence of calls (which would be as many allocation sites).
+const COMMON: &[&str] = &[
+    "-O1",
+    "-g",
+    "-Wall",
+    "-Wextra",
+    "-fno-omit-frame-pointer",
+    "-fno-optimize-sibling-calls",
+    "--param=max-completely-peel-times=0",
+    "-pthread",
+];
 
 /// One output of the compiler.
 struct Build<'a> {

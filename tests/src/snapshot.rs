@@ -1,5 +1,7 @@
 //! memleak's JSON snapshots as values that tests compare.
 
+use std::fmt;
+
 use serde::Deserialize;
 
 /// Running totals, as printed for a site or a whole snapshot.
@@ -53,6 +55,21 @@ impl Counts {
             outstanding_bytes: self.outstanding_bytes + other.outstanding_bytes,
             outstanding_count: self.outstanding_count + other.outstanding_count,
         }
+    }
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} blocks of {} B, {} of {} B freed, {} of {} B outstanding",
+            self.allocated_count,
+            self.allocated_bytes,
+            self.freed_count,
+            self.freed_bytes,
+            self.outstanding_count,
+            self.outstanding_bytes
+        )
     }
 }
 
@@ -168,7 +185,7 @@ impl Snapshot {
     /// When there is none or more than one.
     pub fn site(&self, function: &str) -> &SiteView {
         let found: Vec<_> = self.sites.iter().filter(|site| site.caller() == Some(function)).collect();
-        assert_eq!(found.len(), 1, "sites at {function}: {found:#?}\nall: {:#?}", self.callers());
+        assert_eq!(found.len(), 1, "sites at {function}; all: {:#?}", self.callers());
         found[0]
     }
 
@@ -196,7 +213,7 @@ impl Snapshot {
             .map(|site| {
                 let stack: Vec<_> =
                     site.frames.iter().take(4).map(|frame| frame.function.as_deref().unwrap_or("?")).collect();
-                format!("{} {} {} <- {} {:?}", site.pid, site.probe_set, site.function, stack.join(" <- "), site.counts)
+                format!("{} {} {} <- {}: {}", site.pid, site.probe_set, site.function, stack.join(" <- "), site.counts)
             })
             .collect()
     }

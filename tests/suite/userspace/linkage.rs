@@ -44,7 +44,7 @@ fn stripped_static_program_is_refused_with_the_reason() {
     let program = Program::start("kinds-static-stripped");
     let outcome = Memleak::launch(&["-p", &program.pid().to_string(), "--duration", "5s"]).outcome();
     assert_eq!(outcome.code, Some(2), "{}", outcome.stderr);
-    assert!(outcome.stderr.contains("kinds-static-stripped"), "names the file: {}", outcome.stderr);
+    assert!(outcome.stderr.contains(&program.pid().to_string()), "names the process: {}", outcome.stderr);
     assert!(outcome.stderr.contains("symbol"), "says what is missing: {}", outcome.stderr);
 }
 
@@ -59,5 +59,5 @@ fn stripped_static_program_does_not_keep_others_from_being_watched() {
     let snapshot = memleak.settled();
     assert_clean(&snapshot, program.pid());
     assert_eq!(snapshot.at("lose_some").outstanding_count, 7);
-    memleak.wait_for_message("kinds-static-stripped");
+    memleak.wait_for_message(&stripped.pid().to_string());
 }
