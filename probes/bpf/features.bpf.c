@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: GPL-2.0-only
+// SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * The least programs that show whether a way to attach works here: each is loaded alone and attached to a function
  * of our own, which is then called. Some kernels load a program of a kind that they cannot attach.

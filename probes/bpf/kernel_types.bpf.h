@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * The kernel types that we read, and only their fields that we read: offsets come from the running kernel's BTF
  * (CO-RE), so nothing here needs to match the real layout. What is stable interface (struct pt_regs, the helpers'

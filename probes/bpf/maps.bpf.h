@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * Maps and settings. Every hash map is bounded, its bound is set by the loader; an entry costs memory only while it
  * exists (BPF_F_NO_PREALLOC). A map that is full never blocks anything: the event is dropped and counted.

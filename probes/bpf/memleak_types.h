@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * Structures and limits shared by the BPF programs and the loader. This header is the only place that defines
  * them: the Rust side gets generated twins (probes/src/types.rs) and asserts their sizes.

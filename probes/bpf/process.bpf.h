@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * Lives of processes: exec, exit and fork from raw tracepoints, loads from a uprobe on the dynamic linker's
  * debugger hook. A watched process is dropped here, at once: whoever takes its pid next must not be counted as it.

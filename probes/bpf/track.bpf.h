@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0-only */
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * The books: what happens to blocks, sites and stacks when memory is allocated and freed. Knows nothing of how the
  * calls were caught; userspace_alloc.bpf.c calls it, and so will every other object that counts blocks.
