@@ -51,9 +51,8 @@ function stackOf(site) {
     const frame = frameOf(number);
     const where = [];
     if (frame.file) where.push(frame.line > 0 ? `${frame.file}:${frame.line}` : frame.file);
-    if (frame.module) where.push(`${frame.module}+${frame.offset}`);
-    // With a function the offset counts from its start, so it belongs to the name.
-    if (frame.named && where.length && frame.module) where[where.length - 1] = frame.module;
+    // With a source file the module's name is enough; with a function the offset counts from its start and stands there.
+    if (frame.module) where.push(frame.file ? fileName(frame.module) : frame.named ? frame.module : `${frame.module}+${frame.offset}`);
     if (frame.reason) where.push(frame.reason);
     return el("li", { className: i === site.head ? "head" : "" },
       el("div", { className: "fn" }, el("bdi", {}, frame.name),

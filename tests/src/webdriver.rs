@@ -26,8 +26,8 @@ pub struct Browser {
 impl Browser {
     /// Starts a browser. The test asks for `Feature::Command("chromedriver")` first.
     pub fn start() -> Browser {
-        let mut driver = (Command::new("chromedriver").arg("--port=0").stdout(Stdio::piped()).spawn())
-            .expect("chromedriver starts");
+        let mut driver =
+            (Command::new("chromedriver").arg("--port=0").stdout(Stdio::piped()).spawn()).expect("chromedriver starts");
         let port = port(&mut driver);
         let config = ureq::Agent::config_builder().timeout_global(Some(PATIENCE)).http_status_as_error(false);
         let agent = config.build().new_agent();

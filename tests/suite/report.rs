@@ -166,7 +166,7 @@ fn report_expands_rows_to_the_whole_story() {
     for part in [
         "operator new(unsigned long)+0x",
         "auth::Handler::login(http::Request const&)+0x",
-        "src/auth/handler.cc:142 · /opt/shop/bin/shop-api",
+        "src/auth/handler.cc:142 · shop-api",
         "inlined",
         "__libc_start_main",
         "Survival by age",
@@ -232,7 +232,7 @@ fn report_shows_hostile_names_as_text() {
         r#"/tmp/"><svg onload=alert(3)>/a\nb"#,
         r"evil\u{202e}gnp.niam\u{2066}()",
         r"/tmp/<i>\r\n.c:1",
-        r"/tmp/x\x1b]0;owned\x07",
+        r"x\x1b]0;owned\x07",
     ] {
         assert!(text.contains(part), "{part:?} is missing");
     }

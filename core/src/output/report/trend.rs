@@ -29,28 +29,48 @@ pub(super) fn growth_bytes_per_s(samples: &[Sample]) -> f64 {
 /// do not, or when there is too little to tell.
 ///
 /// The series is cut into windows of equal time, and what must rise from window to window is the *smallest* value:
-/// a saw-tooth on top of a leak does not hide it, and a cache that is full, or a queue that drains, does not show it.
+/// a saw-tooth on top of a leak does not hide it, and a queue that drains does not show it. Growth must also keep its
+/// pace: a start-up before it is left out, and a cache that is about to be full is not marked.
 pub(super) fn growing_since_s(samples: &[Sample]) -> Option<f64> {
-    let (first, last) = (samples.first()?, samples.last()?);
+    let floors = floors(samples);
+    let rising = floors.windows(2).rev().take_while(|w| bytes(&w[1]) > bytes(&w[0])).count() + 1;
+    let from = floors.len().checked_sub(rising)?;
+    let last_start = floors.len().checked_sub(RISING_WINDOWS)?;
+    let start = (from..=last_start).find(|start| keeps_pace(&floors[*start..]))?;
+    // A rise of less than 2 % is not worth a mark.
+    let (low, high) = (bytes(&floors[start]), bytes(floors.last()?));
+    (high - low >= 0.02 * high).then_some(floors[start].time_s)
+}
+
+/// The sample with the smallest value of every window; empty when there are too few samples for a trend.
+fn floors(samples: &[Sample]) -> Vec<Sample> {
+    let (Some(first), Some(last)) = (samples.first(), samples.last()) else {
+        return Vec::new();
+    };
     let windows = (samples.len() / 2).min(MAX_WINDOWS);
-    let span = last.time_s - first.time_s;
-    if windows < RISING_WINDOWS || span <= 0.0 {
-        return None;
+    let span_s = last.time_s - first.time_s;
+    if windows < RISING_WINDOWS || span_s <= 0.0 {
+        return Vec::new();
     }
     let mut floors: Vec<Option<Sample>> = vec![None; windows];
     for s in samples {
-        let window = ((s.time_s - first.time_s) / span * windows as f64) as usize;
+        let window = ((s.time_s - first.time_s) / span_s * windows as f64) as usize;
         let floor = floors[window.min(windows - 1)].get_or_insert(*s);
-        if s.totals.outstanding_bytes() < floor.totals.outstanding_bytes() {
+        if bytes(s) < bytes(floor) {
             *floor = *s;
         }
     }
-    let floors: Vec<Sample> = floors.into_iter().flatten().collect();
-    let rising = floors.windows(2).rev().take_while(|w| bytes(&w[1]) > bytes(&w[0])).count() + 1;
-    let start = floors.len().checked_sub(rising)?;
-    // A rise of less than 2 % is not worth a mark.
-    let (from, to) = (bytes(&floors[start]), bytes(floors.last()?));
-    (rising >= RISING_WINDOWS && to - from >= 0.02 * to).then_some(floors[start].time_s)
+    floors.into_iter().flatten().collect()
+}
+
+/// True when the second half rises at least half as fast as the first.
+fn keeps_pace(floors: &[Sample]) -> bool {
+    let middle = floors.len() / 2;
+    let (Some(first), Some(last), Some(middle)) = (floors.first(), floors.last(), floors.get(middle)) else {
+        return false;
+    };
+    let pace = |from: &Sample, to: &Sample| (bytes(to) - bytes(from)) / (to.time_s - from.time_s);
+    pace(middle, last) >= 0.5 * pace(first, middle)
 }
 
 /// At most `cap` (at least 4) samples that keep both ends and, of every stretch between, the lowest and the highest.
@@ -121,10 +141,20 @@ mod tests {
         assert!((75.0..=126.0).contains(&since), "{since}");
     }
 
+    /// What a program allocates while it starts is no growth; the leak after it is.
+    #[test]
+    fn a_leak_after_a_start_up_is_growing_since_the_start_up() {
+        let since = growing_since_s(&series(120, |i| 100_000 * u64::from(i.min(10)) + 900 * u64::from(i)));
+        let since = since.expect("growing");
+        assert!((10.0..=20.0).contains(&since), "{since}");
+    }
+
     /// What levels off, fluctuates, falls or has hardly been watched must not be marked.
     #[test]
     fn caches_churn_and_short_series_are_not_growing() {
         assert_eq!(growing_since_s(&series(300, |i| 1_000 * u64::from(i.min(150)))), None, "cache that is full");
+        let filling = |i: u32| (1e6 * (1.0 - (-f64::from(i) / 60.0).exp())) as u64;
+        assert_eq!(growing_since_s(&series(300, filling)), None, "cache that is about to be full");
         assert_eq!(growing_since_s(&series(300, |i| u64::from(i % 10) * 1_000)), None, "saw-tooth");
         assert_eq!(growing_since_s(&series(300, |i| 1_000_000 - u64::from(i))), None, "falling");
         assert_eq!(growing_since_s(&series(300, |i| 1_000_000 + u64::from(i))), None, "less than 2 %");
