@@ -7,12 +7,14 @@
 mod context;
 mod page;
 mod sample;
+mod site;
 mod trend;
 mod truth;
 
 use serde::Serialize;
 
-pub use context::{Report, heading};
+pub use context::Report;
+pub use site::heading;
 
 use super::templates::Templates;
 use crate::error::{Error, Result};

@@ -11,7 +11,8 @@ use base64::engine::general_purpose::STANDARD_NO_PAD;
 use serde::Serialize;
 
 use super::AlertStatus;
-use super::context::{FrameView, Report, SiteView};
+use super::context::Report;
+use super::site::{FrameView, SiteView};
 use super::trend::thinned;
 use crate::finding::Severity;
 use crate::history::Sample;

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::context::SiteView;
+use super::site::SiteView;
 use super::{PluginState, RunInfo};
 use crate::history::History;
 use crate::output::filters::{format_count, format_percent};
