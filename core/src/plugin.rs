@@ -15,8 +15,9 @@ use crate::config::PluginSettings;
 use crate::{Error, Result};
 
 /// Manifests that come with the binary, by file name.
-const EMBEDDED: [(&str, &str); 3] = [
+const EMBEDDED: [(&str, &str); 4] = [
     ("glibc.toml", include_str!("../../plugins/glibc.toml")),
+    ("jemalloc.toml", include_str!("../../plugins/jemalloc.toml")),
     ("mmap.toml", include_str!("../../plugins/mmap.toml")),
     ("musl.toml", include_str!("../../plugins/musl.toml")),
 ];
@@ -330,7 +331,7 @@ mod tests {
     fn embedded_manifests_are_valid_and_mmap_is_off() {
         let plugins = load(&PluginSettings::default()).unwrap();
         let on: Vec<(&str, bool)> = plugins.iter().map(|p| (p.spec.name.as_str(), p.enabled)).collect();
-        assert_eq!(on, [("glibc", true), ("mmap", false), ("musl", true)]);
+        assert_eq!(on, [("glibc", true), ("jemalloc", true), ("mmap", false), ("musl", true)]);
     }
 
     /// A set of the user's own needs nothing but a manifest.
@@ -365,6 +366,6 @@ mod tests {
     #[test]
     fn an_unknown_set_in_the_settings_is_an_error() {
         let settings = PluginSettings { enabled: [("jemaloc".to_owned(), true)].into(), ..PluginSettings::default() };
-        assert!(load(&settings).unwrap_err().to_string().contains("there are glibc, mmap, musl"));
+        assert!(load(&settings).unwrap_err().to_string().contains("there are glibc, jemalloc, mmap, musl"));
     }
 }
