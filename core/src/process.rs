@@ -19,6 +19,8 @@ use crate::sys;
 pub const MAX_CMDLINE: usize = 4096;
 /// Longest of the small files (`stat`, `status`, `cgroup`, `comm`), in bytes. The kernel's own are far below.
 const MAX_SMALL_FILE: usize = 64 * 1024;
+/// Size of the first read of a file, in bytes.
+const FIRST_READ: usize = 2048;
 /// `PF_KTHREAD` in the `flags` field: a thread of the kernel (include/linux/sched.h).
 const PF_KTHREAD: u64 = 0x0020_0000;
 /// What the kernel appends to the path of a file that has no name any more.
@@ -52,8 +54,8 @@ pub struct Stat {
     pub start_ticks: u64,
     /// Resident set size in pages.
     pub rss_pages: u64,
-    /// Lowest address of the program's code and start of its stack: they change when it calls exec. 0 when the
-    /// kernel does not show them to us.
+    /// Lowest address of the program's code and start of its stack: they change when it calls exec. The first is 0
+    /// while exec is under way and without a program. They are 1 and 0 when we may not know.
     pub image: (u64, u64),
 }
 
@@ -158,9 +160,14 @@ impl ProcDir {
 
     /// Reads a file of `/proc/PID`, at most `max` bytes of it; the flag tells whether there was more.
     pub(crate) fn read(&self, name: &str, max: usize) -> io::Result<(Vec<u8>, bool)> {
-        let file = self.open_at(name, libc::O_RDONLY)?;
-        let mut data = Vec::new();
-        file.take(max as u64 + 1).read_to_end(&mut data)?;
+        let mut file = self.open_at(name, libc::O_RDONLY)?.take(max as u64 + 1);
+        // Most of these files fit here: then one read fetches all and the next, of nothing, ends it.
+        let mut data = vec![0; FIRST_READ];
+        let n = file.read(&mut data)?;
+        data.truncate(n);
+        if n > 0 {
+            file.read_to_end(&mut data)?;
+        }
         let cut = data.len() > max;
         data.truncate(max);
         Ok((data, cut))
@@ -185,16 +192,17 @@ impl ProcDir {
         let bytes = link.as_os_str().as_bytes();
         let Some(stripped) = bytes.strip_suffix(DELETED) else { return Some((link, false)) };
         // A file may really be called `x (deleted)`: then that name still leads to the same file.
-        let same = |file: &File| {
-            let exe = self.open_at("exe", libc::O_PATH).and_then(|f| f.metadata()).ok()?;
-            let named = file.metadata().ok()?;
-            Some(exe.dev() == named.dev() && exe.ino() == named.ino())
-        };
-        let named = self.open_in_root(&link, libc::O_PATH).ok();
-        if named.as_ref().and_then(same) == Some(true) {
+        let named = self.open_in_root(&link, libc::O_PATH).and_then(|f| f.metadata());
+        if named.is_ok_and(|m| Some((m.dev(), m.ino())) == self.exe_id()) {
             return Some((link, false));
         }
         Some((PathBuf::from(std::ffi::OsString::from_vec(stripped.to_vec())), true))
+    }
+
+    /// Device and inode of the executable; `None` when it cannot be read.
+    pub(crate) fn exe_id(&self) -> Option<(u64, u64)> {
+        let meta = self.open_at("exe", libc::O_PATH).and_then(|f| f.metadata()).ok()?;
+        Some((meta.dev(), meta.ino()))
     }
 
     /// Opens a path as the process sees it, with `flags` of `open(2)` in addition to `O_CLOEXEC`. Absolute links are

@@ -4,7 +4,8 @@
 //! named after the process has ended, after a deployment has replaced its files, and from outside its container. It
 //! gives a stack two things: an identity that survives restarts ([`Symbolizer::normalize`], [`site_id`]), cheaply and
 //! at once; and names ([`Symbolizer::symbolize`]), when a rule or report shows it. Targets, their files and names are
-//! hostile: reads are bounded, and what cannot be named says why.
+//! hostile: reads are bounded, and what cannot be named says why. One gap is known: debug information that was made to
+//! be slow or deeply nested, as opposed to damaged, is only bounded by its size.
 //!
 //! Text in a [`Frame`] is as it was found, control characters included; whoever prints it escapes it.
 
@@ -14,6 +15,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
+use std::time::Instant;
 
 use serde::Serialize;
 
@@ -36,6 +38,9 @@ pub use site_id::{ModuleName, NormalizedFrame, site_id};
 
 /// The instance number that stands for the kernel, see [`crate::snapshot::SiteKey`].
 const KERNEL: u32 = 0;
+/// After a reading of a memory map that did not explain an address, the next one waits for this many times what it took.
+/// Damaged stacks are full of such addresses, and a map can have thousands of lines.
+const PATIENCE: u32 = 10;
 /// Most mappings of unloaded libraries that are remembered per process.
 const MAX_RETIRED: usize = 1024;
 
@@ -110,6 +115,8 @@ struct Instance {
     dir: ProcDir,
     /// Changes with exec: then `/proc` speaks of another program, and is not asked any more.
     image: (u64, u64),
+    /// Device and inode of the executable.
+    exe: Option<(u64, u64)>,
     over: bool,
     maps: Maps,
     /// Code that was unloaded, newest first: sites may still point there.
@@ -119,6 +126,8 @@ struct Instance {
     /// Root directory, when it is not ours.
     root: Option<File>,
     perf_map: PerfMap,
+    /// Addresses in no code do not make the map be read again before this; see [`PATIENCE`].
+    quiet_until: Option<Instant>,
 }
 
 impl Instance {
@@ -127,19 +136,15 @@ impl Instance {
         self.maps.find(address).or_else(|| self.retired.iter().find(|m| m.contains(address)))
     }
 
-    /// True when an address lies in none of the mappings that are in force now.
-    fn is_unknown(&self, address: u64) -> bool {
-        self.maps.find(address).is_none()
-    }
-
     /// Reads the map again; false when nothing changed or the program is over.
     fn reread(&mut self) -> Result<bool> {
         if self.over {
             return Ok(false);
         }
+        // Seen in the middle of exec it had no code yet, but was that program already.
+        let began = self.image.0 == 0 && self.exe == self.dir.exe_id();
         let stat = match self.dir.stat() {
-            // In the middle of exec it has no code yet.
-            Ok(stat) if stat.image == self.image || self.image.0 == 0 => stat,
+            Ok(stat) if stat.image == self.image || began => stat,
             _ => {
                 self.over = true;
                 return Ok(false);
@@ -200,18 +205,20 @@ impl Symbolizer {
             return self.refresh(process.instance).map(drop);
         }
         let dir = ProcDir::open_same(process.pid, process.start_ticks)?;
-        let image = dir.stat()?.image;
+        let (image, exe) = (dir.stat()?.image, dir.exe_id());
         let maps = Maps::read(&dir)?;
         let root = if dir.shares_our_root() { None } else { dir.root().ok() };
         let mut instance = Instance {
             dir,
             image,
+            exe,
             over: false,
             maps,
             retired: VecDeque::new(),
             modules: HashMap::new(),
             root,
             perf_map: PerfMap::default(),
+            quiet_until: None,
         };
         self.open_modules(&mut instance);
         self.instances.insert(process.instance, instance);
@@ -264,17 +271,30 @@ impl Symbolizer {
     }
 
     /// Names return addresses so that they are the same in the next run of the program, in the same order. Addresses
-    /// that are in no known mapping make it read the memory map again, once per call.
+    /// that are in no code known so far make it read the memory map again, at most once per call, and less often when that
+    /// did not help.
     pub fn normalize(&mut self, instance: u32, addresses: &[u64]) -> Vec<NormalizedFrame> {
-        let unknown = |i: &Instance| addresses.iter().any(|a| i.is_unknown(a.saturating_sub(1)));
-        if self.instances.get(&instance).is_some_and(unknown) {
-            // What cannot be read again stays unmapped, and says so below.
-            let _ = self.refresh(instance);
-        }
+        // Memory that was data when last seen can hold code now.
+        let is_code = |i: &Instance, a: &u64| i.maps.find(a.saturating_sub(1)).is_some_and(|m| m.perms.execute);
+        self.explain(instance, |i| !addresses.iter().all(|a| is_code(i, a)));
         let Some(instance) = self.instances.get_mut(&instance) else {
             return addresses.iter().map(|a| page_offset(ModuleName::Unmapped, *a)).collect();
         };
         addresses.iter().map(|a| normalize(instance, *a)).collect()
+    }
+
+    /// Reads the memory map again while something is unknown in it, unless that was of no use a moment ago.
+    fn explain(&mut self, instance: u32, unknown: impl Fn(&Instance) -> bool) {
+        let started = Instant::now();
+        let worth = |i: &Instance| !i.over && i.quiet_until.is_none_or(|until| until <= started) && unknown(i);
+        if !self.instances.get(&instance).is_some_and(worth) {
+            return;
+        }
+        // An address that stays unknown, for whatever reason, is shown as such.
+        let _ = self.refresh(instance);
+        if let Some(instance) = self.instances.get_mut(&instance) {
+            instance.quiet_until = unknown(instance).then(|| Instant::now() + started.elapsed() * PATIENCE);
+        }
     }
 
     /// Fills `site.frames`, innermost first, unless that has been done. Every address yields at least one frame; more
@@ -298,11 +318,8 @@ impl Symbolizer {
         if instance == KERNEL {
             return nameless("addresses of the kernel are not resolved");
         }
-        let unknown = |i: &Instance| addresses.iter().any(|a| i.find(a.saturating_sub(1)).is_none());
-        if self.instances.get(&instance).is_some_and(unknown) {
-            // What cannot be read again stays unmapped, and says so below.
-            let _ = self.refresh(instance);
-        }
+        let is_code = |i: &Instance, a: &u64| i.find(a.saturating_sub(1)).is_some_and(|m| m.perms.execute);
+        self.explain(instance, |i| !addresses.iter().all(|a| is_code(i, a)));
         let Some(mut found) = self.instances.remove(&instance) else {
             return nameless("the memory map of the process is not known");
         };

@@ -9,6 +9,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::error::Result;
 use crate::maps::{FileId, reopen_regular};
@@ -19,11 +20,16 @@ const MAX_BYTES: u64 = 64 << 20;
 /// Most functions that are kept.
 const MAX_FUNCTIONS: usize = 500_000;
 
+/// After a reading, the next one waits for this many times what it took: run times append all the time.
+const PATIENCE: u32 = 10;
+
 /// The map of one process.
 #[derive(Debug, Default)]
 pub(super) struct PerfMap {
     file: Option<File>,
     read: Option<FileId>,
+    /// It is not read again before this; see [`PATIENCE`].
+    quiet_until: Option<Instant>,
     /// By first address: first address behind it, and name. They do not overlap.
     functions: BTreeMap<u64, (u64, Arc<str>)>,
 }
@@ -50,7 +56,8 @@ impl PerfMap {
     fn reread(&mut self) -> bool {
         let Some(file) = &mut self.file else { return false };
         let Ok(now) = FileId::of(file) else { return false };
-        if self.read == Some(now) {
+        let started = Instant::now();
+        if self.read == Some(now) || self.quiet_until.is_some_and(|until| until > started) {
             return false;
         }
         let mut data = Vec::new();
@@ -60,6 +67,7 @@ impl PerfMap {
         }
         self.read = Some(now);
         self.functions = parse(&data);
+        self.quiet_until = Some(Instant::now() + started.elapsed() * PATIENCE);
         true
     }
 }

@@ -401,7 +401,8 @@ fn a_perf_map_is_found_in_a_container() {
 #[test]
 fn addresses_outside_of_code_say_what_they_are() {
     let folder = Folder::new();
-    let running = Running::start(&folder.program("stack", &[]), &[]);
+    let mut running = Running::start(&folder.program("stack", &[]), &[]);
+    running.ask("stack");
     let process = running.process(1);
     let mut symbolizer = observed(&process);
     let maps = Maps::read(&ProcDir::open(process.pid).expect("runs")).expect("runs");
