@@ -75,7 +75,9 @@ fn look_at(config: &Config, pid: u32) -> Result<String> {
         let _ = writeln!(out, "process {} {} ({})", process.pid, visible(&process.comm), visible(&process.exe));
         for status in statuses {
             let _ = match &status.state {
-                PluginState::NotMapped => writeln!(out, "  {}: nothing that it has mapped provides it", status.probe_set),
+                PluginState::NotMapped => {
+                    writeln!(out, "  {}: nothing that it has mapped provides it", status.probe_set)
+                }
                 PluginState::Failed { file, reason } => {
                     writeln!(out, "  {}: failed in {}: {}", status.probe_set, visible(file), visible(reason))
                 }

@@ -141,7 +141,9 @@ pub fn stack_head(site: &Site) -> String {
     let frames = site.frames();
     let start = heading(frames).unwrap_or(0);
     let mut names: Vec<String> = frames.iter().skip(start).take(STACK_HEAD).map(frame_name).collect();
-    if let (Some(first), Some(Frame { file: Some(file), line: Some(line), .. })) = (names.first_mut(), frames.get(start)) {
+    if let (Some(first), Some(Frame { file: Some(file), line: Some(line), .. })) =
+        (names.first_mut(), frames.get(start))
+    {
         *first = format!("{first} ({}:{line})", visible(file_name(file)));
     }
     if names.is_empty() {
@@ -170,7 +172,9 @@ pub fn why_not_attached(process: &Process, statuses: &[PluginStatus]) -> Option<
     }
     let failures: Vec<String> = (statuses.iter())
         .filter_map(|s| match &s.state {
-            PluginState::Failed { file, reason } => Some(format!("{} in {}: {}", s.probe_set, visible(file), visible(reason))),
+            PluginState::Failed { file, reason } => {
+                Some(format!("{} in {}: {}", s.probe_set, visible(file), visible(reason)))
+            }
             _ => None,
         })
         .collect();

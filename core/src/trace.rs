@@ -78,11 +78,8 @@ impl Tracer {
     fn drain(&mut self, collector: &mut Collector) -> Result<()> {
         let failed = |e| Error::io("failed to write to standard output", e);
         while let Some(event) = collector.tracker().next_event() {
-            let key = SiteKey {
-                instance: event.site.instance,
-                probe_set: event.site.probe_set,
-                stack: event.site.stack,
-            };
+            let key =
+                SiteKey { instance: event.site.instance, probe_set: event.site.probe_set, stack: event.site.stack };
             let site = match self.sites.get(&key) {
                 Some(site) => Arc::clone(site),
                 None => {

@@ -30,10 +30,13 @@ enum { FREED = 59 };
 		p_;                                       \
 	})
 
+/* Told that it is NULL, the compiler calls malloc instead. */
+#define NOTHING ((void *)opaque(0))
+
 KIND(malloc, 101, malloc(17))
 KIND(calloc, 97, calloc(3, 11))
-KIND(realloc, 89, realloc(NULL, 29))
-KIND(reallocarray, 83, reallocarray(NULL, 5, 7))
+KIND(realloc, 89, realloc(NOTHING, 29))
+KIND(reallocarray, 83, reallocarray(NOTHING, 5, 7))
 KIND(posix_memalign, 79, BY_POSIX_MEMALIGN(64, 41))
 KIND(aligned_alloc, 73, aligned_alloc(32, opaque(31)))
 KIND(memalign, 71, memalign(128, 43))

@@ -182,11 +182,25 @@ impl Memleak {
         }
     }
 
+    /// Waits until memleak has said for the `times`th time that a process is watched: that its allocator is attached.
+    ///
+    /// A process can be in a snapshot before that, while its dynamic linker is still loading the allocator.
+    pub fn wait_attached(&mut self, pid: u32, times: usize) {
+        let start = format!("watching {pid} ");
+        self.wait_for_stderr(&format!("{times} lines with `{start}`"), |text| {
+            text.lines().filter(|line| line.starts_with(&start) && line.contains(" functions)")).count() >= times
+        });
+    }
+
     /// Waits until standard error contains `text`.
     pub fn wait_for_message(&mut self, text: &str) {
+        self.wait_for_stderr(&format!("`{text}`"), |stderr| stderr.contains(text));
+    }
+
+    fn wait_for_stderr(&mut self, what: &str, there: impl Fn(&str) -> bool) {
         let deadline = Instant::now() + PATIENCE;
-        while !self.stderr().contains(text) {
-            assert!(Instant::now() < deadline, "no `{text}` on standard error:\n{}", self.stderr());
+        while !there(&self.stderr()) {
+            assert!(Instant::now() < deadline, "no {what} on standard error:\n{}", self.stderr());
             std::thread::sleep(Duration::from_millis(20));
         }
     }

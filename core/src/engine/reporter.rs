@@ -56,7 +56,9 @@ impl<'a> Reporter<'a> {
                 collector::PluginState::NotMapped => {
                     (PluginState::Skipped, 0, "nothing that the process has mapped provides it".to_owned())
                 }
-                collector::PluginState::Failed { file, reason } => (PluginState::Failed, 0, format!("{file}: {reason}")),
+                collector::PluginState::Failed { file, reason } => {
+                    (PluginState::Failed, 0, format!("{file}: {reason}"))
+                }
             };
             let target = format!("{} {}", process.pid, process.comm);
             let probe_set = status.probe_set.to_string();
@@ -92,7 +94,12 @@ impl<'a> Reporter<'a> {
     }
 
     /// Writes the page; `None` when none is wanted.
-    pub(super) fn write(&self, history: &History, alerts: &AlertManager, rules: &RuleEngine) -> Result<Option<PathBuf>> {
+    pub(super) fn write(
+        &self,
+        history: &History,
+        alerts: &AlertManager,
+        rules: &RuleEngine,
+    ) -> Result<Option<PathBuf>> {
         let Some(path) = &self.config.report.path else { return Ok(None) };
         let html = self.report(history, alerts, rules).html(&self.templates)?;
         atomic::write(path, html.as_bytes())
@@ -119,7 +126,8 @@ impl<'a> Reporter<'a> {
         RunInfo {
             title: self.config.report.title.clone().unwrap_or_else(|| format!("memleak: {}", targets.join(", "))),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            host: std::fs::read_to_string("/proc/sys/kernel/hostname").map_or_else(|_| "?".into(), |s| s.trim().to_owned()),
+            host: std::fs::read_to_string("/proc/sys/kernel/hostname")
+                .map_or_else(|_| "?".into(), |s| s.trim().to_owned()),
             kernel: kernel_release(),
             started_wall_s: self.started_wall_s,
             targets,

@@ -99,14 +99,8 @@ impl Sinks {
             return Ok(());
         }
         let active = alerts.active();
-        let view = View {
-            snapshot,
-            history,
-            alerts: &active,
-            sites: self.sites,
-            duration: self.duration,
-            own: own_cost(),
-        };
+        let view =
+            View { snapshot, history, alerts: &active, sites: self.sites, duration: self.duration, own: own_cost() };
         let text = if self.has_page() {
             self.page(&view)
         } else {
@@ -125,8 +119,8 @@ impl Sinks {
 
     /// The page for the terminal, from its top left corner.
     fn page(&self, view: &View<'_>) -> String {
-        let (columns, lines) = terminal_size::terminal_size()
-            .map_or((100, 40), |(w, h)| (usize::from(w.0), usize::from(h.0)));
+        let (columns, lines) =
+            terminal_size::terminal_size().map_or((100, 40), |(w, h)| (usize::from(w.0), usize::from(h.0)));
         let mut page = view.page(columns, lines.saturating_sub(self.recent.len() + 1));
         for line in &self.recent {
             page.push_str(&crate::output::text::clip(line, columns));

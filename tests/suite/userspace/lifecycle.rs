@@ -50,7 +50,8 @@ fn forked_child_is_picked_up_empty() {
     let mut memleak = Memleak::start(&["--name", "mlt-forker"]);
     program.go();
     let child = child_pid(&mut program);
-    let snapshot = memleak.wait_until("snapshot with the child", |snapshot| snapshot.watches(child));
+    memleak.wait_attached(child, 1);
+    let snapshot = memleak.settled();
     assert_eq!(snapshot.sum(|site| site.pid == child), Counts::default());
     program.step("child-done");
     program.step("done");
@@ -71,9 +72,7 @@ fn exec_closes_the_old_records_and_watches_the_new_image() {
     program.step("allocated");
     assert_eq!(memleak.settled().at("before_exec"), Counts::kept(5, 43));
     program.step("again");
-    memleak.wait_until("new image", |snapshot| {
-        snapshot.watches(pid) && snapshot.processes.iter().any(|process| process.pid == pid && !process.alive)
-    });
+    memleak.wait_attached(pid, 2);
     program.step("done");
     let snapshot = memleak.settled();
     assert_eq!(snapshot.at("after_exec"), Counts::kept(7, 47));

@@ -45,7 +45,7 @@ fn later_process_is_picked_up_by_name() {
     let mut memleak = Memleak::start(&["--name", "mlt-later-*"]);
     let mut second = start(&copy_as("leaker", folder.path(), "mlt-later-b"));
     let pid = second.pid();
-    memleak.wait_until("snapshot with the second process", |snapshot| snapshot.watches(pid));
+    memleak.wait_attached(pid, 1);
     second.step("done");
     let snapshot = memleak.settled();
     assert_eq!(snapshot.sum(|site| site.pid == pid), Counts::kept(7, 67));
@@ -68,7 +68,7 @@ fn restarted_process_is_picked_up_with_the_same_site_id() {
 
     let mut second = start(&path);
     let pid = second.pid();
-    memleak.wait_until("restarted process", |snapshot| snapshot.watches(pid));
+    memleak.wait_attached(pid, 1);
     second.step("done");
     let snapshot = memleak.settled();
     let site = snapshot.sites.iter().find(|site| site.pid == pid).expect("the new process has a site");
