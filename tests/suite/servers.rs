@@ -53,12 +53,12 @@ fn wait_for(port: u16) {
     }
 }
 
-/// Watches the processes with the default rules for a while; there must be no finding, and real traffic.
-fn stays_quiet(server: &str, pids: &[u32]) {
+/// Watches the processes with the default rules for a while; there must be no finding, and at least `busy` traced calls.
+fn stays_quiet(server: &str, pids: &[u32], args: &[&str], busy: u64) {
     let run = tempfile::tempdir().expect("a folder can be made");
     let pids: Vec<_> = pids.iter().map(u32::to_string).collect();
     let mut command = memleak_command();
-    command.current_dir(run.path()).args(["--json", "--duration", WATCH, "-p", &pids.join(",")]);
+    command.current_dir(run.path()).args(["--json", "--duration", WATCH, "-p", &pids.join(",")]).args(args);
     let outcome = Memleak::spawn(&mut command, tempfile::tempdir().expect("a folder can be made")).outcome();
     let alerts: Vec<_> = outcome.alerts().collect();
     assert!(alerts.is_empty(), "{server}: {alerts:#?}");
@@ -67,7 +67,7 @@ fn stays_quiet(server: &str, pids: &[u32]) {
     let hits: u64 = last.processes.iter().map(|process| process.hits).sum();
     let lost: u64 = last.processes.iter().flat_map(|process| process.losses.values()).sum();
     eprintln!("{server}: {hits} traced calls in {WATCH}, {} sites, {lost} lost, no finding", last.sites.len());
-    assert!(hits > 1000, "{server} was busy: {hits} traced calls");
+    assert!(hits >= busy, "{server} was busy: {hits} traced calls");
 }
 
 /// The child processes of a process.
@@ -75,6 +75,31 @@ fn children_of(pid: u32) -> Vec<u32> {
     let list = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).expect("children can be read");
     list.split_whitespace().map(|pid| pid.parse().expect("a pid")).collect()
 }
+
+/// Debian's redis brings its own allocator in a library: watched with a probe set that a user would write.
+const JEMALLOC: &str = r#"
+    name = "jemalloc"
+    kind = "userspace"
+    [match]
+    sonames = ["libjemalloc.so.2"]
+    [[function]]
+    symbol = "malloc"
+    role = "alloc"
+    size = { arg = 0 }
+    [[function]]
+    symbol = "calloc"
+    role = "alloc"
+    size = { arg = 1, times = 0 }
+    [[function]]
+    symbol = "realloc"
+    role = "realloc"
+    old = { arg = 0 }
+    size = { arg = 1 }
+    [[function]]
+    symbol = "free"
+    role = "free"
+    old = { arg = 0 }
+"#;
 
 // A store in memory, half writes, half reads, with more keys than the load repeats at once.
 #[test]
@@ -105,7 +130,10 @@ fn redis_under_load_is_quiet() {
     let _load = Running::start(&mut load);
     // The data set is filled before we look: what comes after is steady.
     std::thread::sleep(Duration::from_secs(5));
-    stays_quiet("redis", &[server.0.id()]);
+    let plugins = tempfile::tempdir().expect("a folder can be made");
+    std::fs::write(plugins.path().join("jemalloc.toml"), JEMALLOC).expect("a manifest can be written");
+    let plugins = plugins.path().to_str().expect("the folder has a plain name");
+    stays_quiet("redis", &[server.0.id()], &["--plugins", plugins], 10_000);
 }
 
 // A web server: request memory lives in pools that die with the request.
@@ -124,7 +152,7 @@ fn nginx_under_load_is_quiet() {
     load.args(["-t", "1", "-c", "20", "-d", "120s", &format!("http://127.0.0.1:{port}/")]);
     let _load = Running::start(&mut load);
     std::thread::sleep(Duration::from_secs(2));
-    stays_quiet("nginx", &workers);
+    stays_quiet("nginx", &workers, &[], 10_000);
 }
 
 /// Writes a page and a configuration that touch nothing outside the folder.
@@ -216,7 +244,8 @@ fn memcached_under_load_is_quiet() {
     wait_for(port);
     let load = MemcachedLoad::start(port, 4);
     std::thread::sleep(Duration::from_secs(2));
-    stays_quiet("memcached", &[server.0.id()]);
+    // Once warm it lives on its slabs and free lists: that there was traffic is known from the answers.
+    stays_quiet("memcached", &[server.0.id()], &[], 0);
     let requests = load.finish();
     eprintln!("memcached: {requests} requests answered");
     assert!(requests > 10_000, "{requests} requests");
