@@ -36,7 +36,7 @@ struct memleak_function {
 	__s8 size_arg; /* argument with the size; -1: none */
 	__s8 times_arg; /* argument that multiplies it; -1: none */
 	__s8 block_arg; /* argument with the block that is freed or resized; -1: none */
-	__s8 out_arg; /* argument that points at the block when the call returns `ok`; -1: the return value is the block */
+	__s8 out_arg; /* argument that points at the block when the call returns `ok`; -1: the block is returned */
 	__u8 pad;
 	__u64 size_const; /* size when there is no size argument */
 	__u64 expect; /* out_arg: return value of success; else: return value of failure */

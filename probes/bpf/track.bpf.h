@@ -177,9 +177,9 @@ static __always_inline void track_alloc(struct memleak_actor *actor, const struc
 					u64 address, u64 size, u64 stack_hash, const struct memleak_stack *stack)
 {
 	struct memleak_block_key key = { .address = address, .instance = actor->instance, .domain = actor->domain };
-	struct memleak_site_key site_key = {
-		.stack = stack_hash, .instance = actor->instance, .probe_set = function->probe_set
-	};
+	struct memleak_site_key site_key = { .stack = stack_hash,
+					     .instance = actor->instance,
+					     .probe_set = function->probe_set };
 	u64 now = bpf_ktime_get_ns();
 	struct memleak_block block = {
 		.size = size,

@@ -36,13 +36,13 @@ struct memleak_kept_types {
 enum { FOLLOW = 0, SKIP = 1 };
 
 /* In assembly: clang merges plain loads into one at a variable offset, which the verifier refuses for a context. */
-#define ARGUMENT(ctx, n)                                                                            \
-	({                                                                                          \
-		u64 value;                                                                          \
-		asm volatile("%0 = *(u64 *)(%1 + %2)"                                               \
-			     : "=r"(value)                                                          \
+#define ARGUMENT(ctx, n)                                                                                   \
+	({                                                                                                 \
+		u64 value;                                                                                 \
+		asm volatile("%0 = *(u64 *)(%1 + %2)"                                                      \
+			     : "=r"(value)                                                                 \
 			     : "r"(ctx), "i"(offsetof(typeof(*__PT_REGS_CAST(ctx)), __PT_PARM##n##_REG))); \
-		value;                                                                              \
+		value;                                                                                     \
 	})
 
 static __always_inline u64 argument(struct pt_regs *ctx, int n)
