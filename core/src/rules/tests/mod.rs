@@ -2,6 +2,7 @@
 
 mod engine;
 mod hostile;
+mod readme;
 mod reload;
 mod shapes;
 mod shipped;
