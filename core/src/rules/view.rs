@@ -68,35 +68,40 @@ impl SeriesView {
     pub(super) fn stat(&self, stat: Stat, range: Range) -> f64 {
         let known = self.cache.borrow().iter().find(|(s, r, _)| (*s, *r) == (stat, range)).map(|&(_, _, v)| v);
         known.unwrap_or_else(|| {
-            let value = compute(stat, self.range(range));
+            let value = self.compute(stat, range);
             self.cache.borrow_mut().push((stat, range, value));
             value
         })
+    }
+
+    fn compute(&self, stat: Stat, range: Range) -> f64 {
+        let samples = self.range(range);
+        let values = || samples.iter().map(bytes);
+        let mut kept = [(0.0, 0.0); stats::MAX_POINTS];
+        let points = |kept| stats::subsample(samples.len(), |i| (samples[i].time_s, bytes(&samples[i])), kept);
+        match stat {
+            Stat::Slope => stats::theil_sen_slope(points(&mut kept)),
+            Stat::CountSlope => {
+                let count = |i: usize| (samples[i].time_s, samples[i].totals.outstanding_count() as f64);
+                stats::theil_sen_slope(stats::subsample(samples.len(), count, &mut kept))
+            }
+            Stat::RisingFraction => stats::rising_fraction(values()),
+            Stat::Rises => stats::rises(values()) as f64,
+            Stat::TrendConfidence => {
+                let mut kept = [0.0; stats::MAX_POINTS];
+                stats::trend_confidence(stats::subsample(samples.len(), |i| bytes(&samples[i]), &mut kept))
+            }
+            Stat::LevelOff => stats::level_off(points(&mut kept)),
+            Stat::Noise => stats::noise(points(&mut kept), self.stat(Stat::Slope, range)),
+            Stat::LargestDrop => stats::largest_drop(values()),
+            Stat::Max => values().reduce(f64::max).unwrap_or(0.0),
+            Stat::Min => values().reduce(f64::min).unwrap_or(0.0),
+        }
     }
 }
 
 fn bytes(sample: &Sample) -> f64 {
     sample.totals.outstanding_bytes() as f64
-}
-
-fn compute(stat: Stat, samples: &[Sample]) -> f64 {
-    let values = || samples.iter().map(bytes);
-    let points = || samples.iter().map(|s| (s.time_s, bytes(s))).collect::<Vec<_>>();
-    match stat {
-        Stat::Slope => stats::theil_sen_slope(&points()),
-        Stat::CountSlope => {
-            let counts = samples.iter().map(|s| (s.time_s, s.totals.outstanding_count() as f64));
-            stats::theil_sen_slope(&counts.collect::<Vec<_>>())
-        }
-        Stat::RisingFraction => stats::rising_fraction(values()),
-        Stat::Rises => stats::rises(values()) as f64,
-        Stat::TrendConfidence => stats::trend_confidence(&values().collect::<Vec<_>>()),
-        Stat::LevelOff => stats::level_off(&points()),
-        Stat::LargestDrop => stats::largest_drop(values()),
-        Stat::Noise => stats::noise(&points()),
-        Stat::Max => values().reduce(f64::max).unwrap_or(0.0),
-        Stat::Min => values().reduce(f64::min).unwrap_or(0.0),
-    }
 }
 
 /// One site in the current snapshot.

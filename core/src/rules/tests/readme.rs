@@ -52,7 +52,8 @@ fn every_lua_example_runs() {
     let mut simulation = Simulation::new(20.0, 1, shapes);
     let said = simulation.run(&mut engine, 290);
     // The examples are no decoration: each that can say something about these shapes does.
-    for (rule, shape) in [("outliers", "buried"), ("night_shift", "late"), ("dominant", "leak"), ("forgotten", "cache")] {
+    for (rule, shape) in [("outliers", "buried"), ("night_shift", "late"), ("dominant", "leak"), ("forgotten", "cache")]
+    {
         let found = said.iter().any(|s| &*s.finding.rule == rule && s.shape == shape);
         assert_eq!(found, rule != "forgotten", "{rule} about {shape}");
     }
