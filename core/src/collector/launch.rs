@@ -94,6 +94,7 @@ impl Collector {
             tracing::debug!(pid, "mappings not read again: {e:#}");
         }
         self.attach_to(instance);
+        self.announce(instance, false);
         if self.launched.iter().any(|l| l.pid == pid) && loads <= LOADS_AT_START {
             if loads == LOADS_AT_START {
                 if let Err(e) = self.tracker.set_stop_on_load(instance, false) {

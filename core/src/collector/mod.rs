@@ -44,6 +44,8 @@ struct Watched {
     /// Its forked children are watched too: it descends from a launched command.
     followed: bool,
     status: Vec<PluginStatus>,
+    /// People have been told of it.
+    announced: bool,
     /// Events of the dynamic linker since a launch; see [`launch`].
     loads: u32,
     usage: process::Usage,
@@ -225,6 +227,13 @@ impl Collector {
     /// # Errors
     /// When /proc cannot be read.
     pub fn scan(&mut self) -> Result<()> {
+        // What had nothing to attach to when it was found may have mapped it before loads of libraries were noticed.
+        let waiting: Vec<u32> =
+            self.watched.iter().filter(|(_, w)| !w.announced && w.life == Life::Running).map(|(i, _)| *i).collect();
+        for instance in waiting {
+            self.attach_to(instance);
+            self.announce(instance, true);
+        }
         for process in self.matcher.scan(&self.known)? {
             self.watch(process.pid, false);
         }
@@ -289,18 +298,30 @@ impl Collector {
                 life: Life::Running,
                 followed,
                 status: Vec::new(),
+                // A launched program has not mapped its libraries yet: its loads tell when it has.
+                announced: launched,
                 loads: 0,
                 usage: process::Usage { rss_bytes: stat.rss_bytes, cpu_s: stat.cpu_s },
             },
         );
         self.attach_to(instance);
+        // A program that is just starting may have mapped more before the first pass got to its dynamic linker, whose
+        // loads are noticed only from then on.
+        self.attach_to(instance);
         if !process::is_alive(pid, stat.start_ticks) {
             return self.end(instance);
         }
-        let status = self.watched.get(&instance).map(|w| w.status.clone()).unwrap_or_default();
-        // A launched program has not mapped its libraries yet.
-        if !launched {
-            self.notices.push(Notice::Watching(process, status));
+        self.announce(instance, false);
+    }
+
+    /// Says once that a process is watched. Unless `anyway`, it waits for something to be attached: a process that
+    /// has just been started is often seen before its dynamic linker has mapped the allocator.
+    pub(super) fn announce(&mut self, instance: u32, anyway: bool) {
+        let Some(watched) = self.watched.get_mut(&instance) else { return };
+        let attached = watched.status.iter().any(|s| matches!(s.state, PluginState::Attached { .. }));
+        if !watched.announced && (attached || anyway) {
+            watched.announced = true;
+            self.notices.push(Notice::Watching(Arc::clone(&watched.process), watched.status.clone()));
         }
     }
 
