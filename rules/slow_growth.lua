@@ -30,6 +30,10 @@ local function evaluate(site, p)
   if seen < p.min_time or #series < p.min_snapshots then
     return nil
   end
+  -- The plain difference first: the slope costs more than all else here, and most sites are flat.
+  if series:growth() < p.min_bytes / 2 then
+    return nil
+  end
   local growth = series:slope() * seen
   if growth < math.max(p.min_bytes, p.min_share * site.outstanding_bytes) or series:slope() < p.min_slope then
     return nil

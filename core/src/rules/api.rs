@@ -65,18 +65,18 @@ macro_rules! count_fields {
 impl UserData for SiteRef {
     fn add_fields<F: UserDataFields<Self>>(fields: &mut F) {
         count_fields!(fields,
-            "outstanding_bytes" => |s| s.history.latest.totals.outstanding_bytes(),
-            "outstanding_count" => |s| s.history.latest.totals.outstanding_count(),
-            "allocated_bytes" => |s| s.history.latest.totals.allocated_bytes,
-            "allocated_count" => |s| s.history.latest.totals.allocated_count,
-            "freed_bytes" => |s| s.history.latest.totals.freed_bytes,
-            "freed_count" => |s| s.history.latest.totals.freed_count,
+            "outstanding_bytes" => |s| s.totals.outstanding_bytes(),
+            "outstanding_count" => |s| s.totals.outstanding_count(),
+            "allocated_bytes" => |s| s.totals.allocated_bytes,
+            "allocated_count" => |s| s.totals.allocated_count,
+            "freed_bytes" => |s| s.totals.freed_bytes,
+            "freed_count" => |s| s.totals.freed_count,
             "losses" => |s| s.process.as_ref().map_or(0, |p| p.sample.losses.total()),
         );
         fields.add_field_method_get("series", |_, this| {
-            let end = this.with(|_, s| s.series.samples().len())?;
+            let end = this.with(|_, s| s.samples)?;
             let owner = Owner::Site(this.index);
-            Ok(SeriesRef { context: Rc::clone(&this.context), epoch: this.epoch, owner, range: (0, end as u32) })
+            Ok(SeriesRef { context: Rc::clone(&this.context), epoch: this.epoch, owner, range: (0, end) })
         });
         fields.add_field_method_get("age_s", |_, this| this.with(|v, s| s.history.oldest_age_s(v.time_s)));
         fields.add_field_method_get("first_seen_s", |_, this| {

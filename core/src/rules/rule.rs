@@ -293,7 +293,7 @@ impl Run<'_> {
         let epoch = self.context.epoch();
         let outstanding = self.context.with(epoch, |view| {
             // A site with nothing outstanding holds no leak; most sites of a busy process are such sites.
-            let held = |s: &super::view::SiteView| s.history.latest.totals.outstanding_count() > 0;
+            let held = |s: &super::view::SiteView| s.totals.outstanding_count() > 0;
             view.sites.iter().enumerate().filter(|(_, s)| held(s)).map(|(i, _)| i).collect::<Vec<_>>()
         });
         for index in outstanding.unwrap_or_default() {

@@ -10,7 +10,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::history::{History, Sample, Series, SiteHistory};
-use crate::snapshot::{ProcessSample, Site};
+use crate::snapshot::{ProcessSample, Site, Totals};
 use crate::stats;
 
 /// Most points of a process's own series; the older half is thinned when it is full.
@@ -106,6 +106,10 @@ fn bytes(sample: &Sample) -> f64 {
 
 /// One site in the current snapshot.
 pub(super) struct SiteView {
+    /// Totals and number of samples, copied out of the history: they are what rules look at first, for every site, and
+    /// here they lie side by side.
+    pub(super) totals: Totals,
+    pub(super) samples: u32,
     pub(super) history: Arc<SiteHistory>,
     pub(super) series: SeriesView,
     /// Its process; `None` when the history does not know it.
@@ -247,13 +251,15 @@ impl View {
         }
         let mut sites: Vec<SiteView> = (history.live_sites())
             .map(|h| SiteView {
+                totals: h.latest.totals,
+                samples: h.series.samples().len() as u32,
                 history: Arc::clone(h),
                 series: SeriesView::new(Source::Site(Arc::clone(h))),
                 process: processes.get(&h.site().key.instance).cloned(),
             })
             .collect();
         // The history has no order; findings and the first errors should not change from run to run.
-        sites.sort_unstable_by_key(|s| (std::cmp::Reverse(s.history.latest.totals.outstanding_bytes()), s.site().key));
+        sites.sort_unstable_by_key(|s| (std::cmp::Reverse(s.totals.outstanding_bytes()), s.site().key));
         let mut processes: Vec<_> = processes.into_values().collect();
         processes.sort_unstable_by_key(|p| p.sample.process.instance);
         View {
