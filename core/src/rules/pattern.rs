@@ -146,10 +146,10 @@ impl<'a, F: Fn() -> mlua::Result<()>> Matcher<'a, F> {
             let end = self.class_end(p)?;
             match self.pattern.get(end) {
                 Some(b'?') => {
-                    if self.single(s, p, end)? {
-                        if let Some(matched) = self.run(s + 1, end + 1)? {
-                            return Ok(Some(matched));
-                        }
+                    if self.single(s, p, end)?
+                        && let Some(matched) = self.run(s + 1, end + 1)?
+                    {
+                        return Ok(Some(matched));
                     }
                     p = end + 1;
                 }
