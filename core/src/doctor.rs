@@ -68,7 +68,9 @@ fn cost_line(collector: &Collector) -> String {
 /// Attaches to one process, counts for a moment, and detaches.
 fn look_at(config: &Config, pid: u32) -> Result<String> {
     let target = TargetSpec { pid: vec![pid], ..TargetSpec::default() };
-    let config = Config { targets: vec![target], ..config.clone() };
+    let mut config = Config { targets: vec![target], ..config.clone() };
+    // What tracing everything costs is the question.
+    config.collector.budget.share = None;
     let mut collector = Collector::start(&config, false)?;
     let mut out = cost_line(&collector);
     for (process, statuses) in collector.statuses() {

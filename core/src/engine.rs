@@ -16,7 +16,7 @@ use crate::output::templates::Templates;
 use crate::rules::{ReloadEvent, ReloadOutcome, RuleEngine};
 use crate::snapshot::Snapshot;
 use crate::stop::Stop;
-use crate::{Error, Result, check};
+use crate::{Result, check};
 
 mod reporter;
 mod sinks;
@@ -61,7 +61,7 @@ pub fn run(config: &Config, output: Output, stop: &Stop) -> Result<bool> {
     let templates = Arc::new(Templates::new(config.templates_dir.as_deref())?);
     let rules = RuleEngine::new(&config.rules)?;
     let sinks = Sinks::new(config, output, &templates)?;
-    let collector = Collector::start(config, false)?;
+    let mut collector = Collector::start(config, false)?;
     collector.require_attached()?;
     let mut engine = Engine {
         config,
@@ -203,28 +203,5 @@ impl Engine<'_> {
             Err(e) if crate::cli::is_closed_pipe(&e) => Ok(raised),
             other => other.map(|()| raised),
         }
-    }
-}
-
-impl Collector {
-    /// Checks that something is watched, for a run that names its processes.
-    ///
-    /// # Errors
-    /// Every process that was named has ended, or no probe set could be attached to any of them: with the reasons.
-    pub fn require_attached(&self) -> Result<()> {
-        if !self.wants_named_processes() {
-            return Ok(());
-        }
-        let mut reasons = Vec::new();
-        for (process, statuses) in self.statuses() {
-            match crate::live::why_not_attached(process, statuses) {
-                None => return Ok(()),
-                Some(reason) => reasons.push(reason),
-            }
-        }
-        if reasons.is_empty() {
-            reasons.push("the process has ended".to_owned());
-        }
-        Err(Error::new(crate::ErrorKind::Target, format!("nothing to watch: {}", reasons.join("; "))))
     }
 }

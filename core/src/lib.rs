@@ -13,6 +13,7 @@ pub mod doctor;
 pub mod engine;
 pub mod error;
 pub mod finding;
+pub mod governor;
 pub mod history;
 pub mod live;
 pub mod maps;

@@ -223,6 +223,18 @@ pub fn notice_line(notice: &Notice) -> String {
             }
             format!("watching {} {}: {}", process.pid, visible(&process.comm), parts.join(", "))
         }
+        Notice::Mode { process, exact: true } => {
+            format!(
+                "{} {}: calls are rare enough again, everything is traced from here on",
+                process.pid,
+                visible(&process.comm)
+            )
+        }
+        Notice::Mode { process, exact: false } => format!(
+            "{} {}: tracing every call would exceed the budget; watching through windows from here on, numbers are estimates",
+            process.pid,
+            visible(&process.comm)
+        ),
         Notice::Ended(process) => format!("ended {} {}", process.pid, visible(&process.comm)),
         Notice::Failed { pid, reason } => format!("failed to watch process {pid}: {}", visible(reason)),
     }

@@ -229,8 +229,16 @@ pub struct ProcessSample {
     pub rss_bytes: Option<u64>,
     /// CPU time used by the process so far, seconds; `None` when it cannot be read.
     pub cpu_s: Option<f64>,
-    /// Estimated CPU time that tracing has cost the process so far, seconds (hits x assumed cost per hit).
+    /// Estimated CPU time that tracing has cost the process so far, seconds (hits x calibrated cost per hit).
     pub overhead_s: f64,
+    /// CPU seconds per second that tracing may cost the process now; `None` without a budget.
+    pub budget: Option<f64>,
+    /// Windows opened so far; 0 while everything has always been traced.
+    pub windows: u64,
+    /// How many of them do not count, because the process did not run or made too many calls.
+    pub windows_discarded: u64,
+    /// Time for which windows were open, seconds.
+    pub open_s: f64,
 }
 
 /// Everything that is outstanding at one instant.

@@ -48,7 +48,8 @@ struct memleak_target {
 	__u32 instance; /* number of the process instance within the run */
 	__u32 slot; /* its row in `counters` */
 	__u32 stop_on_load; /* stop the process (SIGSTOP) when its dynamic linker has mapped something */
-	__u32 pad;
+	__u32 window; /* number of the period with probes attached: what was pending in an earlier one is stale */
+	__u64 record_until_ns; /* later allocations are not recorded; 0: all are */
 };
 
 /* Key of `blocks`. */
@@ -123,6 +124,8 @@ struct memleak_thread {
 	struct memleak_block old;
 	__u32 filtered; /* below min_size: do not record */
 	__u32 function; /* index of the pending function */
+	__u32 window; /* in which it was entered */
+	__u32 pad;
 	struct memleak_stack stack;
 };
 

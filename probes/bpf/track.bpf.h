@@ -17,6 +17,8 @@ struct memleak_actor {
 	u32 instance;
 	u32 slot;
 	u32 domain;
+	u32 window;
+	u64 record_until_ns;
 };
 
 static __always_inline u32 lifetime_class(u64 ns)

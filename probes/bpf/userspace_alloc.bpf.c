@@ -130,10 +130,14 @@ static __always_inline void walk(struct pt_regs *ctx, u64 sp, struct memleak_sta
 	stack->count = n;
 }
 
-/* The pending call was left without returning: what it took back is gone, what it would hand out is unknown. */
+/*
+ * The pending call was left without returning, or it returned while no probes were attached: what it took back is
+ * gone, what it would hand out is unknown.
+ */
 static __always_inline void abandon(struct memleak_actor *actor, struct memleak_thread *thread)
 {
-	count(actor->slot, COUNTER_MISSED_RETURNS);
+	if (thread->window == actor->window)
+		count(actor->slot, COUNTER_MISSED_RETURNS);
 	if (thread->old_address)
 		settle(&thread->old, actor->instance, bpf_ktime_get_ns(), thread->old.size, true);
 	thread->old_address = 0;
@@ -152,6 +156,8 @@ static __always_inline bool find_actor(struct memleak_actor *actor)
 		return false;
 	actor->instance = target->instance;
 	actor->slot = target->slot;
+	actor->window = target->window;
+	actor->record_until_ns = target->record_until_ns;
 	count(actor->slot, COUNTER_HITS);
 	return true;
 }
@@ -216,7 +222,9 @@ static __always_inline int on_enter(struct pt_regs *ctx)
 		return SKIP;
 	}
 	sp = PT_REGS_SP(ctx) + function->sp_offset;
-	thread = thread_of(&actor);
+	thread = 0;
+	if (!actor.record_until_ns || bpf_ktime_get_ns() < actor.record_until_ns)
+		thread = thread_of(&actor);
 	if (!thread) {
 		struct memleak_block old;
 
@@ -225,6 +233,8 @@ static __always_inline int on_enter(struct pt_regs *ctx)
 			settle(&old, actor.instance, bpf_ktime_get_ns(), old.size, true);
 		return SKIP;
 	}
+	if (thread->sp && thread->window != actor.window)
+		abandon(&actor, thread);
 	if (thread->sp) {
 		/* Stacks grow down: a nested call is below the pending one, and not far. */
 		if (sp < thread->sp && thread->sp - sp < NESTED_STACK_BYTES)
@@ -238,6 +248,7 @@ static __always_inline int on_enter(struct pt_regs *ctx)
 	thread->out_pointer = function->out_arg >= 0 ? argument(ctx, function->out_arg) : 0;
 	thread->filtered = thread->size < min_size;
 	thread->function = index;
+	thread->window = actor.window;
 	thread->old_address = 0;
 	/* Taken back at entry: as soon as the call runs, another thread may own the address. */
 	if (function->role == ROLE_REALLOC && block && take(&actor, block, &thread->old))
@@ -267,7 +278,7 @@ static __always_inline int on_return(struct pt_regs *ctx)
 	key.pid_tgid = actor.pid_tgid;
 	key.domain = actor.domain;
 	thread = bpf_map_lookup_elem(&threads, &key);
-	if (!thread || !thread->sp)
+	if (!thread || !thread->sp || thread->window != actor.window)
 		return 0; /* entered before the probes were there */
 	sp = PT_REGS_SP(ctx) - RETURN_SP_RISE;
 	if (sp != thread->sp) {

@@ -29,7 +29,7 @@ mod types;
 pub use error::{Error, ErrorKind, Result};
 pub use events::{Event, EventKind, ProcessEvent};
 pub use features::{Backend, Features};
-pub use reader::{Counters, SiteKey, SiteTotals, Stack, StackEnd};
+pub use reader::{Block, Counters, SiteKey, SiteTotals, Stack, StackEnd};
 pub use tracker::{Attached, FunctionSpec, Library, ProbeSetSpec, Returns, Role, Settings, Size, Tracker};
 pub use types::{COHORTS, LIFETIME_CLASSES, MAX_DOMAINS, MAX_FRAMES, MAX_TARGETS};
 

@@ -7,8 +7,9 @@ use std::os::fd::AsRawFd;
 use libbpf_rs::{MapCore, MapFlags};
 
 use crate::types::{
-    COHORTS, LIFETIME_CLASSES, Plain, bytes_of, from_bytes, memleak_block_key, memleak_counter as counter,
-    memleak_counters, memleak_site, memleak_site_key, memleak_stack, memleak_stack_end as stack_end,
+    COHORTS, LIFETIME_CLASSES, Plain, bytes_of, from_bytes, memleak_block, memleak_block_key,
+    memleak_counter as counter, memleak_counters, memleak_site, memleak_site_key, memleak_stack,
+    memleak_stack_end as stack_end,
 };
 use crate::{Error, ErrorKind, Result};
 
@@ -80,6 +81,19 @@ pub struct Stack {
     pub end: StackEnd,
     /// Number of the allocator function's name.
     pub name: u32,
+}
+
+/// An outstanding allocation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// Its address.
+    pub address: u64,
+    /// Its size in bytes.
+    pub size: u64,
+    /// When it was allocated, nanoseconds of CLOCK_MONOTONIC.
+    pub birth_ns: u64,
+    /// The group of probe sets it belongs to.
+    pub(crate) domain: u32,
 }
 
 /// Counters of one process instance.
@@ -173,6 +187,61 @@ pub(crate) fn reset_counters(map: &dyn MapCore, slot: u32) -> Result<()> {
     let cpus = libbpf_rs::num_possible_cpus().map_err(|e| Error::bpf("count CPUs", &e))?;
     let zero = vec![vec![0_u8; size_of::<memleak_counters>()]; cpus];
     map.update_percpu(&slot.to_ne_bytes(), &zero, MapFlags::ANY).map_err(|e| Error::bpf("reset counters", &e))
+}
+
+/// Outstanding allocations of an instance, by address. Costs O(outstanding allocations of all instances).
+pub(crate) fn read_blocks(map: &dyn MapCore, instance: u32) -> Result<Vec<Block>> {
+    let mut out = Vec::new();
+    for_each::<memleak_block_key, memleak_block>(map, |key, block| {
+        if key.instance == instance {
+            let memleak_block { size, birth_ns, .. } = *block;
+            out.push(Block { address: key.address, size, birth_ns, domain: key.domain });
+        }
+    })?;
+    out.sort_unstable_by_key(|b| (b.address, b.domain));
+    Ok(out)
+}
+
+/// Takes blocks off the books of an instance that no probe is attached to: as freed (`ended`), or as if they had never
+/// been allocated. `cohort` is the current birth generation.
+pub(crate) fn remove_blocks(
+    blocks: &dyn MapCore,
+    sites: &dyn MapCore,
+    instance: u32,
+    list: &[Block],
+    ended: bool,
+    cohort: u32,
+) -> Result<()> {
+    for block in list {
+        let key = memleak_block_key { address: block.address, instance, domain: block.domain };
+        let failed = |e: &libbpf_rs::Error| Error::bpf("correct the books", e);
+        let found = blocks.lookup(bytes_of(&key), MapFlags::ANY).map_err(|e| failed(&e))?;
+        let Some(raw) = found.and_then(|bytes| from_bytes::<memleak_block>(&bytes)) else { continue };
+        if blocks.delete(bytes_of(&key)).is_err() {
+            continue;
+        }
+        let site_key = memleak_site_key { stack: raw.stack, instance, probe_set: raw.probe_set };
+        let found = sites.lookup(bytes_of(&site_key), MapFlags::ANY).map_err(|e| failed(&e))?;
+        let Some(mut site) = found.and_then(|bytes| from_bytes::<memleak_site>(&bytes)) else { continue };
+        // As settle() in track.bpf.h does it.
+        if ended {
+            site.freed_bytes += raw.size;
+            site.freed_count += 1;
+        } else {
+            site.allocated_bytes = site.allocated_bytes.saturating_sub(raw.size);
+            site.allocated_count = site.allocated_count.saturating_sub(1);
+        }
+        if cohort.wrapping_sub(raw.cohort) < COHORTS as u32 - 1 {
+            let slot = &mut site.cohorts[raw.cohort as usize % COHORTS];
+            slot.bytes -= raw.size.cast_signed();
+            slot.count -= 1;
+        } else {
+            site.older_freed_bytes += raw.size;
+            site.older_freed_count += 1;
+        }
+        sites.update(bytes_of(&site_key), bytes_of(&site), MapFlags::EXIST).map_err(|e| failed(&e))?;
+    }
+    Ok(())
 }
 
 /// Removes every block, site and stack of an instance. Costs O(outstanding allocations): for ends of processes.

@@ -4,8 +4,9 @@
 //! nothing behind: all links are file descriptors.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::mem::MaybeUninit;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,7 +18,7 @@ use crate::elf::{self, Symbols};
 use crate::events::{Event, ProcessEvent, Rings};
 use crate::features::{Backend, Features};
 use crate::placement::{self, Needs, Placement};
-use crate::reader::{self, Counters, SiteKey, SiteTotals, Stack};
+use crate::reader::{self, Block, Counters, SiteKey, SiteTotals, Stack};
 use crate::skeleton::userspace_alloc::{OpenUserspaceAllocSkel, UserspaceAllocSkel, UserspaceAllocSkelBuilder};
 use crate::types::{
     MAX_DOMAINS, MAX_FRAMES, MAX_TARGETS, bytes_of, memleak_function, memleak_function_flags as flags, memleak_role,
@@ -45,6 +46,8 @@ pub struct Settings {
     pub min_size: u64,
     /// Emit every allocation and free, see [`Tracker::next_event`].
     pub trace_events: bool,
+    /// Probe the first instruction of each function, whatever it costs: to compare.
+    pub at_entry: bool,
 }
 
 /// What a function does with a block.
@@ -146,8 +149,32 @@ type FileId = (u64, u64);
 struct Target {
     pid: u32,
     slot: u32,
-    /// Links by file and probe set; the dynamic linker's hook has probe set `None`.
-    links: HashMap<(FileId, Option<u32>), Vec<Link>>,
+    stop_on_load: bool,
+    /// The hooks of dynamic linkers, by file.
+    hooks: HashMap<FileId, Link>,
+    /// What is to be attached, by file and probe set.
+    plans: HashMap<(FileId, u32), Plan>,
+    /// Probes are attached; else they wait for a window.
+    attached: bool,
+    window: u32,
+    record_until_ns: u64,
+}
+
+/// The probes of one probe set in one file.
+struct Plan {
+    /// Keeps the file reachable, whatever becomes of its name.
+    file: File,
+    name: String,
+    probes: Vec<Probe>,
+    /// Empty while detached.
+    links: Vec<Link>,
+}
+
+impl Plan {
+    /// The file as the kernel is told to find it.
+    fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
+    }
 }
 
 /// The loaded kernel side.
@@ -257,8 +284,18 @@ impl Tracker {
             )
         })?;
         reader::reset_counters(&self.skel.maps.counters, slot)?;
-        self.targets.insert(instance, Target { pid, slot, links: HashMap::new() });
-        self.write_target(instance, stop_on_load)
+        let target = Target {
+            pid,
+            slot,
+            stop_on_load,
+            hooks: HashMap::new(),
+            plans: HashMap::new(),
+            attached: true,
+            window: 0,
+            record_until_ns: 0,
+        };
+        self.targets.insert(instance, target);
+        self.write_target(instance)
     }
 
     /// Changes whether the process stops on loads, see [`Tracker::add_target`].
@@ -266,12 +303,21 @@ impl Tracker {
     /// # Errors
     /// When the map refuses.
     pub fn set_stop_on_load(&mut self, instance: u32, stop_on_load: bool) -> Result<()> {
-        self.write_target(instance, stop_on_load)
+        if let Some(target) = self.targets.get_mut(&instance) {
+            target.stop_on_load = stop_on_load;
+        }
+        self.write_target(instance)
     }
 
-    fn write_target(&mut self, instance: u32, stop_on_load: bool) -> Result<()> {
+    fn write_target(&mut self, instance: u32) -> Result<()> {
         let Some(target) = self.targets.get(&instance) else { return Ok(()) };
-        let value = memleak_target { instance, slot: target.slot, stop_on_load: stop_on_load.into(), pad: 0 };
+        let value = memleak_target {
+            instance,
+            slot: target.slot,
+            stop_on_load: target.stop_on_load.into(),
+            window: target.window,
+            record_until_ns: target.record_until_ns,
+        };
         (self.skel.maps.targets)
             .update(&target.pid.to_ne_bytes(), bytes_of(&value), MapFlags::ANY)
             .map_err(|e| Error::bpf(format!("watch process {}", target.pid), &e))
@@ -287,7 +333,7 @@ impl Tracker {
         const HOOKS: [&str; 2] = ["_dl_debug_state", "__dl_debug_state"];
         let Some(pid) = self.targets.get(&instance).map(|t| t.pid) else { return Ok(()) };
         let id = file_id(&linker.path)?;
-        if self.is_attached(instance, id, None) {
+        if self.targets.get(&instance).is_some_and(|t| t.hooks.contains_key(&id)) {
             return Ok(());
         }
         let symbols = elf::read_symbols(&linker.path, &HOOKS)?;
@@ -298,19 +344,10 @@ impl Tracker {
         let link = (self.skel.progs.process_load)
             .attach_uprobe_with_opts(pid.cast_signed(), &linker.path, offset(function.offset)?, opts)
             .map_err(|e| Error::bpf(format!("attach to {}", linker.name), &e))?;
-        self.keep(instance, id, None, vec![link]);
-        Ok(())
-    }
-
-    /// True when the library has an attached probe set (or, with `None`, the loader's hook) in this process.
-    fn is_attached(&self, instance: u32, id: FileId, probe_set: Option<u32>) -> bool {
-        self.targets.get(&instance).is_some_and(|t| t.links.contains_key(&(id, probe_set)))
-    }
-
-    fn keep(&mut self, instance: u32, id: FileId, probe_set: Option<u32>, links: Vec<Link>) {
         if let Some(target) = self.targets.get_mut(&instance) {
-            target.links.insert((id, probe_set), links);
+            target.hooks.insert(id, link);
         }
+        Ok(())
     }
 
     /// Which of a probe set's functions `library` defines.
@@ -332,11 +369,8 @@ impl Tracker {
     /// # Errors
     /// When a function that is not optional is missing, or the kernel refuses: then nothing of the set is attached.
     pub fn attach(&mut self, instance: u32, set: &ProbeSetSpec, library: &Library) -> Result<Vec<Attached>> {
-        let Some(pid) = self.targets.get(&instance).map(|t| t.pid) else {
-            return Err(Error::new(ErrorKind::Target, "the process has ended"));
-        };
         let id = file_id(&library.path)?;
-        if self.is_attached(instance, id, Some(set.number)) {
+        if self.targets.get(&instance).is_some_and(|t| t.plans.contains_key(&(id, set.number))) {
             return Ok(Vec::new());
         }
         let symbols = self.symbols(set, library)?.clone();
@@ -361,7 +395,8 @@ impl Tracker {
                 continue;
             }
             for function in found {
-                let placement = placement::place(&function.code, needs(spec));
+                let best = || placement::place(&function.code, needs(spec));
+                let placement = if self.settings.at_entry { Placement::ENTRY } else { best() };
                 let at = function.offset + placement.offset;
                 // Two names of one function: the first one in the manifest counts.
                 if let Some(first) = probes.iter().find(|p| p.offset == at) {
@@ -374,9 +409,69 @@ impl Tracker {
                 report.push(Attached { symbol: spec.symbol.clone(), placement: Ok(placement) });
             }
         }
-        let links = self.attach_probes(pid.cast_signed(), library, &probes)?;
-        self.keep(instance, id, Some(set.number), links);
+        self.keep(instance, (id, set.number), library, probes)?;
         Ok(report)
+    }
+
+    /// Remembers the probes of a probe set in a file, and attaches them unless windows have not been opened yet.
+    fn keep(&mut self, instance: u32, key: (FileId, u32), library: &Library, probes: Vec<Probe>) -> Result<()> {
+        let file = File::open(&library.path)
+            .map_err(|e| Error::new(ErrorKind::Target, format!("failed to open {}: {e}", library.name)))?;
+        let mut plan = Plan { file, name: library.name.clone(), probes, links: Vec::new() };
+        let Some((pid, attached)) = self.targets.get(&instance).map(|t| (t.pid, t.attached)) else {
+            return Err(Error::new(ErrorKind::Target, "the process has ended"));
+        };
+        if attached {
+            plan.links = self.attach_probes(pid.cast_signed(), &plan)?;
+        }
+        if let Some(target) = self.targets.get_mut(&instance) {
+            target.plans.insert(key, plan);
+        }
+        Ok(())
+    }
+
+    /// Detaches all probes of a process but goes on to follow it; see [`Tracker::open_window`].
+    pub fn close_window(&mut self, instance: u32) {
+        // Probes go one by one: no allocation may be recorded whose free is not seen any more.
+        if let Some(target) = self.targets.get_mut(&instance) {
+            target.record_until_ns = 1;
+        }
+        if let Err(e) = self.write_target(instance) {
+            tracing::debug!(instance, "recording goes on while probes are detached: {e}");
+        }
+        if let Some(target) = self.targets.get_mut(&instance) {
+            target.attached = false;
+            target.plans.values_mut().for_each(|plan| plan.links.clear());
+        }
+    }
+
+    /// Attaches all probes of a process again. Allocations made after `record_until_ns` (CLOCK_MONOTONIC; 0 is never)
+    /// are not recorded; frees always are.
+    ///
+    /// # Errors
+    /// When the kernel refuses: then nothing is attached.
+    pub fn open_window(&mut self, instance: u32, record_until_ns: u64) -> Result<()> {
+        let Some(target) = self.targets.get_mut(&instance) else { return Ok(()) };
+        target.window = target.window.wrapping_add(1);
+        target.record_until_ns = record_until_ns;
+        target.attached = true;
+        let pid = target.pid.cast_signed();
+        let mut plans = std::mem::take(&mut target.plans);
+        self.write_target(instance)?;
+        let mut result = Ok(());
+        for plan in plans.values_mut() {
+            match self.attach_probes(pid, plan) {
+                Ok(links) => plan.links = links,
+                Err(e) => result = Err(e),
+            }
+        }
+        if let Some(target) = self.targets.get_mut(&instance) {
+            target.plans = plans;
+        }
+        if result.is_err() {
+            self.close_window(instance);
+        }
+        result
     }
 
     /// Attaches a probe set at the entry of functions whose file offsets are known, in the set's order.
@@ -394,10 +489,7 @@ impl Tracker {
             let symbol = spec.symbol.clone();
             probes.push(Probe { offset: *offset as u64, index, returns: spec.role != Role::Free, symbol });
         }
-        let pid = self.targets.get(&instance).map_or(0, |t| t.pid.cast_signed());
-        let links = self.attach_probes(pid, library, &probes)?;
-        self.keep(instance, id, Some(set.number), links);
-        Ok(())
+        self.keep(instance, (id, set.number), library, probes)
     }
 
     /// Index of a function in the kernel's table; it serves every process that maps the same file.
@@ -471,8 +563,9 @@ impl Tracker {
     }
 
     /// Attaches all probes of one library, the way the backend does it.
-    fn attach_probes(&self, pid: i32, library: &Library, probes: &[Probe]) -> Result<Vec<Link>> {
-        let failed = |e: &libbpf_rs::Error| Error::bpf(format!("attach to {} in process {pid}", library.name), e);
+    fn attach_probes(&self, pid: i32, plan: &Plan) -> Result<Vec<Link>> {
+        let failed = |e: &libbpf_rs::Error| Error::bpf(format!("attach to {} in process {pid}", plan.name), e);
+        let (path, probes) = (plan.path(), &plan.probes);
         let progs = &self.skel.progs;
         let multi = |prog: &ProgramMut<'_>, probes: &[&Probe], retprobe, session| -> Result<Link> {
             let opts = UprobeMultiOpts {
@@ -482,11 +575,11 @@ impl Tracker {
                 session,
                 ..UprobeMultiOpts::default()
             };
-            prog.attach_uprobe_multi_with_opts(pid, &library.path, "", opts).map_err(|e| failed(&e))
+            prog.attach_uprobe_multi_with_opts(pid, &path, "", opts).map_err(|e| failed(&e))
         };
         let perf = |prog: &ProgramMut<'_>, probe: &Probe, retprobe, cookie| -> Result<Link> {
             let opts = UprobeOpts { retprobe, cookie, ..UprobeOpts::default() };
-            prog.attach_uprobe_with_opts(pid, &library.path, offset(probe.offset)?, opts).map_err(|e| failed(&e))
+            prog.attach_uprobe_with_opts(pid, &path, offset(probe.offset)?, opts).map_err(|e| failed(&e))
         };
         // Where probes appear one by one, frees come first and returns before entries: a free or a return whose
         // other half was not seen is harmless, an allocation whose free is missed is not.
@@ -565,12 +658,14 @@ impl Tracker {
     /// Detaches from a process; its totals stay readable until [`Tracker::forget`].
     pub fn detach(&mut self, instance: u32) {
         if let Some(target) = self.targets.get_mut(&instance) {
-            target.links.clear();
             // A process that has ended is out of the map already, and its pid may be watched as another instance.
             let mine = self.skel.maps.targets.lookup(&target.pid.to_ne_bytes(), MapFlags::ANY).ok().flatten();
             if mine.is_some_and(|v| v.starts_with(&instance.to_ne_bytes())) {
                 let _ = self.skel.maps.targets.delete(&target.pid.to_ne_bytes());
             }
+            // Only now: probes go one by one, and an allocation whose free is not seen must not be recorded.
+            target.hooks.clear();
+            target.plans.clear();
         }
     }
 
@@ -585,6 +680,24 @@ impl Tracker {
         }
         let maps = &self.skel.maps;
         reader::forget(&maps.blocks, &maps.sites, &maps.stacks, instance)
+    }
+
+    /// Outstanding allocations of a process, by address. Costs time in the order of all outstanding allocations.
+    ///
+    /// # Errors
+    /// When the map cannot be read.
+    pub fn read_blocks(&self, instance: u32) -> Result<Vec<Block>> {
+        reader::read_blocks(&self.skel.maps.blocks, instance)
+    }
+
+    /// Takes blocks off the books of a process whose probes are detached ([`Tracker::close_window`]): as freed, or, if
+    /// they have not `ended`, as if they had never been allocated.
+    ///
+    /// # Errors
+    /// When the maps cannot be changed.
+    pub fn remove_blocks(&mut self, instance: u32, blocks: &[Block], ended: bool) -> Result<()> {
+        let maps = &self.skel.maps;
+        reader::remove_blocks(&maps.blocks, &maps.sites, instance, blocks, ended, self.cohort)
     }
 
     /// Totals of every site.

@@ -52,7 +52,7 @@ plain! {
     memleak_site: 7 * 8 + 16 * COHORTS + 8 * LIFETIME_CLASSES,
     memleak_site_key: 8 + 2 * 4,
     memleak_stack: 4 * 4 + 8 * (MAX_FRAMES + 1),
-    memleak_target: 4 * 4,
+    memleak_target: 4 * 4 + 8,
 }
 
 /// The bytes of a plain value.

@@ -5,13 +5,13 @@
  *
  * What it does, and what a leak detector should make of it:
  *
- *   order workers   four threads parse, price and confirm about 3,000 orders a second in total. Each order costs a
+ *   order workers   four threads parse, price and confirm about 400 orders a second in total. Each order costs a
  *                   handful of allocations, all freed within the order: heavy churn, no leak.
  *   catalogue cache bounded: fills in the first seconds, then every new entry replaces an old one. No leak.
  *   connections     a pool that opens more connections in steps during the first seconds, then stays. No leak.
  *   recent orders   a queue of the latest orders; every one of them leaves it in the end. No leak.
  *   discounts       remember_applied_discount() notes every discount in a list that nobody reads or empties: the LEAK,
- *                   some 25 KiB/s, reached through handle_order -> price_order -> apply_discounts.
+ *                   some 20 KiB/s, reached through handle_order -> price_order -> apply_discounts.
  *
  * All work is simulated; nothing is read from outside and no socket is opened.
  */
@@ -30,17 +30,17 @@
 
 enum {
 	WORKERS = 4,
-	ORDERS_PER_TICK = 8, /* per worker */
-	TICK_MS = 10,
+	ORDERS_PER_TICK = 2, /* per worker */
+	TICK_MS = 20,
 	MAX_LINES = 5, /* order lines, at most */
 	PRODUCTS = 20000, /* far more than the cache holds */
-	CACHE_ENTRIES = 2048,
+	CACHE_ENTRIES = 512,
 	RECENT_ORDERS = 512,
 	CONNECTION_STEP = 16,
 	CONNECTIONS = 64,
 	CONNECTION_STEP_MS = 700,
 	CONNECTION_BUFFER = 16384,
-	DISCOUNT_EVERY = 13, /* one order in so many gets a discount */
+	DISCOUNT_EVERY = 2, /* one order in so many gets a discount */
 };
 
 /* Keeps a function in call stacks under its own name, whatever the optimiser would like. */
@@ -202,7 +202,7 @@ NAMED static struct order *parse_order(unsigned long number, unsigned *state)
 		struct order_line *line = allocate(malloc(sizeof(*line)));
 
 		/* Most orders are for a few popular products. */
-		line->product = next_random(state) % 10 ? next_random(state) % 1500 : next_random(state) % PRODUCTS;
+		line->product = next_random(state) % 10 ? next_random(state) % 400 : next_random(state) % PRODUCTS;
 		line->quantity = 1 + next_random(state) % 4;
 		snprintf(text, sizeof(text), "%u x product %u", line->quantity, line->product);
 		line->description = copy_text(text);

@@ -86,7 +86,10 @@ impl Memleak {
         let folder = tempfile::tempdir().expect("a folder for the run can be made");
         let mut command = memleak_command();
         // The common settings come first: a test's own settings win over them.
-        command.args(["--json", "--interval", "200ms", "--set", "live.sites=0"]).args(args);
+        // Without a budget: accounts are exact only if nothing is left out.
+        command
+            .args(["--json", "--interval", "200ms", "--set", "live.sites=0", "--set", "collector.budget=off"])
+            .args(args);
         Self::spawn(command.current_dir(folder.path()), folder)
     }
 

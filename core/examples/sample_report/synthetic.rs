@@ -266,6 +266,7 @@ fn process_sample(process: &Arc<Process>, rss: u64, losses: Losses) -> ProcessSa
         rss_bytes: Some(rss),
         cpu_s: Some(412.0),
         overhead_s: 9.4 / f64::from(process.instance),
+        ..ProcessSample::default()
     }
 }
 

@@ -12,7 +12,7 @@ use std::process::{Command, ExitStatus};
 use std::sync::mpsc;
 use std::thread;
 
-use super::{Collector, Notice};
+use super::Collector;
 use crate::{Error, ErrorKind, Result};
 
 /// The dynamic linker calls its hook before and after mapping the libraries that a program names.
@@ -89,7 +89,6 @@ impl Collector {
         let Some(watched) = self.watched.get_mut(&instance) else { return };
         watched.loads += 1;
         let (loads, pid) = (watched.loads, watched.process.pid);
-        let process = std::sync::Arc::clone(&watched.process);
         if let Err(e) = self.symbolizer.refresh(instance) {
             tracing::debug!(pid, "mappings not read again: {e:#}");
         }
@@ -100,8 +99,6 @@ impl Collector {
                 if let Err(e) = self.tracker.set_stop_on_load(instance, false) {
                     tracing::warn!(pid, "the process will stop briefly at each load of a library: {e}");
                 }
-                let status = self.watched.get(&instance).map(|w| w.status.clone()).unwrap_or_default();
-                self.notices.push(Notice::Watching(process, status));
             }
             self.go_on(pid);
         }

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use memleak_probes::{ErrorKind as ProbeErrorKind, ProcessEvent, SiteTotals, StackEnd, Tracker};
 
-use crate::config::{Backend, Config};
+use crate::config::{Backend, BudgetSettings, Config, Placement};
+use crate::governor::Governor;
+use crate::live;
 use crate::plugin::{self, Plugin};
 use crate::process::{self, ProcessStat};
 use crate::snapshot::{Losses, Mode, Process, ProcessSample, Site, SiteKey, SiteSample, Snapshot, Totals};
@@ -21,6 +23,7 @@ use crate::{Error, ErrorKind, Result};
 mod attach;
 mod cohorts;
 mod launch;
+mod windows;
 
 pub use attach::{PluginState, PluginStatus};
 use cohorts::{Generations, SiteCohorts};
@@ -28,6 +31,9 @@ use launch::Launched;
 
 /// Most sites of a process that are symbolized when it ends, largest first: nobody can do it later.
 const NAMED_AT_END: usize = 200;
+
+/// By then a program has mapped the libraries that it was linked to, seconds.
+const STARTED_BY_S: f64 = 1.0;
 
 /// Sites of a process instance that has ended are read once more and then forgotten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,11 +50,15 @@ struct Watched {
     /// Its forked children are watched too: it descends from a launched command.
     followed: bool,
     status: Vec<PluginStatus>,
-    /// People have been told of it.
+    /// People have been told that it is watched.
     announced: bool,
+    since_s: f64,
     /// Events of the dynamic linker since a launch; see [`launch`].
     loads: u32,
     usage: process::Usage,
+    governor: Governor,
+    /// When the last window was opened, CLOCK_MONOTONIC.
+    window_opened_ns: u64,
 }
 
 /// A site and what is needed to read its cohorts.
@@ -64,6 +74,13 @@ pub enum Notice {
     Watching(Arc<Process>, Vec<PluginStatus>),
     /// A process has ended or runs another program.
     Ended(Arc<Process>),
+    /// A process makes too many calls for its budget, or few enough again: its books were started anew.
+    Mode {
+        /// The process, under its new instance number.
+        process: Arc<Process>,
+        /// True: everything is traced again. False: it is watched through windows.
+        exact: bool,
+    },
     /// A process cannot be watched.
     Failed {
         /// Its process id.
@@ -89,6 +106,9 @@ pub struct Collector {
     generations: Generations,
     libraries: attach::Libraries,
     notices: Vec<Notice>,
+    budget: BudgetSettings,
+    /// CPU seconds per second that tracing all targets may cost.
+    total_budget: f64,
     next_instance: u32,
     snapshots: u64,
     started: Instant,
@@ -123,6 +143,7 @@ impl Collector {
             max_frames: c.max_frames,
             min_size: c.min_size.0,
             trace_events,
+            at_entry: c.placement == Placement::Entry,
         })?;
         let searches = |t: &crate::config::TargetSpec| t.name.is_some() || t.exe.is_some() || t.cgroup.is_some();
         let mut collector = Collector {
@@ -138,6 +159,9 @@ impl Collector {
             generations: Generations::new(config.interval.as_secs_f64()),
             libraries: attach::Libraries::default(),
             notices: Vec::new(),
+            // A trace is asked for in order to see everything.
+            budget: BudgetSettings { share: c.budget.share.filter(|_| !trace_events), ..c.budget },
+            total_budget: c.budget.total * std::thread::available_parallelism().map_or(1.0, |n| n.get() as f64),
             next_instance: 1,
             snapshots: 0,
             started: Instant::now(),
@@ -180,14 +204,36 @@ impl Collector {
         self.closed_set && self.watched.values().all(|w| w.life == Life::Ended) && self.launched.is_empty()
     }
 
-    /// True when the settings name processes by pid and nothing else: then there is nothing to wait for.
-    pub fn wants_named_processes(&self) -> bool {
-        self.closed_set && self.launched.is_empty() && self.next_instance > 1
+    /// Checks that something is watched, for a run that names its processes by pid and nothing else; waits a moment for
+    /// programs that have just been started.
+    ///
+    /// # Errors
+    /// Every process that was named has ended, or no probe set could be attached to any of them: with the reasons.
+    pub fn require_attached(&mut self) -> Result<()> {
+        if !self.closed_set || !self.launched.is_empty() || self.next_instance == 1 {
+            return Ok(());
+        }
+        let end_s = self.now_s() + STARTED_BY_S;
+        loop {
+            let why: Vec<Option<String>> =
+                self.statuses().map(|(process, statuses)| live::why_not_attached(process, statuses)).collect();
+            if why.iter().any(Option::is_none) {
+                return Ok(());
+            }
+            let reasons: Vec<String> = why.into_iter().flatten().collect();
+            let ended = self.is_finished();
+            if ended || self.now_s() >= end_s {
+                let what = if ended { "the process has ended".to_owned() } else { reasons.join("; ") };
+                return Err(Error::new(ErrorKind::Target, format!("nothing to watch: {what}")));
+            }
+            self.poll(Duration::from_millis(20))?;
+            self.scan()?;
+        }
     }
 
     /// Processes watched now, with what became of each probe set.
     pub fn statuses(&self) -> impl Iterator<Item = (&Arc<Process>, &[PluginStatus])> {
-        self.watched.values().map(|w| (&w.process, w.status.as_slice()))
+        self.watched.values().filter(|w| w.life == Life::Running).map(|w| (&w.process, w.status.as_slice()))
     }
 
     /// Seconds since the collector started.
@@ -200,7 +246,8 @@ impl Collector {
     /// # Errors
     /// When the kernel side cannot be read.
     pub fn poll(&mut self, timeout: Duration) -> Result<()> {
-        self.tracker.poll(timeout)?;
+        self.tracker.poll(timeout.min(self.until_governed()))?;
+        self.govern()?;
         while let Some(event) = self.tracker.next_process_event() {
             match event {
                 ProcessEvent::Exit { instance, .. } => self.end(instance),
@@ -227,13 +274,6 @@ impl Collector {
     /// # Errors
     /// When /proc cannot be read.
     pub fn scan(&mut self) -> Result<()> {
-        // What had nothing to attach to when it was found may have mapped it before loads of libraries were noticed.
-        let waiting: Vec<u32> =
-            self.watched.iter().filter(|(_, w)| !w.announced && w.life == Life::Running).map(|(i, _)| *i).collect();
-        for instance in waiting {
-            self.attach_to(instance);
-            self.announce(instance, true);
-        }
         for process in self.matcher.scan(&self.known)? {
             self.watch(process.pid, false);
         }
@@ -244,6 +284,14 @@ impl Collector {
             .collect();
         for instance in gone {
             self.end(instance);
+        }
+        // Its libraries may have been mapped before the dynamic linker's hook was in place.
+        let now_s = self.now_s();
+        let quiet = self.watched.iter().filter(|(_, w)| w.life == Life::Running && !w.announced);
+        let quiet: Vec<(u32, bool)> = quiet.map(|(i, w)| (*i, now_s - w.since_s > STARTED_BY_S)).collect();
+        for (instance, late) in quiet {
+            self.attach_to(instance);
+            self.announce(instance, late);
         }
         Ok(())
     }
@@ -298,10 +346,12 @@ impl Collector {
                 life: Life::Running,
                 followed,
                 status: Vec::new(),
-                // A launched program has not mapped its libraries yet: its loads tell when it has.
-                announced: launched,
+                announced: false,
+                since_s: self.now_s(),
                 loads: 0,
                 usage: process::Usage { rss_bytes: stat.rss_bytes, cpu_s: stat.cpu_s },
+                governor: Governor::new(self.budget, self.tracker.cost_per_hit_ns() / 1e9, u64::from(instance)),
+                window_opened_ns: 0,
             },
         );
         self.attach_to(instance);
@@ -314,12 +364,12 @@ impl Collector {
         self.announce(instance, false);
     }
 
-    /// Says once that a process is watched. Unless `anyway`, it waits for something to be attached: a process that
-    /// has just been started is often seen before its dynamic linker has mapped the allocator.
-    pub(super) fn announce(&mut self, instance: u32, anyway: bool) {
+    /// Tells people that a process is watched, once: as soon as something is attached, or when that was to be expected
+    /// by now (`late`). A program that has just been started has not mapped its libraries yet.
+    fn announce(&mut self, instance: u32, late: bool) {
         let Some(watched) = self.watched.get_mut(&instance) else { return };
         let attached = watched.status.iter().any(|s| matches!(s.state, PluginState::Attached { .. }));
-        if !watched.announced && (attached || anyway) {
+        if watched.life == Life::Running && !watched.announced && (attached || late) {
             watched.announced = true;
             self.notices.push(Notice::Watching(Arc::clone(&watched.process), watched.status.clone()));
         }
@@ -426,7 +476,6 @@ impl Collector {
 
     fn process_samples(&mut self) -> Result<Vec<ProcessSample>> {
         let mut samples = Vec::with_capacity(self.watched.len());
-        let cost_s = self.tracker.cost_per_hit_ns() / 1e9;
         for (instance, watched) in &mut self.watched {
             let counters = self.tracker.read_counters(*instance)?;
             let alive = watched.life == Life::Running;
@@ -436,7 +485,11 @@ impl Collector {
             samples.push(ProcessSample {
                 process: Arc::clone(&watched.process),
                 alive,
-                mode: Mode::Exact,
+                mode: if watched.governor.is_exact() { Mode::Exact } else { Mode::Estimated },
+                budget: Some(watched.governor.budget()).filter(|b| b.is_finite()),
+                windows: watched.governor.windows().0,
+                windows_discarded: watched.governor.windows().1,
+                open_s: watched.governor.open_s(),
                 hits: counters.hits,
                 unmatched_frees: counters.unmatched_frees,
                 losses: Losses {
@@ -453,7 +506,7 @@ impl Collector {
                 },
                 rss_bytes: alive.then_some(watched.usage.rss_bytes),
                 cpu_s: Some(watched.usage.cpu_s),
-                overhead_s: counters.hits as f64 * cost_s,
+                overhead_s: watched.governor.spent_s(),
             });
         }
         samples.sort_by_key(|p| p.process.instance);

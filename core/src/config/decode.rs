@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use super::read::{Reader, Section, boolean, string, wrong_type};
 use super::tree::{Entries, Node, Problem, Value};
-use super::{Backend, Config, TargetSpec, WebhookSettings};
-use crate::units::Bytes;
+use super::{Backend, Config, Placement, TargetSpec, WebhookSettings};
+use crate::units::{Bytes, format_duration, parse_duration};
 
 const MS: Duration = Duration::from_millis(1);
 const DAY: Duration = Duration::from_secs(86_400);
@@ -58,7 +58,50 @@ fn collector(mut s: Section<'_>, config: &mut Config) {
     s.integer("max_threads", 1..=4_194_304, &mut c.max_threads);
     s.integer("max_frames", 1..=127, &mut c.max_frames);
     s.bytes("min_size", Bytes(0)..=Bytes(1 << 40), &mut c.min_size);
+    s.choice("placement", &[("best", Placement::Best), ("entry", Placement::Entry)], &mut c.placement);
+    let b = &mut c.budget;
+    if let Some(share) =
+        s.read("budget", |node| if string(node) == Ok("off") { Ok(None) } else { percent(node).map(Some) })
+    {
+        b.share = share;
+    }
+    set_percent(&mut s, "budget_floor", &mut b.floor);
+    set_percent(&mut s, "total_budget", &mut b.total);
+    let interval = config.interval;
+    let read_window = |node: &Node| {
+        let window = string(node).and_then(parse_duration)?;
+        match window {
+            w if w < 10 * MS => Err(format!("{} is too short: at least 10ms", format_duration(w))),
+            w if w > interval => {
+                let (w, i) = (format_duration(w), format_duration(interval));
+                Err(format!("{w} is longer than the interval ({i}): a window must end before the next snapshot"))
+            }
+            w => Ok(w),
+        }
+    };
+    match s.read("max_window", read_window) {
+        Some(window) => b.max_window = window,
+        None => b.max_window = b.max_window.min(interval),
+    }
+    s.integer("max_window_hits", 1_000..=u64::MAX, &mut b.max_window_hits);
     s.finish();
+}
+
+/// A part of something: a string such as "5%", more than 0 and at most 100 %.
+fn percent(node: &Node) -> Result<f64, String> {
+    let text = string(node)?;
+    let number = text.trim().strip_suffix('%').and_then(|n| n.trim().parse::<f64>().ok());
+    match number {
+        None => Err(format!("{text:?} is no percentage such as \"5%\"")),
+        Some(n) if n > 0.0 && n <= 100.0 => Ok(n / 100.0),
+        Some(n) => Err(format!("{n} % is out of range: it must be more than 0 % and at most 100 %")),
+    }
+}
+
+fn set_percent(s: &mut Section<'_>, key: &str, out: &mut f64) {
+    if let Some(value) = s.read(key, percent) {
+        *out = value;
+    }
 }
 
 fn history(mut s: Section<'_>, config: &mut Config) {

@@ -169,6 +169,10 @@ pub struct CollectorSettings {
     pub max_frames: u32,
     /// Allocations below this size are not recorded.
     pub min_size: Bytes,
+    /// Which instruction of a function is probed.
+    pub placement: Placement,
+    /// What tracing may cost.
+    pub budget: BudgetSettings,
 }
 
 impl Default for CollectorSettings {
@@ -180,8 +184,47 @@ impl Default for CollectorSettings {
             max_threads: 16_384,
             max_frames: 64,
             min_size: Bytes(0),
+            placement: Placement::default(),
+            budget: BudgetSettings::default(),
         }
     }
+}
+
+/// What tracing may cost.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BudgetSettings {
+    /// Part of a target's own CPU time, 0 to 1; `None` sets no limit: everything is traced whatever it costs.
+    pub share: Option<f64>,
+    /// CPU seconds per second that tracing a target may always cost, so that quiet targets are traced exactly.
+    pub floor: f64,
+    /// Part of the machine's CPU time that tracing all targets may cost together, 0 to 1.
+    pub total: f64,
+    /// Longest window.
+    pub max_window: Duration,
+    /// Most hits of one window; it closes early, and does not count, when they are used up.
+    pub max_window_hits: u64,
+}
+
+impl Default for BudgetSettings {
+    fn default() -> Self {
+        BudgetSettings {
+            share: Some(0.05),
+            floor: 0.03,
+            total: 0.05,
+            max_window: Duration::from_millis(200),
+            max_window_hits: 5_000_000,
+        }
+    }
+}
+
+/// Which instruction of a function is probed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Placement {
+    /// The first one that the kernel emulates and that is safe.
+    #[default]
+    Best,
+    /// The first one, as other tools do: to compare them.
+    Entry,
 }
 
 /// Which probe sets run.

@@ -89,6 +89,12 @@ fn every_key_reaches_its_field() {
         max_threads = 13
         max_frames = 14
         min_size = 15
+        placement = "entry"
+        budget = "6%"
+        budget_floor = "7 %"
+        total_budget = "8.5%"
+        max_window = "90ms"
+        max_window_hits = 9000
         [history]
         samples = 116
         points = 1017
@@ -142,6 +148,14 @@ fn every_key_reaches_its_field() {
             max_threads: 13,
             max_frames: 14,
             min_size: Bytes(15),
+            placement: Placement::Entry,
+            budget: BudgetSettings {
+                share: Some(0.06),
+                floor: 0.07,
+                total: 0.085,
+                max_window: Duration::from_millis(90),
+                max_window_hits: 9000,
+            },
         },
         history: crate::history::Bounds { samples: 116, points: 1017 },
         plugins: PluginSettings { dir: Some("p".into()), enabled: BTreeMap::from([("glibc".to_owned(), false)]) },
@@ -361,4 +375,28 @@ fn nearest_suggests_only_what_is_near() {
     assert_eq!(nearest("map", known), Some("mmap"));
     assert_eq!(nearest("imbalance", known), None);
     assert_eq!(nearest("", known), None);
+}
+
+/// A budget that is no budget would either stop all tracing or protect nobody.
+#[test]
+fn budgets_out_of_range_are_refused() {
+    let problem = |toml: &str| Config::resolve(Some((Path::new("c.toml"), toml)), &[]).unwrap_err().to_string();
+    for (value, expected) in [
+        ("\"0%\"", "more than 0 %"),
+        ("\"-3%\"", "more than 0 %"),
+        ("\"1000%\"", "at most 100 %"),
+        ("\"nan%\"", "out of range"),
+        ("\"5\"", "no percentage"),
+        ("5", "string"),
+    ] {
+        let message = problem(&format!("[collector]\nbudget = {value}"));
+        assert!(message.contains("c.toml:2:") && message.contains(expected), "{value}: {message}");
+    }
+    let message = problem("interval = \"100ms\"\n[collector]\nmax_window = \"150ms\"");
+    assert!(message.contains("longer than the interval (100ms)"), "{message}");
+    let off = Config::resolve(Some((Path::new("c.toml"), "[collector]\nbudget = \"off\"")), &[]).unwrap();
+    assert_eq!(off.collector.budget.share, None);
+    // The default follows a short interval by itself.
+    let short = Config::resolve(Some((Path::new("c.toml"), "interval = \"100ms\"")), &[]).unwrap();
+    assert_eq!(short.collector.budget.max_window, Duration::from_millis(100));
 }

@@ -32,6 +32,10 @@ struct ProcessLine<'a> {
     rss_bytes: Option<u64>,
     cpu_s: Option<f64>,
     overhead_s: f64,
+    budget: Option<f64>,
+    windows: u64,
+    windows_discarded: u64,
+    open_s: f64,
     losses: Losses,
 }
 
@@ -110,6 +114,10 @@ fn process(p: &ProcessSample) -> ProcessLine<'_> {
         rss_bytes: p.rss_bytes,
         cpu_s: p.cpu_s,
         overhead_s: p.overhead_s,
+        budget: p.budget,
+        windows: p.windows,
+        windows_discarded: p.windows_discarded,
+        open_s: p.open_s,
         losses: p.losses,
     }
 }

@@ -137,6 +137,7 @@ fn snapshot(number: u32, process: &Arc<Process>, sites: &[Arc<Site>]) -> Snapsho
             rss_bytes: Some(50 << 20),
             cpu_s: Some(time_s),
             overhead_s: 0.01 * time_s,
+            ..ProcessSample::default()
         }],
         sites: sites.iter().map(sample).collect(),
         collect_cpu_s: 0.001,

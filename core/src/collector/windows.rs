@@ -1,0 +1,153 @@
+//! Carries out what the governor decides: windows instead of exact tracing, and back.
+//!
+//! Numbers from before and after such a change cannot be compared, so the books are started anew: the process gets a new
+//! instance number. Between windows frees are unseen. What survived a window is a candidate, until a later free, an
+//! allocation that gets its address, an overlapping block, or an unmapped page proves that it is gone.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use memleak_probes::Block;
+
+use super::{Collector, Life, Notice, clock_ns};
+use crate::Result;
+use crate::governor::{self, Action, Reading};
+use crate::maps::Maps;
+use crate::process::ProcDir;
+
+/// So many targets are looked at in each tick; with more, each is looked at less often.
+const TARGETS_PER_TICK: f64 = 16.0;
+
+impl Collector {
+    /// How long the collector may sleep before the governor must look again.
+    pub(super) fn until_governed(&self) -> Duration {
+        let now_s = self.now_s();
+        let running = || self.watched.values().filter(|w| w.life == Life::Running);
+        let tick = governor::TICK.as_secs_f64() * (running().count() as f64 / TARGETS_PER_TICK).max(1.0);
+        let wakeups = running().filter_map(|w| w.governor.wakeup_s()).map(|at| at - now_s);
+        Duration::from_secs_f64(wakeups.fold(tick, f64::min).clamp(0.001, 1.0))
+    }
+
+    /// Charges every target for its hits and acts.
+    pub(super) fn govern(&mut self) -> Result<()> {
+        let now_s = self.now_s();
+        let running = self.watched.values().filter(|w| w.life == Life::Running);
+        let scale = governor::scale(running.map(|w| w.governor.budget()), self.total_budget);
+        let mut actions = Vec::new();
+        for (instance, watched) in self.watched.iter_mut().filter(|(_, w)| w.life == Life::Running) {
+            let hits = self.tracker.read_counters(*instance)?.hits;
+            let reading = Reading { now_s, hits, cpu_s: process_cpu_s(watched.process.pid) };
+            match watched.governor.tick(reading, scale) {
+                Action::Stay => {}
+                action => actions.push((*instance, action)),
+            }
+        }
+        for (instance, action) in actions {
+            match action {
+                Action::Stay => {}
+                Action::EnterWindows => self.restart_books(instance, false),
+                Action::LeaveWindows => self.restart_books(instance, true),
+                Action::OpenWindow { record_until_s } => {
+                    let until_ns = self.started_ns + (record_until_s * 1e9) as u64;
+                    if let Some(watched) = self.watched.get_mut(&instance) {
+                        watched.window_opened_ns = clock_ns(libc::CLOCK_MONOTONIC);
+                    }
+                    if let Err(e) = self.tracker.open_window(instance, until_ns) {
+                        tracing::debug!(instance, "window not opened: {e}");
+                    }
+                }
+                Action::CloseWindow { counts } => {
+                    self.tracker.close_window(instance);
+                    self.resolve_candidates(instance, counts)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends an instance and watches the same process on as a new one, exactly or through windows.
+    fn restart_books(&mut self, old: u32, exact: bool) {
+        let Some(watched) = self.watched.get_mut(&old) else { return };
+        watched.life = Life::Ended;
+        let mut governor = watched.governor.clone();
+        let (pid, followed) = (watched.process.pid, watched.followed);
+        self.tracker.detach(old);
+        let instance = self.next_instance;
+        if let Err(e) = self.tracker.add_target(pid, instance, false) {
+            self.notices.push(Notice::Failed { pid, reason: e.to_string() });
+            return;
+        }
+        self.next_instance += 1;
+        if !exact {
+            self.tracker.close_window(instance);
+        }
+        governor.restarted(Reading { now_s: self.now_s(), hits: 0, cpu_s: process_cpu_s(pid) });
+        let Some(watched) = self.watched.get(&old) else { return };
+        let mut process = (*watched.process).clone();
+        process.instance = instance;
+        let process = Arc::new(process);
+        let (loads, usage) = (watched.loads, watched.usage);
+        if let Err(e) = self.symbolizer.observe(&process) {
+            tracing::debug!(pid, "mappings not read: {e:#}");
+        }
+        let new = super::Watched {
+            process: Arc::clone(&process),
+            life: Life::Running,
+            followed,
+            status: Vec::new(),
+            announced: true,
+            since_s: self.now_s(),
+            loads,
+            usage,
+            governor,
+            window_opened_ns: 0,
+        };
+        self.watched.insert(instance, new);
+        self.attach_to(instance);
+        self.notices.push(Notice::Mode { process, exact });
+    }
+
+    /// After a window: drops what it saw if it does not count, and candidates that are gone for sure.
+    fn resolve_candidates(&mut self, instance: u32, counts: bool) -> Result<()> {
+        let Some(watched) = self.watched.get(&instance) else { return Ok(()) };
+        let opened_ns = watched.window_opened_ns;
+        let process = &watched.process;
+        // Without its map nothing can be said of unmapped pages.
+        let maps = ProcDir::open_same(process.pid, process.start_ticks).and_then(|dir| Maps::read(&dir)).ok();
+        let mut previous: Option<Block> = None;
+        let mut gone = Vec::new();
+        let mut never = Vec::new();
+        let blocks = self.tracker.read_blocks(instance)?;
+        for block in &blocks {
+            if !counts && block.birth_ns >= opened_ns {
+                never.push(*block);
+                continue;
+            }
+            if maps.as_ref().is_some_and(|m| m.find(block.address).is_none()) {
+                gone.push(*block);
+                continue;
+            }
+            // Two blocks cannot share a byte: the older one is gone.
+            if let Some(before) = previous
+                && before.address + before.size > block.address
+            {
+                let older = if before.birth_ns < block.birth_ns { before } else { *block };
+                gone.push(older);
+                if older == *block {
+                    continue;
+                }
+            }
+            previous = Some(*block);
+        }
+        self.tracker.remove_blocks(instance, &gone, true)?;
+        self.tracker.remove_blocks(instance, &never, false)?;
+        Ok(())
+    }
+}
+
+/// CPU time used by a process so far, all threads, in seconds; 0 when it has ended.
+pub(super) fn process_cpu_s(pid: u32) -> f64 {
+    // The clock of another process, see MAKE_PROCESS_CPUCLOCK and CPUCLOCK_SCHED in posix-timers_types.h.
+    let clock = (!pid << 3 | 2).cast_signed();
+    clock_ns(clock) as f64 / 1e9
+}

@@ -1,0 +1,437 @@
+//! Keeps the cost of tracing within the budget.
+//!
+//! A trap is paid on every hit, whatever the programs do with it, so only detaching can bound the cost. Each target has
+//! a purse that fills at the rate of its budget and pays for every hit at the calibrated price. While the purse holds,
+//! everything is traced (exact mode). When it is empty, tracing is cut back to windows: short periods with probes
+//! attached, each opened only once the purse holds what it will probably cost. This bounds the average cost whatever the
+//! rate of calls does. Pure: it is told the time and the counters, and says what to do.
+//!
+//! ```text
+//!          purse empty                     purse recovered
+//!  Exact --------------> Waiting ------------------------------> Open
+//!    ^                      ^   window over, or its hits used up   |
+//!    |  cheap for a while   +--------------------------------------+
+//!    +----------------------+
+//! ```
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use crate::config::BudgetSettings;
+
+/// The purse holds at most the budget of this long: a burst that may be paid at once.
+const PURSE_S: f64 = 1.0;
+/// Only this part of the budget is planned for windows; the rest is reserve against a rise of the price.
+const PLANNED: f64 = 0.8;
+/// What attaching and detaching cost the target, per window: about 0.5 % of one second, as measured.
+const WINDOW_FIXED_S: f64 = 0.005;
+/// Windows are not opened more often than this, seconds.
+const MIN_PERIOD_S: f64 = 1.0;
+/// Waiting times are spread by this much in both directions, so that windows do not beat with the target's own rhythm.
+const JITTER: f64 = 0.15;
+/// Time constant of the average of the target's CPU use, seconds.
+const CPU_AVERAGE_S: f64 = 2.0;
+/// Windows in a row that must have been cheap before everything is traced again.
+const CHEAP_WINDOWS: usize = 3;
+/// Shortest and longest stay in window mode before everything is traced again, seconds. Doubles each time.
+const STAY_S: (f64, f64) = (30.0, 900.0);
+/// A window counts only if the target made at least this part of the calls in the guard that its earlier rate promised:
+/// otherwise it was not running, and what it would have freed looks as if it survived.
+const GUARD_PROGRESS: f64 = 0.3;
+
+/// What to do now.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Action {
+    /// Nothing.
+    Stay,
+    /// Detach and start the books anew: from now on there are windows.
+    EnterWindows,
+    /// Attach; allocations are recorded until the given time, frees until the window closes.
+    OpenWindow {
+        /// Seconds on the collector's clock.
+        record_until_s: f64,
+    },
+    /// Detach. What the window saw counts, or it does not.
+    CloseWindow {
+        /// False: the target made too little progress in the guard.
+        counts: bool,
+    },
+    /// Attach for good and start the books anew.
+    LeaveWindows,
+}
+
+/// What is known of the target at one time.
+#[derive(Clone, Copy, Debug)]
+pub struct Reading {
+    /// Seconds on the collector's clock.
+    pub now_s: f64,
+    /// Probes hit so far under the present books.
+    pub hits: u64,
+    /// CPU time used so far by the target, the cost of tracing included, seconds.
+    pub cpu_s: f64,
+}
+
+/// Where a target stands.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Phase {
+    Exact,
+    Waiting { not_before_s: f64 },
+    Open { start: Start, recorded: Option<u64> },
+}
+
+/// How a window began.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Start {
+    at_s: f64,
+    hits: u64,
+    cpu_s: f64,
+    record_until_s: f64,
+    end_s: f64,
+}
+
+/// The books of one target's cost.
+#[derive(Clone, Debug)]
+pub struct Governor {
+    settings: BudgetSettings,
+    price_s: f64,
+    phase: Phase,
+    purse_s: f64,
+    last: Option<Reading>,
+    /// CPU seconds per second that the target uses for itself.
+    own_cpu: Option<f64>,
+    spent_s: f64,
+    open_s: f64,
+    windows: u64,
+    discarded: u64,
+    /// What the next window will probably cost, seconds.
+    expected_s: f64,
+    /// Price per second of each of the last windows.
+    recent: VecDeque<f64>,
+    entered_s: f64,
+    stay_s: f64,
+    random: fastrand::Rng,
+}
+
+impl Governor {
+    /// A governor for a target that is traced exactly now. `price_s` is what one hit costs, seconds.
+    pub fn new(settings: BudgetSettings, price_s: f64, seed: u64) -> Self {
+        Governor {
+            purse_s: settings.floor * PURSE_S,
+            price_s,
+            phase: Phase::Exact,
+            last: None,
+            own_cpu: None,
+            spent_s: 0.0,
+            open_s: 0.0,
+            windows: 0,
+            discarded: 0,
+            // As long as nothing is known: that the target does nothing but allocate while it is open.
+            expected_s: settings.max_window.as_secs_f64(),
+            recent: VecDeque::new(),
+            entered_s: 0.0,
+            stay_s: STAY_S.0,
+            random: fastrand::Rng::with_seed(seed),
+            settings,
+        }
+    }
+
+    /// CPU seconds per second that tracing may cost now.
+    pub fn budget(&self) -> f64 {
+        self.settings
+            .share
+            .map_or(f64::INFINITY, |share| (share * self.own_cpu.unwrap_or(0.0)).max(self.settings.floor))
+    }
+
+    /// True while everything is traced.
+    pub fn is_exact(&self) -> bool {
+        self.phase == Phase::Exact
+    }
+
+    /// True while probes are attached.
+    pub fn is_attached(&self) -> bool {
+        !matches!(self.phase, Phase::Waiting { .. })
+    }
+
+    /// CPU seconds that tracing has cost the target so far (estimate).
+    pub fn spent_s(&self) -> f64 {
+        self.spent_s
+    }
+
+    /// Windows opened so far, and how many of them were discarded.
+    pub fn windows(&self) -> (u64, u64) {
+        (self.windows, self.discarded)
+    }
+
+    /// Seconds with an open window so far.
+    pub fn open_s(&self) -> f64 {
+        self.open_s
+    }
+
+    /// When this wants to be asked again at the latest, seconds on the collector's clock.
+    pub fn wakeup_s(&self) -> Option<f64> {
+        match self.phase {
+            Phase::Exact => None,
+            Phase::Waiting { not_before_s } => Some(not_before_s),
+            Phase::Open { start, recorded: None } => Some(start.record_until_s),
+            Phase::Open { start, .. } => Some(start.end_s),
+        }
+    }
+
+    /// Charges what has happened since the last call and decides. `scale` (0 to 1] is this target's part of its budget
+    /// when all targets together would exceed theirs.
+    pub fn tick(&mut self, reading: Reading, scale: f64) -> Action {
+        let Some(last) = self.last.replace(reading) else { return Action::Stay };
+        let elapsed_s = reading.now_s - last.now_s;
+        if elapsed_s <= 0.0 {
+            self.last = Some(last);
+            return Action::Stay;
+        }
+        let cpu_s = (reading.cpu_s - last.cpu_s).max(0.0);
+        // Hits cannot have cost more than the target has used.
+        let cost_s = (reading.hits.saturating_sub(last.hits) as f64 * self.price_s).min(cpu_s.max(elapsed_s * 1e-3));
+        self.spent_s += cost_s;
+        let own = (cpu_s - cost_s).max(0.0) / elapsed_s;
+        // In a window the target is slowed down: what it does for itself says little then.
+        if !matches!(self.phase, Phase::Open { .. }) {
+            let weight = (elapsed_s / CPU_AVERAGE_S).min(1.0);
+            self.own_cpu = Some(self.own_cpu.map_or(own, |average| average + (own - average) * weight));
+        }
+        let budget = self.budget() * scale;
+        if budget.is_infinite() {
+            return Action::Stay;
+        }
+        let most = if self.is_exact() { budget * PURSE_S } else { (budget * PURSE_S).max(self.expected_s) };
+        self.purse_s = (self.purse_s + budget * elapsed_s - cost_s).min(most);
+        match self.phase {
+            Phase::Exact if self.purse_s < 0.0 => self.enter_windows(reading.now_s, budget),
+            Phase::Exact => Action::Stay,
+            Phase::Waiting { not_before_s }
+                if reading.now_s >= not_before_s && self.purse_s >= PLANNED * self.expected_s =>
+            {
+                self.open_window(reading)
+            }
+            // The purse decides; the time was only its forecast.
+            Phase::Waiting { .. } => Action::Stay,
+            Phase::Open { start, recorded } => self.in_window(reading, start, recorded, budget),
+        }
+    }
+
+    /// The books were started anew: the counters begin at zero.
+    pub fn restarted(&mut self, reading: Reading) {
+        self.last = Some(reading);
+    }
+
+    fn enter_windows(&mut self, now_s: f64, budget: f64) -> Action {
+        self.entered_s = now_s;
+        self.recent.clear();
+        self.wait(now_s, budget);
+        Action::EnterWindows
+    }
+
+    /// Waits until the purse can pay for a window, and a little more or less.
+    fn wait(&mut self, now_s: f64, budget: f64) {
+        let debt_s = (self.expected_s - self.purse_s).max(0.0);
+        let jitter = 1.0 + JITTER * (2.0 * self.random.f64() - 1.0);
+        let wait_s = (debt_s / (PLANNED * budget)).max(MIN_PERIOD_S) * jitter;
+        self.phase = Phase::Waiting { not_before_s: now_s + wait_s };
+    }
+
+    fn open_window(&mut self, reading: Reading) -> Action {
+        let length_s = self.settings.max_window.as_secs_f64();
+        let record_until_s = reading.now_s + length_s / 2.0;
+        let start = Start {
+            at_s: reading.now_s,
+            hits: reading.hits,
+            cpu_s: reading.cpu_s,
+            record_until_s,
+            end_s: reading.now_s + length_s,
+        };
+        self.phase = Phase::Open { start, recorded: None };
+        self.windows += 1;
+        Action::OpenWindow { record_until_s }
+    }
+
+    fn in_window(&mut self, reading: Reading, start: Start, recorded: Option<u64>, budget: f64) -> Action {
+        let hits = reading.hits - start.hits;
+        if recorded.is_none() && reading.now_s >= start.record_until_s {
+            self.phase = Phase::Open { start, recorded: Some(hits) };
+        }
+        let used_up = hits >= self.settings.max_window_hits;
+        if reading.now_s < start.end_s && !used_up {
+            return Action::Stay;
+        }
+        let open_s = reading.now_s - start.at_s;
+        self.open_s += open_s;
+        self.purse_s -= WINDOW_FIXED_S;
+        let cost_s = (hits as f64 * self.price_s).min(open_s.max(reading.cpu_s - start.cpu_s));
+        self.expected_s = cost_s + WINDOW_FIXED_S;
+        self.recent.push_back(cost_s / open_s);
+        if self.recent.len() > CHEAP_WINDOWS {
+            self.recent.pop_front();
+        }
+        let counts = !used_up && progressed(&start, hits, recorded, reading.now_s);
+        if !counts {
+            self.discarded += 1;
+        }
+        let cheap = self.recent.len() == CHEAP_WINDOWS && self.recent.iter().all(|price| *price < 0.5 * budget);
+        if cheap && reading.now_s - self.entered_s >= self.stay_s {
+            self.stay_s = (self.stay_s * 2.0).min(STAY_S.1);
+            self.phase = Phase::Exact;
+            return Action::LeaveWindows;
+        }
+        self.wait(reading.now_s, budget);
+        Action::CloseWindow { counts }
+    }
+}
+
+/// Whether the target made the calls in the guard that its rate before promised.
+fn progressed(start: &Start, hits: u64, recorded: Option<u64>, now_s: f64) -> bool {
+    let Some(recorded) = recorded else { return false };
+    let recording_s = start.record_until_s - start.at_s;
+    let guard_s = now_s - start.record_until_s;
+    let promised = recorded as f64 * guard_s / recording_s;
+    (hits - recorded) as f64 >= GUARD_PROGRESS * promised
+}
+
+/// The part of their budgets that targets may use when together they would exceed `total` CPU seconds per second.
+pub fn scale(budgets: impl Iterator<Item = f64>, total: f64) -> f64 {
+    let sum: f64 = budgets.filter(|b| b.is_finite()).sum();
+    if sum > total { total / sum } else { 1.0 }
+}
+
+/// How often an attached target must be looked at so that a rise of its rate is noticed in time.
+pub const TICK: Duration = Duration::from_millis(50);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PRICE: f64 = 0.7e-6;
+
+    fn settings() -> BudgetSettings {
+        BudgetSettings::default()
+    }
+
+    /// A target that makes `calls` hits per second of its own CPU time and runs on one core; tracing takes its time.
+    struct Target {
+        governor: Governor,
+        now_s: f64,
+        hits: u64,
+        cpu_s: f64,
+        useful_s: f64,
+        actions: Vec<(f64, Action)>,
+    }
+
+    impl Target {
+        fn new() -> Self {
+            Target {
+                governor: Governor::new(settings(), PRICE, 7),
+                now_s: 0.0,
+                hits: 0,
+                cpu_s: 0.0,
+                useful_s: 0.0,
+                actions: Vec::new(),
+            }
+        }
+
+        /// Runs for a time at `rate` hits per second wanted, using at most one core, of which `work` for itself.
+        fn run(&mut self, seconds: f64, rate: f64, work: f64) {
+            let step = 0.01;
+            for _ in 0..(seconds / step) as usize {
+                self.now_s += step;
+                let cost = if self.governor.is_attached() { rate * PRICE } else { 0.0 };
+                // What it wants to do takes 1 + cost/work of the time.
+                let speed = (1.0 / (work + cost)).min(1.0);
+                if self.governor.is_attached() {
+                    self.hits += (rate * speed * step) as u64;
+                }
+                self.cpu_s += (work + cost) * speed * step;
+                self.useful_s += work * speed * step;
+                let reading = Reading { now_s: self.now_s, hits: self.hits, cpu_s: self.cpu_s };
+                let action = self.governor.tick(reading, 1.0);
+                if matches!(action, Action::EnterWindows | Action::LeaveWindows) {
+                    self.hits = 0;
+                    self.governor.restarted(Reading { hits: 0, ..reading });
+                }
+                if action != Action::Stay {
+                    self.actions.push((self.now_s, action));
+                }
+            }
+        }
+    }
+
+    /// Most targets: what they do is cheap to trace, so everything is.
+    #[test]
+    fn a_quiet_target_is_traced_exactly() {
+        let mut target = Target::new();
+        target.run(60.0, 30_000.0, 0.2);
+        assert!(target.governor.is_exact(), "{:?}", target.actions);
+        assert_eq!(target.actions, []);
+    }
+
+    /// Whatever the rate of calls, the target keeps at least 95 % of its speed in the long run.
+    #[test]
+    fn a_saturated_target_keeps_its_speed() {
+        let mut target = Target::new();
+        target.run(120.0, 30e6, 1.0);
+        assert!(!target.governor.is_exact());
+        let kept = target.useful_s / 120.0;
+        assert!(kept >= 0.95, "{kept}");
+        let (windows, discarded) = target.governor.windows();
+        assert!(windows >= 10, "{windows} windows");
+        assert_eq!(discarded, 0);
+    }
+
+    /// A jump by a factor of a thousand is noticed within a fraction of a second, and paid back before more is spent.
+    #[test]
+    fn a_jump_of_the_rate_is_paid_back() {
+        let mut target = Target::new();
+        target.run(20.0, 3_000.0, 1.0);
+        assert!(target.governor.is_exact());
+        let before = target.useful_s;
+        target.run(10.0, 9e6, 1.0);
+        let (at, action) = target.actions[0];
+        assert_eq!(action, Action::EnterWindows);
+        assert!(at < 20.3, "noticed after {} s", at - 20.0);
+        let kept = (target.useful_s - before) / 10.0;
+        assert!(kept >= 0.95, "{kept}");
+    }
+
+    /// When the calls become rare again, everything is traced again, but not at once.
+    #[test]
+    fn a_target_that_calms_down_is_traced_exactly_again() {
+        let mut target = Target::new();
+        target.run(40.0, 9e6, 1.0);
+        assert!(!target.governor.is_exact());
+        target.run(60.0, 1_000.0, 0.5);
+        assert!(target.governor.is_exact(), "{:?}", target.actions);
+        let left = target.actions.iter().find(|(_, a)| *a == Action::LeaveWindows).unwrap().0;
+        assert!(left > 40.0 + CHEAP_WINDOWS as f64 - 1.0, "{left}");
+    }
+
+    /// A window in which the target did not run would call everything a survivor.
+    #[test]
+    fn a_window_without_progress_in_the_guard_is_discarded() {
+        let start = Start { at_s: 0.0, hits: 0, cpu_s: 0.0, record_until_s: 0.1, end_s: 0.2 };
+        assert!(progressed(&start, 2_000, Some(1_000), 0.2));
+        assert!(!progressed(&start, 1_100, Some(1_000), 0.2));
+        assert!(!progressed(&start, 1_100, None, 0.2));
+    }
+
+    /// Many cheap targets together must not exceed what the machine may lose.
+    #[test]
+    fn the_total_is_shared_out() {
+        assert_eq!(scale([0.03, 0.03].into_iter(), 0.1), 1.0);
+        assert_eq!(scale([0.1, 0.3].into_iter(), 0.1), 0.25);
+        assert_eq!(scale([f64::INFINITY, 0.05].into_iter(), 0.1), 1.0);
+    }
+
+    /// Without a budget nothing is ever cut back.
+    #[test]
+    fn without_a_budget_everything_is_traced() {
+        let mut target = Target::new();
+        target.governor = Governor::new(BudgetSettings { share: None, ..settings() }, PRICE, 7);
+        target.run(20.0, 9e6, 1.0);
+        assert_eq!(target.actions, []);
+    }
+}
