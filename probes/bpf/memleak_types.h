@@ -13,6 +13,7 @@
 #define MEMLEAK_LIFETIME_CLASSES 32 /* class 0: < 1 us; class n: < 2^n us; the last is open */
 #define MEMLEAK_MAX_FUNCTIONS 8192 /* probed functions over all targets */
 #define MEMLEAK_MAX_TARGETS 1024 /* watched process instances at once */
+#define MEMLEAK_CODE_RANGES 4 /* parts of the address space of a process that hold its code */
 #define MEMLEAK_MAX_DOMAINS 8 /* independent groups of probe sets */
 
 /* What a probed function does with a block. */
@@ -43,6 +44,11 @@ struct memleak_function {
 	__u64 sp_offset; /* stack pointer at the probe + sp_offset = stack pointer at the function's entry */
 };
 
+struct memleak_range {
+	__u64 start;
+	__u64 end; /* the first address behind it; 0: the range is not used */
+};
+
 /* A watched process. Key of `targets`: tgid. Removed by the kernel side on exec and exit. */
 struct memleak_target {
 	__u32 instance; /* number of the process instance within the run */
@@ -50,6 +56,7 @@ struct memleak_target {
 	__u32 stop_on_load; /* stop the process (SIGSTOP) when its dynamic linker has mapped something */
 	__u32 window; /* number of the period with probes attached: what was pending in an earlier one is stale */
 	__u64 record_until_ns; /* later allocations are not recorded; 0: all are */
+	struct memleak_range code[MEMLEAK_CODE_RANGES]; /* no first range: not known, everything may be code */
 };
 
 /* Key of `blocks`. */
@@ -103,6 +110,7 @@ enum memleak_stack_end {
 	STACK_WALKED = 0, /* the walk ended by itself (outermost frame, or no frame pointer) */
 	STACK_CUT = 1, /* the limit of frames was reached */
 	STACK_UNREADABLE = 2, /* the walk failed: only the caller is known */
+	STACK_STRAYED = 3, /* the walk came to an address that is no code: a caller has no frame pointer */
 };
 
 /* A call stack: addresses[start .. start + count], innermost first. */

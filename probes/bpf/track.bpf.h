@@ -17,8 +17,7 @@ struct memleak_actor {
 	u32 instance;
 	u32 slot;
 	u32 domain;
-	u32 window;
-	u64 record_until_ns;
+	const struct memleak_target *target;
 };
 
 static __always_inline u32 lifetime_class(u64 ns)
@@ -132,8 +131,25 @@ static __always_inline void put_back(struct memleak_actor *actor, u64 address, c
 	}
 }
 
-/* Hash of a stack and of the function that was called. */
-static __always_inline u64 hash_stack(const struct memleak_stack *stack)
+/* Whether code may lie at an address. */
+static __always_inline bool is_code(const struct memleak_target *target, u64 address)
+{
+	u32 i;
+
+	if (!target->code[0].end)
+		return true;
+#pragma unroll
+	for (i = 0; i < MEMLEAK_CODE_RANGES; i++)
+		if (address >= target->code[i].start && address < target->code[i].end)
+			return true;
+	return false;
+}
+
+/*
+ * Hash of a stack and of the function that was called. Cuts the stack off where it leaves the program's code: without
+ * frame pointers the walk follows whatever is in the register, and each stray value would make a site of its own.
+ */
+static __always_inline u64 hash_stack(const struct memleak_target *target, struct memleak_stack *stack)
 {
 	u64 hash = hash_seed ^ ((u64)stack->name + 1) * 0x9e3779b97f4a7c15ULL;
 	u32 i;
@@ -146,6 +162,11 @@ static __always_inline u64 hash_stack(const struct memleak_stack *stack)
 		/* The mask bounds the index for the verifier; the barrier keeps clang from turning it into a pointer walk. */
 		barrier_var(at);
 		at &= MEMLEAK_MAX_FRAMES;
+		if (i && !is_code(target, stack->addresses[at])) {
+			stack->count = i;
+			stack->end = STACK_STRAYED;
+			break;
+		}
 		hash = (hash ^ stack->addresses[at]) * 0xff51afd7ed558ccdULL;
 		hash ^= hash >> 32;
 	}

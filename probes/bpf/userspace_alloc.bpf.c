@@ -136,7 +136,7 @@ static __always_inline void walk(struct pt_regs *ctx, u64 sp, struct memleak_sta
  */
 static __always_inline void abandon(struct memleak_actor *actor, struct memleak_thread *thread)
 {
-	if (thread->window == actor->window)
+	if (thread->window == actor->target->window)
 		count(actor->slot, COUNTER_MISSED_RETURNS);
 	if (thread->old_address)
 		settle(&thread->old, actor->instance, bpf_ktime_get_ns(), thread->old.size, true);
@@ -156,8 +156,7 @@ static __always_inline bool find_actor(struct memleak_actor *actor)
 		return false;
 	actor->instance = target->instance;
 	actor->slot = target->slot;
-	actor->window = target->window;
-	actor->record_until_ns = target->record_until_ns;
+	actor->target = target;
 	count(actor->slot, COUNTER_HITS);
 	return true;
 }
@@ -196,7 +195,7 @@ static __always_inline u64 stack_of_free(struct pt_regs *ctx, struct memleak_act
 	if (!thread || thread->sp)
 		return 0;
 	walk(ctx, PT_REGS_SP(ctx) + function->sp_offset, &thread->stack, function->name, actor->slot);
-	key.stack = hash_stack(&thread->stack);
+	key.stack = hash_stack(actor->target, &thread->stack);
 	bpf_map_update_elem(&stacks, &key, &thread->stack, BPF_NOEXIST);
 	return key.stack;
 }
@@ -223,7 +222,7 @@ static __always_inline int on_enter(struct pt_regs *ctx)
 	}
 	sp = PT_REGS_SP(ctx) + function->sp_offset;
 	thread = 0;
-	if (!actor.record_until_ns || bpf_ktime_get_ns() < actor.record_until_ns)
+	if (!actor.target->record_until_ns || bpf_ktime_get_ns() < actor.target->record_until_ns)
 		thread = thread_of(&actor);
 	if (!thread) {
 		struct memleak_block old;
@@ -233,7 +232,7 @@ static __always_inline int on_enter(struct pt_regs *ctx)
 			settle(&old, actor.instance, bpf_ktime_get_ns(), old.size, true);
 		return SKIP;
 	}
-	if (thread->sp && thread->window != actor.window)
+	if (thread->sp && thread->window != actor.target->window)
 		abandon(&actor, thread);
 	if (thread->sp) {
 		/* Stacks grow down: a nested call is below the pending one, and not far. */
@@ -248,14 +247,14 @@ static __always_inline int on_enter(struct pt_regs *ctx)
 	thread->out_pointer = function->out_arg >= 0 ? argument(ctx, function->out_arg) : 0;
 	thread->filtered = thread->size < min_size;
 	thread->function = index;
-	thread->window = actor.window;
+	thread->window = actor.target->window;
 	thread->old_address = 0;
 	/* Taken back at entry: as soon as the call runs, another thread may own the address. */
 	if (function->role == ROLE_REALLOC && block && take(&actor, block, &thread->old))
 		thread->old_address = block;
 	if (!thread->filtered) {
 		walk(ctx, sp, &thread->stack, function->name, actor.slot);
-		thread->stack_hash = hash_stack(&thread->stack);
+		thread->stack_hash = hash_stack(actor.target, &thread->stack);
 	}
 	thread->sp = sp;
 	return FOLLOW;
@@ -278,7 +277,7 @@ static __always_inline int on_return(struct pt_regs *ctx)
 	key.pid_tgid = actor.pid_tgid;
 	key.domain = actor.domain;
 	thread = bpf_map_lookup_elem(&threads, &key);
-	if (!thread || !thread->sp || thread->window != actor.window)
+	if (!thread || !thread->sp || thread->window != actor.target->window)
 		return 0; /* entered before the probes were there */
 	sp = PT_REGS_SP(ctx) - RETURN_SP_RISE;
 	if (sp != thread->sp) {

@@ -70,6 +70,8 @@ pub enum StackEnd {
     Cut,
     /// Only the caller could be read.
     Unreadable,
+    /// A caller has no frame pointer.
+    Strayed,
 }
 
 /// A call stack.
@@ -147,6 +149,7 @@ pub(crate) fn read_stack(map: &dyn MapCore, key: SiteKey) -> Result<Option<Stack
         end: match stack_end(raw.end) {
             stack_end::STACK_CUT => StackEnd::Cut,
             stack_end::STACK_UNREADABLE => StackEnd::Unreadable,
+            stack_end::STACK_STRAYED => StackEnd::Strayed,
             _ => StackEnd::Walked,
         },
         name: raw.name,

@@ -21,8 +21,8 @@ use crate::placement::{self, Needs, Placement};
 use crate::reader::{self, Block, Counters, SiteKey, SiteTotals, Stack};
 use crate::skeleton::userspace_alloc::{OpenUserspaceAllocSkel, UserspaceAllocSkel, UserspaceAllocSkelBuilder};
 use crate::types::{
-    MAX_DOMAINS, MAX_FRAMES, MAX_TARGETS, bytes_of, memleak_function, memleak_function_flags as flags, memleak_role,
-    memleak_target,
+    CODE_RANGES, MAX_DOMAINS, MAX_FRAMES, MAX_TARGETS, bytes_of, memleak_function, memleak_function_flags as flags,
+    memleak_range, memleak_role, memleak_target,
 };
 use crate::{Error, ErrorKind, Result, calibration};
 
@@ -158,6 +158,7 @@ struct Target {
     attached: bool,
     window: u32,
     record_until_ns: u64,
+    code: [memleak_range; CODE_RANGES],
 }
 
 /// The probes of one probe set in one file.
@@ -293,6 +294,7 @@ impl Tracker {
             attached: true,
             window: 0,
             record_until_ns: 0,
+            code: [memleak_range::default(); CODE_RANGES],
         };
         self.targets.insert(instance, target);
         self.write_target(instance)
@@ -309,6 +311,22 @@ impl Tracker {
         self.write_target(instance)
     }
 
+    /// Tells where the process has code: `mappings` are its executable mappings (start, end), by address. Call stacks
+    /// are cut off where they leave it.
+    ///
+    /// # Errors
+    /// When the map refuses.
+    pub fn set_code(&mut self, instance: u32, mappings: &[(u64, u64)]) -> Result<()> {
+        let code = code_ranges(mappings);
+        match self.targets.get_mut(&instance) {
+            Some(target) if target.code.map(|r| (r.start, r.end)) != code.map(|r| (r.start, r.end)) => {
+                target.code = code
+            }
+            _ => return Ok(()),
+        }
+        self.write_target(instance)
+    }
+
     fn write_target(&mut self, instance: u32) -> Result<()> {
         let Some(target) = self.targets.get(&instance) else { return Ok(()) };
         let value = memleak_target {
@@ -317,6 +335,7 @@ impl Tracker {
             stop_on_load: target.stop_on_load.into(),
             window: target.window,
             record_until_ns: target.record_until_ns,
+            code: target.code,
         };
         (self.skel.maps.targets)
             .update(&target.pid.to_ne_bytes(), bytes_of(&value), MapFlags::ANY)
@@ -798,6 +817,22 @@ fn open(settings: &Settings, backend: Backend) -> Result<OpenUserspaceAllocSkel<
     Ok(open)
 }
 
+/// Joins mappings until there are few enough: those with the smallest gaps between them first.
+fn code_ranges(mappings: &[(u64, u64)]) -> [memleak_range; CODE_RANGES] {
+    let mut ranges: Vec<(u64, u64)> = mappings.to_vec();
+    while ranges.len() > CODE_RANGES {
+        let gap = |at: &usize| ranges[at + 1].0.saturating_sub(ranges[*at].1);
+        let Some(at) = (0..ranges.len() - 1).min_by_key(gap) else { break };
+        ranges[at].1 = ranges[at + 1].1;
+        ranges.remove(at + 1);
+    }
+    let mut out = [memleak_range::default(); CODE_RANGES];
+    for (range, (start, end)) in out.iter_mut().zip(ranges) {
+        *range = memleak_range { start, end };
+    }
+    out
+}
+
 /// Device and inode of our pid namespace; zeros when it is the kernel's first one.
 fn pid_namespace() -> (u64, u64) {
     /// Inode of the first pid namespace, see PROC_PID_INIT_INO in proc_ns.h.
@@ -836,4 +871,20 @@ fn file_id(path: &Path) -> Result<FileId> {
 
 fn offset(offset: u64) -> Result<usize> {
     usize::try_from(offset).map_err(|e| Error::new(ErrorKind::Elf, format!("file offset {offset}: {e}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The program's own code and its libraries lie far apart; joining across that gap would let heap addresses pass.
+    #[test]
+    fn code_is_joined_across_the_smallest_gaps() {
+        let mappings =
+            [(0x1000, 0x2000), (0x7000, 0x8000), (0x9000, 0xa000), (0x9_0000, 0xa_0000), (0xf_0000, 0xf_1000)];
+        let ranges = code_ranges(&mappings).map(|r| (r.start, r.end));
+        assert_eq!(ranges, [(0x1000, 0x2000), (0x7000, 0xa000), (0x9_0000, 0xa_0000), (0xf_0000, 0xf_1000)]);
+        assert_eq!(code_ranges(&mappings[..1]).map(|r| r.end), [0x2000, 0, 0, 0]);
+        assert_eq!(code_ranges(&[]).map(|r| r.end), [0; 4]);
+    }
 }

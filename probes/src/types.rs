@@ -3,7 +3,7 @@
 pub(crate) use crate::skeleton::userspace_alloc::types::{
     memleak_block, memleak_block_key, memleak_cohort, memleak_counter, memleak_counters, memleak_event,
     memleak_event_kind, memleak_function, memleak_function_flags, memleak_process_event, memleak_process_event_kind,
-    memleak_role, memleak_site, memleak_site_key, memleak_stack, memleak_stack_end, memleak_target,
+    memleak_range, memleak_role, memleak_site, memleak_site_key, memleak_stack, memleak_stack_end, memleak_target,
 };
 
 /// Birth generations that a site tells apart.
@@ -12,6 +12,8 @@ pub const COHORTS: usize = cohorts(|s| &s.cohorts);
 pub const LIFETIME_CLASSES: usize = lifetimes(|s| &s.lifetimes);
 /// Most return addresses of a stack.
 pub const MAX_FRAMES: usize = addresses(|s| &s.addresses) - 1;
+/// Ranges of a process's address space that may hold its code.
+pub(crate) const CODE_RANGES: usize = code_ranges(|t| &t.code);
 /// Most independent groups of probe sets.
 pub const MAX_DOMAINS: usize = 8;
 /// Most watched process instances at once.
@@ -21,6 +23,9 @@ const fn cohorts<const N: usize>(_: fn(&memleak_site) -> &[memleak_cohort; N]) -
     N
 }
 const fn lifetimes<const N: usize>(_: fn(&memleak_site) -> &[u64; N]) -> usize {
+    N
+}
+const fn code_ranges<const N: usize>(_: fn(&memleak_target) -> &[memleak_range; N]) -> usize {
     N
 }
 const fn addresses<const N: usize>(_: fn(&memleak_stack) -> &[u64; N]) -> usize {
@@ -52,7 +57,7 @@ plain! {
     memleak_site: 7 * 8 + 16 * COHORTS + 8 * LIFETIME_CLASSES,
     memleak_site_key: 8 + 2 * 4,
     memleak_stack: 4 * 4 + 8 * (MAX_FRAMES + 1),
-    memleak_target: 4 * 4 + 8,
+    memleak_target: 4 * 4 + 8 + 16 * CODE_RANGES,
 }
 
 /// The bytes of a plain value.

@@ -63,6 +63,10 @@ impl Collector {
             Ok(found) => found,
             Err(e) => return tracing::debug!(pid = process.pid, "nothing attached: {e:#}"),
         };
+        let code: Vec<(u64, u64)> = maps.iter().filter(|m| m.perms.execute).map(|m| (m.start, m.end)).collect();
+        if let Err(e) = self.tracker.set_code(instance, &code) {
+            tracing::debug!(pid = process.pid, "call stacks are not cut where they leave the code: {e}");
+        }
         let mut files: Vec<&Mapping> = Vec::new();
         for mapping in maps.iter() {
             let same = |m: &&Mapping| (m.dev, m.inode) == (mapping.dev, mapping.inode);

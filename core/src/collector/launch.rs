@@ -95,10 +95,10 @@ impl Collector {
         self.attach_to(instance);
         self.announce(instance, false);
         if self.launched.iter().any(|l| l.pid == pid) && loads <= LOADS_AT_START {
-            if loads == LOADS_AT_START {
-                if let Err(e) = self.tracker.set_stop_on_load(instance, false) {
-                    tracing::warn!(pid, "the process will stop briefly at each load of a library: {e}");
-                }
+            if loads == LOADS_AT_START
+                && let Err(e) = self.tracker.set_stop_on_load(instance, false)
+            {
+                tracing::warn!(pid, "the process will stop briefly at each load of a library: {e}");
             }
             self.go_on(pid);
         }

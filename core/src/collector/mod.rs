@@ -453,6 +453,7 @@ impl Collector {
                 let why = match stack.end {
                     StackEnd::Walked => None,
                     StackEnd::Cut => Some("the limit of frames was reached (collector.max_frames)"),
+                    StackEnd::Strayed => Some("a caller was built without frame pointers"),
                     StackEnd::Unreadable => Some("the stack could not be walked beyond the caller"),
                 };
                 (stack.addresses, why, self.tracker.function_name(stack.name).to_owned())

@@ -15,7 +15,8 @@ use crate::output::report::{AlertStatus, AlertView, PluginState, PluginStatus, R
 use crate::output::templates::Templates;
 use crate::rules::{RuleEngine, RuleError};
 use crate::selfstats::own_cost;
-use crate::snapshot::Site;
+use crate::snapshot::{Mode, Site};
+use crate::units::format_duration_s;
 use crate::{Error, Result};
 
 /// Most lines of the table of probe sets; the newest are kept.
@@ -151,14 +152,31 @@ impl<'a> Reporter<'a> {
         }
     }
 
-    /// What tracing has cost the targets, as an estimate.
+    /// What tracing has cost the targets, as an estimate, and what it was allowed to.
     fn overhead_line(&self, history: &History) -> String {
         let hits: u64 = history.processes().map(|p| p.hits).sum();
         let cost: f64 = history.processes().map(|p| p.overhead_s).sum();
         let share = if history.time_s() > 0.0 { cost / history.time_s() * 100.0 } else { 0.0 };
+        let budget = &self.config.collector.budget;
+        let allowed = match budget.share {
+            None => "no budget: every call is traced whatever it costs".to_owned(),
+            Some(part) => format!(
+                "budget: {:.0} % of a target's CPU time, at least {:.0} % of one core, kept by tracing through windows \
+                 where every call would cost more",
+                part * 100.0,
+                budget.floor * 100.0
+            ),
+        };
+        let windowed = history.processes().filter(|p| p.mode == Mode::Estimated);
+        let (windows, discarded, open_s) =
+            windowed.fold((0, 0, 0.0), |(w, d, o), p| (w + p.windows, d + p.windows_discarded, o + p.open_s));
+        let windows = match windows {
+            0 => String::new(),
+            n => format!("; {n} windows, {discarded} of them discarded, open for {}", format_duration_s(open_s)),
+        };
         format!(
             "tracing cost the targets about {share:.1} % of one core (estimate: {hits} hits at {:.0} ns, calibrated at \
-             start); no budget is enforced: every call is traced",
+             start); {allowed}{windows}",
             self.cost_per_hit_ns
         )
     }

@@ -15,11 +15,12 @@ const MAX_FILE: u64 = 1 << 20;
 const LIB_DIR: &str = "lib";
 
 /// Shipped rules: file name and text.
-const RULES: [(&str, &str); 6] = [
+const RULES: [(&str, &str); 7] = [
     ("growth.lua", include_str!("../../../rules/growth.lua")),
     ("imbalance.lua", include_str!("../../../rules/imbalance.lua")),
     ("slow_growth.lua", include_str!("../../../rules/slow_growth.lua")),
     ("suppressions.lua", include_str!("../../../rules/suppressions.lua")),
+    ("suspected.lua", include_str!("../../../rules/suspected.lua")),
     ("survival.lua", include_str!("../../../rules/survival.lua")),
     ("threshold.lua", include_str!("../../../rules/threshold.lua")),
 ];

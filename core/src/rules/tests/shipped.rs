@@ -4,6 +4,7 @@ use super::shapes::*;
 use super::support::*;
 use crate::finding::Severity;
 use crate::rules::RuleEngine;
+use crate::snapshot::Mode;
 
 const INTERVALS: [f64; 3] = [1.0, 10.0, 60.0];
 
@@ -127,6 +128,25 @@ fn survival_finds_a_slow_leak_buried_in_churn() {
                 assert!(at.is_some(), "interval {interval_s}, seed {seed}: {shape} not found");
             }
         }
+    }
+}
+
+/// Through windows nothing is proven: only a process that grows is suspected, and only by the rule that says so.
+#[test]
+fn windows_make_suspicions_only() {
+    for (growing, expected) in [(true, true), (false, false)] {
+        let shapes = vec![("leak", leak(20_000.0, 500)), ("churn", churn(500.0, 300, 0.05, 0.0))];
+        let mut simulation = Simulation::new(1.0, 5, shapes);
+        let mut engine = shipped();
+        let mut said = Vec::new();
+        for n in 0..200_u64 {
+            simulation.process.mode = Mode::Estimated;
+            simulation.process.rss_bytes = Some((50 << 20) + if growing { n * 20_000 } else { 0 });
+            said.extend(simulation.run(&mut engine, 1));
+        }
+        assert!(said.iter().all(|s| &*s.finding.rule == "suspected" && s.shape == "leak"), "{:#?}", summary(&said));
+        assert_eq!(first(&said, "leak", "suspected", Severity::Warning).is_some(), expected, "{:#?}", summary(&said));
+        assert!(said.iter().all(|s| s.finding.reason.contains("not proven") && s.finding.confidence <= 0.5));
     }
 }
 
