@@ -50,6 +50,7 @@ const BUILDS: &[Build] = &[
     gcc("exec", "programs/exec.c", &[]),
     gcc("exit", "programs/exit.c", &[]),
     gcc("leaker", "programs/leaker.c", &[]),
+    gcc("busy", "programs/busy.c", &[]),
     gcc("early", "programs/early.c", &[]),
     gcc("dlopen", "programs/dlopen.c", &["-ldl"]),
     gcc("mapper", "programs/mapper.c", &[]),

@@ -30,5 +30,6 @@ mod sys;
 pub mod target;
 pub mod trace;
 pub mod units;
+pub mod watchdog;
 
 pub use error::{Error, ErrorKind, Result};

@@ -3,7 +3,7 @@
 //! A test that cannot run says so on standard error and passes, because a developer without root still wants the
 //! rest; under `CI` it fails instead, because there nobody reads the note and the machine is meant to have it all.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
@@ -93,16 +93,21 @@ fn bpf_missing() -> Option<String> {
 }
 
 fn cgroup_missing() -> Option<String> {
-    if !Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
-        return Some("no cgroup v2 hierarchy at /sys/fs/cgroup".to_owned());
-    }
-    let probe = Path::new("/sys/fs/cgroup").join(format!("memleak-feature-{}", std::process::id()));
+    let Some(root) = cgroup_root() else { return Some("no cgroup v2 hierarchy is mounted".to_owned()) };
+    let probe = root.join(format!("memleak-feature-{}", std::process::id()));
     match std::fs::create_dir(&probe) {
         Ok(()) => {
             let _ = std::fs::remove_dir(&probe);
             None
         }
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => None,
-        Err(error) => Some(format!("no cgroup can be made below /sys/fs/cgroup: {error}")),
+        Err(error) => Some(format!("no cgroup can be made below {}: {error}", root.display())),
     }
+}
+
+/// Where the cgroup v2 hierarchy is mounted: `/sys/fs/cgroup`, or below it beside the older ones.
+pub fn cgroup_root() -> Option<PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
+    let fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    fields.into_iter().find(|f| f.get(2) == Some(&"cgroup2")).map(|f| PathBuf::from(f[1]))
 }

@@ -196,11 +196,11 @@ impl Memleak {
     }
 
     /// Waits until standard error contains `text`.
-    pub fn wait_for_message(&mut self, text: &str) {
+    pub fn wait_for_message(&self, text: &str) {
         self.wait_for_stderr(&format!("`{text}`"), |stderr| stderr.contains(text));
     }
 
-    fn wait_for_stderr(&mut self, what: &str, there: impl Fn(&str) -> bool) {
+    fn wait_for_stderr(&self, what: &str, there: impl Fn(&str) -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !there(&self.stderr()) {
             assert!(Instant::now() < deadline, "no {what} on standard error:\n{}", self.stderr());

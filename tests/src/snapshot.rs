@@ -134,6 +134,12 @@ pub struct ProcessView {
     pub hits: u64,
     /// Frees of blocks that were not in the table.
     pub unmatched_frees: u64,
+    /// Windows opened so far.
+    pub windows: u64,
+    /// Those of them that do not count.
+    pub windows_discarded: u64,
+    /// Seconds for which windows were open.
+    pub open_s: f64,
     /// What was lost, by kind.
     pub losses: std::collections::BTreeMap<String, u64>,
 }

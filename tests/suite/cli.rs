@@ -209,7 +209,7 @@ fn signal_during_start_ends_cleanly() {
 }
 
 /// The pages of the C library's code as the process sees them, and as the file has them.
-fn library_code(pid: u32) -> (Vec<u8>, Vec<u8>) {
+pub(crate) fn library_code(pid: u32) -> (Vec<u8>, Vec<u8>) {
     let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).expect("maps can be read");
     let line = maps.lines().find(|l| l.contains(" r-xp ") && l.contains("libc.so.6")).expect("libc is mapped");
     let fields: Vec<_> = line.split_whitespace().collect();

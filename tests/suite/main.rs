@@ -6,6 +6,7 @@
 mod bad_input;
 mod cli;
 mod demo;
+mod governor;
 mod report;
 mod servers;
 mod userspace;

@@ -18,6 +18,7 @@ use crate::process::{self, ProcessStat};
 use crate::snapshot::{Losses, Mode, Process, ProcessSample, Site, SiteKey, SiteSample, Snapshot, Totals};
 use crate::symbolize::{Symbolizer, site_id};
 use crate::target::Matcher;
+use crate::watchdog::Watchdog;
 use crate::{Error, ErrorKind, Result};
 
 mod attach;
@@ -92,6 +93,8 @@ pub enum Notice {
 
 /// See the module.
 pub struct Collector {
+    /// Only with a budget: without windows there is nothing to watch over.
+    watchdog: Option<Watchdog>,
     tracker: Tracker,
     plugins: Vec<Plugin>,
     matcher: Matcher,
@@ -129,6 +132,8 @@ impl Collector {
         let mut matcher = Matcher::new(&config.targets)?;
         matcher.check_pids()?;
         let c = &config.collector;
+        // Before anything is loaded: the helper must not hold what it is to see closed.
+        let watchdog = c.budget.share.filter(|_| !trace_events).map(|_| Watchdog::start()).transpose()?;
         let tracker = Tracker::load(memleak_probes::Settings {
             backend: match c.backend {
                 Backend::Auto => None,
@@ -147,6 +152,7 @@ impl Collector {
         })?;
         let searches = |t: &crate::config::TargetSpec| t.name.is_some() || t.exe.is_some() || t.cgroup.is_some();
         let mut collector = Collector {
+            watchdog,
             tracker,
             plugins,
             matcher,
@@ -223,7 +229,8 @@ impl Collector {
             let reasons: Vec<String> = why.into_iter().flatten().collect();
             let ended = self.is_finished();
             if ended || self.now_s() >= end_s {
-                let what = if ended { "the process has ended".to_owned() } else { reasons.join("; ") };
+                let gone = self.watched.values().map(|w| format!("process {} has ended", w.process.pid));
+                let what = if ended { gone.collect::<Vec<_>>().join(", ") } else { reasons.join("; ") };
                 return Err(Error::new(ErrorKind::Target, format!("nothing to watch: {what}")));
             }
             self.poll(Duration::from_millis(20))?;

@@ -42,6 +42,11 @@ impl Collector {
                 action => actions.push((*instance, action)),
             }
         }
+        let opened = actions.iter().any(|(_, a)| matches!(a, Action::OpenWindow { .. }));
+        if let Some(watchdog) = self.watchdog.as_mut().filter(|_| opened) {
+            watchdog.arm(self.budget.max_window);
+        }
+        let closed = actions.iter().any(|(_, a)| matches!(a, Action::CloseWindow { .. }));
         for (instance, action) in actions {
             match action {
                 Action::Stay => {}
@@ -62,7 +67,26 @@ impl Collector {
                 }
             }
         }
+        if closed {
+            self.end_guard();
+        }
         Ok(())
+    }
+
+    /// After windows were closed: when none is left, the watchdog may rest, and a collector that somebody had stopped
+    /// and the watchdog had to wake stops again.
+    fn end_guard(&mut self) {
+        let open = self
+            .watched
+            .values()
+            .any(|w| w.life == Life::Running && !w.governor.is_exact() && w.governor.is_attached());
+        let Some(watchdog) = self.watchdog.as_mut().filter(|_| !open) else { return };
+        watchdog.disarm();
+        if watchdog.has_woken_us() {
+            tracing::warn!("was stopped while a window was open; the window is closed now");
+            // SAFETY: raising a signal involves no memory.
+            unsafe { libc::raise(libc::SIGSTOP) };
+        }
     }
 
     /// Ends an instance and watches the same process on as a new one, exactly or through windows.

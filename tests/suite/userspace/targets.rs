@@ -92,7 +92,8 @@ struct Cgroup(PathBuf);
 
 impl Cgroup {
     fn new(name: &str) -> Self {
-        let path = Path::new("/sys/fs/cgroup").join(format!("{name}-{}", std::process::id()));
+        let root = memleak_tests::features::cgroup_root().expect("there is one");
+        let path = root.join(format!("{name}-{}", std::process::id()));
         fs::create_dir(&path).expect("the cgroup can be made");
         Cgroup(path)
     }
