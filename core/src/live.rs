@@ -4,16 +4,17 @@
 //! log of it reads well. Makes text, writes nothing.
 
 use std::fmt::Write;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::alert::{Alert, AlertEvent, Status};
 use crate::collector::{Notice, PluginState, PluginStatus};
 use crate::finding::Severity;
-use crate::history::History;
+use crate::history::{History, SiteHistory};
 use crate::output::report::heading;
 use crate::output::text::{clip, visible};
 use crate::selfstats::OwnCost;
-use crate::snapshot::{Mode, Process, ProcessSample, Site, Snapshot};
+use crate::snapshot::{Mode, Process, Site, Snapshot};
 use crate::stats::theil_sen_slope;
 use crate::symbolize::Frame;
 use crate::units::{format_bytes, format_duration_s, format_rate};
@@ -24,6 +25,9 @@ const LONGEST_NAME: usize = 60;
 const NO_ALLOCATOR: &str = "none of the probe sets that are on finds its functions in what the process has mapped; a \
     statically linked and stripped program has no symbols to find them by, another allocator needs its own probe set \
     (plugins.dir)";
+
+/// So many times the shown sites, the largest ones, are looked at for their growth.
+pub const LOOKED_AT: usize = 5;
 
 /// Functions of a stack that fit a line.
 const STACK_HEAD: usize = 4;
@@ -70,8 +74,9 @@ impl View<'_> {
             totals.outstanding_count(),
             signed_rate(slope(self.history.totals().samples())),
         );
-        if let Some(share) = overhead(&self.snapshot.processes) {
-            let _ = write!(line, "  overhead ~{:.1} % of their CPU time (estimate)", share * 100.0);
+        let cost_s: f64 = self.history.processes().map(|p| p.overhead_s).sum();
+        if self.snapshot.time_s > 0.0 {
+            let _ = write!(line, "  tracing ~{:.1} % of a core (estimate)", cost_s / self.snapshot.time_s * 100.0);
         }
         let _ = write!(line, "  lost {lost}");
         if !self.alerts.is_empty() {
@@ -107,23 +112,29 @@ impl View<'_> {
         out
     }
 
-    /// Sites by leaked bytes: those with an alert first, then by growth and size.
+    /// Sites by leaked bytes: those with an alert first, then by growth. Growth is looked at for the largest only.
     fn rows(&self) -> Vec<Row<'_>> {
-        let mut rows: Vec<Row<'_>> = (self.history.live_sites())
-            .filter(|h| h.latest.totals.outstanding_bytes() > 0)
-            .map(|h| Row {
+        let mut sites: Vec<&Arc<SiteHistory>> =
+            self.history.live_sites().filter(|h| h.latest.totals.outstanding_bytes() > 0).collect();
+        sites.sort_by_key(|h| (std::cmp::Reverse(h.latest.totals.outstanding_bytes()), h.site().key));
+        let alert = |h: &SiteHistory| self.alerts.iter().find(|a| a.site.key == h.site().key).copied();
+        let most = if self.sites == 0 { usize::MAX } else { self.sites };
+        let mut rows: Vec<Row<'_>> = (sites.iter().enumerate())
+            .filter(|(rank, h)| *rank < most.saturating_mul(LOOKED_AT) || alert(h).is_some())
+            .map(|(_, h)| Row {
                 site: h.site(),
                 bytes: h.latest.totals.outstanding_bytes(),
                 count: h.latest.totals.outstanding_count(),
-                growth: 0.0,
-                alert: self.alerts.iter().find(|a| a.site.key == h.site().key).copied(),
+                growth: slope(h.series.samples()),
+                alert: alert(h),
             })
             .collect();
-        rows.sort_by_key(|r| (std::cmp::Reverse((r.alert.map(|a| a.severity), r.bytes)), r.site.key));
-        rows.truncate(if self.sites == 0 { usize::MAX } else { self.sites });
-        for row in &mut rows {
-            row.growth = self.history.site(row.site.key).map_or(0.0, |h| slope(h.series.samples()));
-        }
+        // Stable: of equals the largest comes first.
+        rows.sort_by(|a, b| {
+            let severity = |r: &Row<'_>| r.alert.map(|a| a.severity);
+            severity(b).cmp(&severity(a)).then(b.growth.max(0.0).total_cmp(&a.growth.max(0.0)))
+        });
+        rows.truncate(most);
         rows
     }
 }
@@ -270,10 +281,4 @@ fn slope(samples: &[crate::history::Sample]) -> f64 {
 fn signed_rate(rate: f64) -> String {
     let sign = if rate > 0.0 { "+" } else { "" };
     format!("{sign}{}", format_rate(rate))
-}
-
-/// Estimated cost of tracing as a share of the CPU time that the processes have used; `None` when that is unknown.
-fn overhead(processes: &[ProcessSample]) -> Option<f64> {
-    let (cost, used) = processes.iter().fold((0.0, 0.0), |(c, u), p| (c + p.overhead_s, u + p.cpu_s.unwrap_or(0.0)));
-    (used > 0.0).then(|| cost / used)
 }

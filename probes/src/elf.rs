@@ -16,6 +16,8 @@ use crate::{Error, ErrorKind, Result};
 
 /// Symbol tables with more entries than this are refused (the largest known executables have some 5 million).
 const MAX_SYMBOLS: usize = 20_000_000;
+/// Sections that only the Go linker makes.
+const GO_SECTIONS: [&[u8]; 2] = [b".note.go.buildid", b".gopclntab"];
 /// A function's code is read up to this size for placement.
 const MAX_CODE: u64 = 64 * 1024;
 
@@ -35,6 +37,8 @@ pub struct Symbols {
     pub functions: HashMap<String, Vec<Function>>,
     /// True when the file has no symbols at all, as a stripped static binary.
     pub stripped: bool,
+    /// True when the Go compiler made it.
+    pub go: bool,
 }
 
 /// Looks `names` up in the dynamic and the full symbol table of `path`.
@@ -89,7 +93,8 @@ fn read_functions<'a, R: ReadRef<'a>>(data: R, names: &[&str]) -> object::read::
     let endian = header.endian()?;
     let segments = header.program_headers(endian, data)?;
     let sections = header.sections(endian, data)?;
-    let mut out = Symbols { stripped: true, ..Symbols::default() };
+    let go = sections.iter().any(|s| sections.section_name(endian, s).is_ok_and(|name| GO_SECTIONS.contains(&name)));
+    let mut out = Symbols { stripped: true, go, ..Symbols::default() };
     for kind in [elf::SHT_DYNSYM, elf::SHT_SYMTAB] {
         let table = sections.symbols(endian, data, kind)?;
         if table.len() > MAX_SYMBOLS {
@@ -149,6 +154,25 @@ mod tests {
         let message = read_symbols(&fifo, &["malloc"]).unwrap_err().to_string();
         std::fs::remove_dir_all(&dir).unwrap();
         assert!(message.contains("not a regular file"), "{message}");
+    }
+
+    /// A return probe on a Go function crashes the program, so Go programs must be recognised; others must not be
+    /// taken for one.
+    #[test]
+    fn go_programs_are_recognised_by_their_sections() {
+        let dir = std::env::temp_dir().join(format!("memleak-go-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let source = dir.join("go.c");
+        let note = "__attribute__((section(\".note.go.buildid\"))) const char id[] = \"x\";";
+        std::fs::write(&source, format!("{note} int main(void) {{ return id[0] == 0; }}")).unwrap();
+        let program = dir.join("go");
+        let status = std::process::Command::new("gcc").arg(&source).arg("-o").arg(&program).status().unwrap();
+        assert!(status.success());
+        let symbols = read_symbols(&program, &["main"]).unwrap();
+        let own = read_symbols(Path::new("/proc/self/exe"), &["main"]).unwrap();
+        std::fs::remove_dir_all(&dir).unwrap();
+        assert!(symbols.go && symbols.functions.contains_key("main"), "{symbols:?}");
+        assert!(!own.go);
     }
 
     /// Truncated and scribbled ELF files are errors or empty results, never panics.

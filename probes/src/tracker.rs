@@ -399,6 +399,14 @@ impl Tracker {
                 format!("{} is stripped: it has no symbols to find functions by", library.name),
             ));
         }
+        if symbols.go && set.functions.iter().any(|f| f.role != Role::Free) {
+            // The Go runtime moves stacks and would meet a return address that is not its own.
+            let why = "is a Go program: a return probe on its own functions would crash it";
+            return Err(Error::new(
+                ErrorKind::Elf,
+                format!("{} {why}; what it calls in C libraries can be watched", library.name),
+            ));
+        }
         let mut report = Vec::new();
         let mut probes: Vec<Probe> = Vec::new();
         for spec in &set.functions {

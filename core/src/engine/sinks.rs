@@ -58,9 +58,13 @@ impl Sinks {
         })
     }
 
-    /// How many of a snapshot's sites are shown, so need names.
+    /// How many of a snapshot's sites, largest first, may be shown, so need names.
     pub(super) fn sites_shown(&self) -> usize {
-        if self.output.quiet && !self.output.json { 0 } else { self.sites }
+        match self.output {
+            Output { json: true, .. } => self.sites,
+            _ if self.has_page() => self.sites.saturating_mul(live::LOOKED_AT),
+            _ => 0,
+        }
     }
 
     /// True when a page is redrawn in place.

@@ -106,10 +106,16 @@ fn multi_backend_counts_exactly() {
     with_backend("multi");
 }
 
-// and one perf event per probe.
+// and one perf event per probe,
 #[test]
 fn perf_backend_counts_exactly() {
     with_backend("perf");
+}
+
+// also without attach cookies, as on Linux 5.10.
+#[test]
+fn perf_plain_backend_counts_exactly() {
+    with_backend("perf-plain");
 }
 
 // A chain of reallocs is one block that moves: only its last size is outstanding, at the last call.
