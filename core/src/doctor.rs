@@ -91,8 +91,10 @@ fn look_at(config: &Config, pid: u32) -> Result<String> {
                             Ok(p) if p.emulated => writeln!(out, "    {:18} +{} emulated", function.symbol, p.offset),
                             Ok(p) => writeln!(
                                 out,
-                                "    {:18} +{} single-stepped: a hit costs 1 us more, in a virtual machine 20 us",
-                                function.symbol, p.offset
+                                "    {:18} +{} single-stepped{}: a hit costs 1 us more, in a virtual machine 20 us",
+                                function.symbol,
+                                p.offset,
+                                p.reason.map(|why| format!(" ({why})")).unwrap_or_default()
                             ),
                         };
                     }

@@ -6,7 +6,7 @@
 //! | instruction | 5.10 to 7.2 |
 //! |---|---|
 //! | `b`, `bl`, `b.cond`, `cbz`, `cbnz`, `tbz`, `tbnz`, `br`, `blr`, `ret`, `adr`, `adrp` | simulated |
-//! | `nop` | single-stepped before 6.13, then simulated |
+//! | `nop` | single-stepped before 6.13, then simulated (commit ac4ad5c09b34a) |
 //! | `bti`, `paciasp` and the other hints for pointer authentication | single-stepped (since 5.8; refused before) |
 //! | other hints, `msr`, exclusive loads and stores, exceptions | refused: attaching fails |
 //! | loads of literals | refused since 6.12 and the stable kernels of then (commit acc450aa07099); wrong before |

@@ -41,8 +41,8 @@ pub struct Placement {
 }
 
 impl Placement {
-    /// The first byte of a function whose code is not known.
-    pub const ENTRY: Placement = Placement::entry(Reason::NoCode);
+    /// The function's first byte, because the caller wants that one.
+    pub const ENTRY: Placement = Placement::entry(Reason::Asked);
 
     /// The function's first byte, for want of a better one.
     const fn entry(reason: Reason) -> Placement {
@@ -58,6 +58,8 @@ impl Placement {
 /// Why a probe is not on an instruction that the kernel emulates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Reason {
+    /// The entry was asked for; nobody looked for a better place.
+    Asked,
     /// The code is not known: the symbol has no size.
     NoCode,
     /// The bytes are no instruction, or the function ends in the middle of one.
@@ -81,6 +83,7 @@ pub enum Reason {
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Reason::Asked => "the entry was asked for",
             Reason::NoCode => "the symbol has no size",
             Reason::Undecodable => "its code cannot be decoded",
             Reason::Clobbered => "it overwrites an argument first",
@@ -124,7 +127,7 @@ pub fn place(code: &[u8], needs: Needs) -> Placement {
 /// The best place in a function with this machine code of this architecture.
 pub fn place_on(architecture: Architecture, code: &[u8], needs: Needs) -> Placement {
     if code.is_empty() {
-        return Placement::ENTRY;
+        return Placement::entry(Reason::NoCode);
     }
     match architecture {
         Architecture::X86_64 => x86::place(code, needs),
@@ -141,7 +144,7 @@ mod tests {
     #[test]
     fn no_code_leaves_the_entry() {
         for architecture in [Architecture::X86_64, Architecture::Arm64, Architecture::Other] {
-            assert_eq!(place_on(architecture, &[], Needs::default()), Placement::ENTRY);
+            assert_eq!(place_on(architecture, &[], Needs::default()), Placement::entry(Reason::NoCode));
         }
     }
 

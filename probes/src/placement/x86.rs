@@ -5,18 +5,18 @@
 //!
 //! | instruction | 5.10 to 7.2 |
 //! |---|---|
-//! | `push` of a register, without prefix or with REX.B alone | emulated (since 4.18, commit e7ed9d9bd0375) |
+//! | `push` of a register, without prefix or with REX.B alone | emulated (commit e7ed9d9bd0375) |
 //! | `jmp` and all conditional jumps, 8 and 32 bits | emulated; refused with an operand-size prefix |
-//! | `nop`, one byte | emulated; with an operand-size prefix refused before 6.2 (commit cefa72129e45) |
-//! | `call` with a 32-bit distance | emulated, but ends the first block only after arguments may be gone: not used |
-//! | `nop` of several bytes | single-stepped before 6.18, then emulated |
+//! | `nop`, one byte | emulated; with an operand-size prefix refused before 6.2 (commit cefa72129e453) |
+//! | `nop` of several bytes | single-stepped before 6.18, then emulated and replaced (commit ba2bfc97b4629) |
+//! | `call` with a 32-bit distance | emulated |
 //! | segment prefixes other than `fs` and `gs`, `lock`; privileged and invalid opcodes | refused: attaching fails |
 //! | all others | single-stepped |
 //!
-//! Only the common subset of these is used, in its plain encoding: not one prefix more than listed. `nop` of several
-//! bytes is avoided for another reason too: from 6.18 on the kernel replaces one of 5 bytes (later of 10) by a call,
-//! which overwrites the target's red zone, and works at a function's entry only. Of the two-byte jumps, `jmp +8` may
-//! be taken for what such a replacement leaves behind, and is avoided as well.
+//! Only what all of them emulate is used, in its plain encoding: not one prefix more than listed. Not used either:
+//! - `nop` of several bytes: the call that replaces one of 5 bytes overwrites the target's red zone, which is free at a
+//!   function's entry only. `jmp +8` may be taken for what a later form of the replacement leaves behind.
+//! - `call`: the return address goes to the stack but not to the shadow stack, where the target has one.
 
 use iced_x86::{
     Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
@@ -29,7 +29,7 @@ use super::{MAX_WHOLE_FUNCTION, Needs, Placement, Reason};
 const ARGUMENTS: [Register; 6] =
     [Register::RDI, Register::RSI, Register::RDX, Register::RCX, Register::R8, Register::R9];
 
-/// Two-byte opcodes that some kernel refuses or that no program has at a function's start.
+/// Second bytes of two-byte opcodes that some kernel refuses, or that no function has reason to start with.
 const REFUSED_0F: [u8; 18] =
     [0x00, 0x01, 0x05, 0x06, 0x07, 0x08, 0x09, 0x0b, 0x0c, 0x30, 0x34, 0x35, 0x37, 0x78, 0x79, 0xae, 0xb2, 0xff];
 
@@ -106,18 +106,17 @@ fn is_steppable(instruction: &Instruction, bytes: &[u8]) -> bool {
         rest = tail;
     }
     match rest {
-        // Of several bytes: harmless at the entry alone. `endbr64` shares the opcode.
+        // `nop` of several bytes is harmless at the entry alone, see the table above.
         [0x0f, 0x1f, ..] => instruction.ip() == 0,
-        [0x0f, opcode, ..] => {
-            !REFUSED_0F.contains(opcode) && !(legacy.contains(&0x66) && matches!(opcode, 0x80..=0x8f))
-        }
+        [0x0f, 0x80..=0x8f, ..] => !legacy.contains(&0x66),
+        [0x0f, opcode, ..] => !REFUSED_0F.contains(opcode),
         // Vector prefixes: which opcodes behind them are refused is an accident of the kernel's tables. Moves to a
         // segment register. Interrupts, ports and privileged ones.
         [0x62 | 0x6c..=0x6f | 0x8e | 0x8f | 0x9d | 0xc4 | 0xc5 | 0xcc..=0xcf | 0xe4..=0xe7 | 0xec..=0xef, ..] => false,
         [0xf1 | 0xf4 | 0xfa | 0xfb, ..] => false,
-        // Shared with the optimised probe of later kernels.
-        [0xeb, 8] => false,
-        [0x70..=0x7f | 0x90 | 0xe8 | 0xe9 | 0xeb, ..] => !legacy.contains(&0x66),
+        // These are not used, see there.
+        [0xeb, 8] | [0xe8, ..] => false,
+        [0x70..=0x7f | 0x90 | 0xe9 | 0xeb, ..] => !legacy.contains(&0x66),
         _ => true,
     }
 }
@@ -224,6 +223,36 @@ mod tests {
     fn a_test_before_a_jump_is_passed_over() {
         let code = [0x48, 0x85, 0xff, 0x0f, 0x84, 0x10, 0, 0, 0];
         assert_eq!(place(&code, FREE), Placement::emulated(3, 0));
+    }
+
+    /// How allocators of Debian packages start; the first jump's distance is cut where it does not matter.
+    #[test]
+    fn real_allocators_are_probed_where_it_is_cheap() {
+        let glibc_2_31_malloc = [0x48, 0x8b, 0x05, 0x09, 0x81, 0x14, 0x00, 0x41, 0x54];
+        let glibc_2_31_free = [
+            0x48, 0x83, 0xec, 0x18, 0x48, 0x8b, 0x05, 0xdd, 0x7a, 0x14, 0x00, 0x48, 0x8b, 0x00, 0x48, 0x85, 0xc0, 0x0f,
+            0x85, 0x81, 0x00, 0x00, 0x00,
+        ];
+        let glibc_2_41_malloc = [0x41, 0x54, 0x55, 0x53];
+        let jemalloc_5_3_free = [
+            0x48, 0x89, 0xf8, 0x48, 0x8b, 0x15, 0x0e, 0x53, 0x0a, 0x00, 0x48, 0x89, 0xf9, 0x48, 0xc1, 0xe8, 0x1a, 0x48,
+            0x81, 0xe1, 0x00, 0x00, 0x00, 0xc0, 0x25, 0xf0, 0x00, 0x00, 0x00, 0x64, 0x48, 0x03, 0x04, 0x25, 0x00, 0x00,
+            0x00, 0x00, 0x48, 0x01, 0xd0, 0x48, 0x3b, 0x88, 0xb0, 0x01, 0x00, 0x00, 0x0f, 0x85, 0x8a, 0x00, 0x00, 0x00,
+        ];
+        let tcmalloc_2_10_malloc = [0x48, 0x8b, 0x05, 0x59, 0xab, 0x00, 0x00, 0x48, 0x85, 0xc0, 0x75, 0x75];
+        let musl_1_2_5_malloc = [0xf3, 0x0f, 0x1e, 0xfa, 0xe9, 0xc7, 0x00, 0x00, 0x00];
+        assert_eq!(place(&glibc_2_31_malloc, MALLOC), Placement::emulated(7, 0));
+        assert_eq!(place(&glibc_2_31_free, FREE), Placement::emulated(17, 24));
+        assert_eq!(place(&glibc_2_41_malloc, MALLOC), Placement::emulated(0, 0));
+        assert_eq!(place(&jemalloc_5_3_free, FREE), Placement::emulated(48, 0));
+        assert_eq!(place(&tcmalloc_2_10_malloc, MALLOC), Placement::emulated(10, 0));
+        assert_eq!(place(&musl_1_2_5_malloc, MALLOC), Placement::emulated(4, 0));
+        // mov %rdi,%rsi; mov %fs:(%rax),%rdi: nothing follows where the size still is in its own register.
+        let mimalloc_2_0_malloc = [
+            0x48, 0x8b, 0x05, 0x49, 0xb4, 0x00, 0x00, 0x48, 0x89, 0xfe, 0x64, 0x48, 0x8b, 0x38, 0x48, 0x81, 0xfe, 0x00,
+            0x04, 0x00, 0x00, 0x77, 0x29,
+        ];
+        assert_eq!(place(&mimalloc_2_0_malloc, MALLOC), Placement::entry(Reason::Clobbered));
     }
 
     /// Functions of binaries with control-flow protection start with `endbr64`.

@@ -4,8 +4,8 @@
  *
  *   caller FUNCTION TIMES
  *
- * Waits for a byte on standard input before it starts, so that probes can be attached, and again before it ends. Uses
- * no stdio: nothing but the calls asked for may reach the allocator in between.
+ * Says so on standard output and waits for a byte on standard input before the calls, so that probes can be attached,
+ * and again after them. Uses no stdio: nothing but the calls asked for may reach the allocator in between.
  */
 #define _GNU_SOURCE
 #include <stdint.h>
@@ -38,14 +38,16 @@ extern WEAK void _ZdlPvSt11align_val_t(void *, size_t);
 enum { SIZE = 77, ALIGNED_SIZE = 192, ALIGNMENT = 64, MOST = 4096 };
 
 /* Exit codes. */
-enum { WRONG_USE = 2, NO_SUCH_FUNCTION = 3, NO_BLOCK = 4, MISALIGNED = 5, DIRTY = 6, OVERLAP = 7, LOST = 8 };
+enum { WRONG_USE = 2, NO_SUCH_FUNCTION = 3, NO_BLOCK = 4, MISALIGNED = 5, DIRTY = 6, OVERLAP = 7 };
 
 static unsigned char *blocks[MOST];
 
 static void await(void)
 {
-	char byte;
+	char byte = '.';
 
+	if (write(STDOUT_FILENO, &byte, 1) != 1)
+		_exit(WRONG_USE);
 	if (read(STDIN_FILENO, &byte, 1) != 1)
 		_exit(WRONG_USE);
 }
@@ -142,8 +144,6 @@ int main(int argc, char **argv)
 	for (int n = 0; frees && n < times; n++)
 		if (!release(name, blocks[n]))
 			return NO_SUCH_FUNCTION;
-	if (write(STDOUT_FILENO, "d", 1) != 1)
-		return LOST;
 	await();
 	return 0;
 }

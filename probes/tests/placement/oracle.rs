@@ -91,7 +91,7 @@ pub fn written(instruction: &Instruction) -> u8 {
     {
         return 0;
     }
-    if starts(&["mul", "div", "idiv"]) && single || starts(&["imul"]) && single {
+    if single && starts(&["mul", "imul", "div", "idiv"]) {
         return DX;
     }
     if is(&["cltd", "cqto", "cwtd", "rdtsc", "rdtscp", "cpuid", "xgetbv", "rdpkru", "rdpmc", "syscall"]) {

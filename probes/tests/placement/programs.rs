@@ -14,13 +14,20 @@ pub fn skip(reason: &str) {
     eprintln!("SKIP {test}: {reason}");
 }
 
-/// Where a library is installed; `None` when it is not.
-pub fn library(name: &str) -> Option<PathBuf> {
+/// Where a library is installed, whatever its version if the name has none.
+///
+/// # Errors
+/// A sentence that says that it is missing.
+pub fn library(name: &str) -> Result<PathBuf, String> {
     const FOLDERS: [&str; 4] =
         ["/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-musl", "/usr/lib64"];
     // glibc's own libc.so is a linker script.
     let folders = FOLDERS.iter().filter(|folder| name != "libc.so" || folder.ends_with("musl"));
-    folders.map(|folder| Path::new(folder).join(name)).find_map(|path| path.canonicalize().ok())
+    let names: Vec<String> = ["", ".2", ".3"].map(|version| format!("{name}{version}")).into();
+    folders
+        .flat_map(|folder| names.iter().map(move |name| Path::new(folder).join(name)))
+        .find_map(|path| path.canonicalize().ok())
+        .ok_or_else(|| format!("{name} is not installed (tests/setup.sh test installs it)"))
 }
 
 /// Compiles the caller of allocator functions under a name of its own.
