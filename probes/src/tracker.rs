@@ -426,13 +426,14 @@ impl Tracker {
                 let placement = if self.settings.at_entry { Placement::ENTRY } else { best() };
                 let at = function.offset + placement.offset;
                 // Two names of one function: the first one in the manifest counts.
-                if let Some(first) = probes.iter().find(|p| p.offset == at) {
+                if let Some(first) = probes.iter().find(|p| p.function == function.offset) {
                     let same = format!("another name of {}", first.symbol);
                     report.push(Attached { symbol: spec.symbol.clone(), placement: Err(same) });
                     continue;
                 }
                 let index = self.function_index(id, set, spec, placement)?;
-                probes.push(Probe { offset: at, index, returns: spec.role != Role::Free, symbol: spec.symbol.clone() });
+                let (returns, symbol) = (spec.role != Role::Free, spec.symbol.clone());
+                probes.push(Probe { function: function.offset, offset: at, index, returns, symbol });
                 report.push(Attached { symbol: spec.symbol.clone(), placement: Ok(placement) });
             }
         }
@@ -514,7 +515,8 @@ impl Tracker {
         for (spec, offset) in set.functions.iter().zip(at) {
             let index = self.function_index(id, set, spec, Placement::ENTRY)?;
             let symbol = spec.symbol.clone();
-            probes.push(Probe { offset: *offset as u64, index, returns: spec.role != Role::Free, symbol });
+            let (function, returns) = (*offset as u64, spec.role != Role::Free);
+            probes.push(Probe { function, offset: function, index, returns, symbol });
         }
         self.keep(instance, (id, set.number), library, probes)
     }
@@ -789,6 +791,9 @@ impl Tracker {
 
 /// A probe about to be attached.
 struct Probe {
+    /// File offset of the function.
+    function: u64,
+    /// File offset of the probed instruction.
     offset: u64,
     index: u32,
     returns: bool,
