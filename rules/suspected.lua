@@ -74,7 +74,7 @@ end
 
 return {
   name = "suspected",
-  description = "blocks survive window after window while the process grows: suspected, not proven",
+  description = "in a process watched through windows, blocks survive window after window while the process grows: suspected, not proven",
   params = {
     min_time = "30s",
     min_rate = "64KiB/min",

@@ -49,7 +49,7 @@ fn history(n: u64, losses: Losses) -> History {
 fn shipped_rules_describe_themselves() {
     let engine = shipped();
     let names: Vec<&str> = engine.rules().map(|r| &*r.name).collect();
-    assert_eq!(names, ["growth", "imbalance", "slow_growth", "suppressions", "survival", "threshold"]);
+    assert_eq!(names, ["growth", "imbalance", "slow_growth", "suppressions", "survival", "suspected", "threshold"]);
     for rule in engine.rules() {
         assert!(rule.enabled && rule.origin == Origin::Embedded && rule.description.len() > 20, "{rule:?}");
         assert!(!rule.params.is_empty());
