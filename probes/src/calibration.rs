@@ -6,7 +6,8 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use crate::tracker::{FunctionSpec, Library, ProbeSetSpec, Returns, Role, Size, Tracker};
+use crate::spec::{FunctionSpec, Library, ProbeSetSpec, Returns, Role, Size};
+use crate::tracker::Tracker;
 use crate::{Result, own_code};
 
 /// Pairs of an allocation and its free per round.

@@ -8,6 +8,7 @@
 //! features   what works here, found out by attaching
 //! elf        symbols of a mapped file -> file offsets
 //! placement  the cheapest safe instruction of a function
+//! spec       what is to be probed
 //! tracker    load, add a process, attach, forget
 //! reader     totals, stacks and counters in batches
 //! calibration what a hit costs here
@@ -23,6 +24,7 @@ mod own_code;
 pub mod placement;
 pub mod reader;
 mod skeleton;
+mod spec;
 pub mod tracker;
 mod types;
 
@@ -30,7 +32,8 @@ pub use error::{Error, ErrorKind, Result};
 pub use events::{Event, EventKind, ProcessEvent};
 pub use features::{Backend, Features};
 pub use reader::{Block, Counters, SiteKey, SiteTotals, Stack, StackEnd};
-pub use tracker::{Attached, FunctionSpec, Library, ProbeSetSpec, Returns, Role, Settings, Size, Tracker};
+pub use spec::{Attached, FunctionSpec, Library, ProbeSetSpec, Returns, Role, Size};
+pub use tracker::{Settings, Tracker};
 pub use types::{COHORTS, LIFETIME_CLASSES, MAX_DOMAINS, MAX_FRAMES, MAX_TARGETS};
 
 /// Sends libbpf's own messages to `tracing` instead of standard error: its explanations of a refused program are for

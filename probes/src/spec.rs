@@ -1,0 +1,111 @@
+//! What is to be probed: functions, what their arguments mean, and the files that define them.
+
+use std::path::PathBuf;
+
+use crate::placement::{Needs, Placement};
+
+/// What a function does with a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Hands one out.
+    Alloc,
+    /// Takes one back and hands one out.
+    Realloc,
+    /// Takes one back.
+    Free,
+}
+
+/// Where a block's size comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Size {
+    /// Argument `arg` (from 0), times argument `times`.
+    Argument {
+        /// The argument with the size or the number of elements.
+        arg: u8,
+        /// The argument it is multiplied by.
+        times: Option<u8>,
+    },
+    /// Always this many bytes.
+    Constant(u64),
+}
+
+/// How a function hands a block out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Returns {
+    /// It returns its address, or `failed`.
+    Value {
+        /// The return value of a failed call: 0 for NULL, `u64::MAX` for MAP_FAILED.
+        failed: u64,
+    },
+    /// It returns `ok` and stores the address where argument `arg` points.
+    Pointer {
+        /// The argument with the pointer.
+        arg: u8,
+        /// The return value of a call that worked (an int).
+        ok: i32,
+    },
+}
+
+/// One function of a probe set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FunctionSpec {
+    /// Symbol name.
+    pub symbol: String,
+    /// What it does.
+    pub role: Role,
+    /// Size of the block that it hands out; for a range, of what it takes back.
+    pub size: Size,
+    /// The argument with the block that it takes back.
+    pub block_arg: Option<u8>,
+    /// How it hands a block out.
+    pub returns: Returns,
+    /// The block is an address range that may be taken back in parts.
+    pub range: bool,
+    /// The set attaches without it.
+    pub optional: bool,
+}
+
+/// A probe set, resolved from its manifest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProbeSetSpec {
+    /// Number within the run, part of every site's key.
+    pub number: u32,
+    /// Name, for messages.
+    pub name: String,
+    /// Group of probe sets in which nested calls count once.
+    pub domain: String,
+    /// Its functions.
+    pub functions: Vec<FunctionSpec>,
+}
+
+/// A file that a process has mapped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Library {
+    /// How we can open it (`/proc/PID/map_files/...` or `/proc/PID/root/...`).
+    pub path: PathBuf,
+    /// Its name for people.
+    pub name: String,
+}
+
+/// What became of one function of a probe set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attached {
+    /// Symbol name.
+    pub symbol: String,
+    /// Where the probe is; `Err` says why there is none.
+    pub placement: Result<Placement, String>,
+}
+
+/// What a function's probe must find intact.
+pub(crate) fn needs(spec: &FunctionSpec) -> Needs {
+    let (size, times) = match spec.size {
+        Size::Argument { arg, times } => (Some(arg), times),
+        Size::Constant(_) => (None, None),
+    };
+    let out = match spec.returns {
+        Returns::Pointer { arg, .. } => Some(arg),
+        Returns::Value { .. } => None,
+    };
+    let arguments = [size, times, spec.block_arg, out].into_iter().flatten().fold(0, |mask, n| mask | 1 << n);
+    Needs { arguments, returns: spec.role != Role::Free }
+}

@@ -1,0 +1,400 @@
+//! Attaching probe sets to the files of a process, for good or for a window.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use libbpf_rs::skel::OpenSkel;
+use libbpf_rs::{Link, MapCore, MapFlags, ProgramMut, UprobeMultiOpts, UprobeOpts};
+
+use super::{FileId, Tracker, open};
+use crate::elf::{self, Symbols};
+use crate::features::Backend;
+use crate::placement::{self, Placement};
+use crate::skeleton::userspace_alloc::UserspaceAllocSkel;
+use crate::spec::{Attached, FunctionSpec, Library, ProbeSetSpec, Returns, Role, Size, needs};
+use crate::types::{MAX_DOMAINS, bytes_of, memleak_function, memleak_function_flags as flags, memleak_role};
+use crate::{Error, ErrorKind, Result};
+
+/// The probes of one probe set in one file.
+pub(super) struct Plan {
+    /// Keeps the file reachable, whatever becomes of its name.
+    file: File,
+    name: String,
+    probes: Vec<Probe>,
+    /// Empty while detached.
+    pub(super) links: Vec<Link>,
+}
+
+impl Plan {
+    /// The file as the kernel is told to find it.
+    fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
+    }
+}
+
+/// A probe about to be attached.
+pub(super) struct Probe {
+    /// File offset of the function.
+    function: u64,
+    /// File offset of the probed instruction.
+    offset: u64,
+    index: u32,
+    returns: bool,
+    symbol: String,
+}
+
+impl Tracker {
+    /// Attaches to the dynamic linker's hook for debuggers in `linker`, so that loads are told as
+    /// [`ProcessEvent::Load`].
+    ///
+    /// # Errors
+    /// When the file has no such hook or the kernel refuses; without it, loads are noticed later.
+    pub fn attach_loader(&mut self, instance: u32, linker: &Library) -> Result<()> {
+        // Exported for debuggers by glibc and musl.
+        const HOOKS: [&str; 2] = ["_dl_debug_state", "__dl_debug_state"];
+        let Some(pid) = self.targets.get(&instance).map(|t| t.pid) else { return Ok(()) };
+        let id = file_id(&linker.path)?;
+        if self.targets.get(&instance).is_some_and(|t| t.hooks.contains_key(&id)) {
+            return Ok(());
+        }
+        let symbols = elf::read_symbols(&linker.path, &HOOKS)?;
+        let function = HOOKS.iter().find_map(|name| symbols.functions.get(*name)?.first()).ok_or_else(|| {
+            Error::new(ErrorKind::Elf, format!("{} has no hook for debuggers ({})", linker.name, HOOKS[0]))
+        })?;
+        let opts = UprobeOpts::default();
+        let link = (self.skel.progs.process_load)
+            .attach_uprobe_with_opts(pid.cast_signed(), &linker.path, offset(function.offset)?, opts)
+            .map_err(|e| Error::bpf(format!("attach to {}", linker.name), &e))?;
+        if let Some(target) = self.targets.get_mut(&instance) {
+            target.hooks.insert(id, link);
+        }
+        Ok(())
+    }
+
+    /// Which of a probe set's functions `library` defines.
+    ///
+    /// # Errors
+    /// When the file cannot be read as ELF.
+    pub fn symbols(&mut self, set: &ProbeSetSpec, library: &Library) -> Result<&Symbols> {
+        let id = file_id(&library.path)?;
+        if let std::collections::hash_map::Entry::Vacant(e) = self.symbols.entry((id, set.number)) {
+            let names: Vec<&str> = set.functions.iter().map(|f| f.symbol.as_str()).collect();
+            e.insert(elf::read_symbols(&library.path, &names)?);
+        }
+        Ok(&self.symbols[&(id, set.number)])
+    }
+
+    /// Attaches a probe set to a library of a watched process; returns what became of each function. Does nothing and
+    /// returns an empty list when that has been done before.
+    ///
+    /// # Errors
+    /// When a function that is not optional is missing, or the kernel refuses: then nothing of the set is attached.
+    pub fn attach(&mut self, instance: u32, set: &ProbeSetSpec, library: &Library) -> Result<Vec<Attached>> {
+        let id = file_id(&library.path)?;
+        if self.targets.get(&instance).is_some_and(|t| t.plans.contains_key(&(id, set.number))) {
+            return Ok(Vec::new());
+        }
+        let symbols = self.symbols(set, library)?.clone();
+        if symbols.stripped {
+            return Err(Error::new(
+                ErrorKind::Elf,
+                format!("{} is stripped: it has no symbols to find functions by", library.name),
+            ));
+        }
+        if symbols.go && set.functions.iter().any(|f| f.role != Role::Free) {
+            // The Go runtime moves stacks and would meet a return address that is not its own.
+            let why = "is a Go program: a return probe on its own functions would crash it";
+            return Err(Error::new(
+                ErrorKind::Elf,
+                format!("{} {why}; what it calls in C libraries can be watched", library.name),
+            ));
+        }
+        let mut report = Vec::new();
+        let mut probes: Vec<Probe> = Vec::new();
+        for spec in &set.functions {
+            let found = symbols.functions.get(&spec.symbol).map_or(&[][..], Vec::as_slice);
+            if found.is_empty() {
+                if !spec.optional {
+                    return Err(Error::new(
+                        ErrorKind::Elf,
+                        format!("{} has no function {}", library.name, spec.symbol),
+                    ));
+                }
+                report.push(Attached { symbol: spec.symbol.clone(), placement: Err("not in this library".into()) });
+                continue;
+            }
+            for function in found {
+                let best = || placement::place(&function.code, needs(spec));
+                let placement = if self.settings.at_entry { Placement::ENTRY } else { best() };
+                let at = function.offset + placement.offset;
+                // Two names of one function: the first one in the manifest counts.
+                if let Some(first) = probes.iter().find(|p| p.function == function.offset) {
+                    let same = format!("another name of {}", first.symbol);
+                    report.push(Attached { symbol: spec.symbol.clone(), placement: Err(same) });
+                    continue;
+                }
+                let index = self.function_index(id, set, spec, placement)?;
+                let (returns, symbol) = (spec.role != Role::Free, spec.symbol.clone());
+                probes.push(Probe { function: function.offset, offset: at, index, returns, symbol });
+                report.push(Attached { symbol: spec.symbol.clone(), placement: Ok(placement) });
+            }
+        }
+        self.keep(instance, (id, set.number), library, probes)?;
+        Ok(report)
+    }
+
+    /// Remembers the probes of a probe set in a file, and attaches them unless windows have not been opened yet.
+    fn keep(&mut self, instance: u32, key: (FileId, u32), library: &Library, probes: Vec<Probe>) -> Result<()> {
+        let file = File::open(&library.path)
+            .map_err(|e| Error::new(ErrorKind::Target, format!("failed to open {}: {e}", library.name)))?;
+        let mut plan = Plan { file, name: library.name.clone(), probes, links: Vec::new() };
+        let Some((pid, attached)) = self.targets.get(&instance).map(|t| (t.pid, t.attached)) else {
+            return Err(Error::new(ErrorKind::Target, "the process has ended"));
+        };
+        if attached {
+            plan.links = self.attach_probes(pid.cast_signed(), &plan)?;
+        }
+        if let Some(target) = self.targets.get_mut(&instance) {
+            target.plans.insert(key, plan);
+        }
+        Ok(())
+    }
+
+    /// Detaches all probes of a process but goes on to follow it; see [`Tracker::open_window`].
+    pub fn close_window(&mut self, instance: u32) {
+        // Probes go one by one: no allocation may be recorded whose free is not seen any more.
+        if let Some(target) = self.targets.get_mut(&instance) {
+            target.record_until_ns = 1;
+        }
+        if let Err(e) = self.write_target(instance) {
+            tracing::debug!(instance, "recording goes on while probes are detached: {e}");
+        }
+        if let Some(target) = self.targets.get_mut(&instance) {
+            target.attached = false;
+            target.plans.values_mut().for_each(|plan| plan.links.clear());
+        }
+    }
+
+    /// Attaches all probes of a process again. Allocations made after `record_until_ns` (CLOCK_MONOTONIC; 0 is never)
+    /// are not recorded; frees always are.
+    ///
+    /// # Errors
+    /// When the kernel refuses: then nothing is attached.
+    pub fn open_window(&mut self, instance: u32, record_until_ns: u64) -> Result<()> {
+        let Some(target) = self.targets.get_mut(&instance) else { return Ok(()) };
+        target.window = target.window.wrapping_add(1);
+        target.record_until_ns = record_until_ns;
+        target.attached = true;
+        let pid = target.pid.cast_signed();
+        let mut plans = std::mem::take(&mut target.plans);
+        self.write_target(instance)?;
+        let mut result = Ok(());
+        for plan in plans.values_mut() {
+            match self.attach_probes(pid, plan) {
+                Ok(links) => plan.links = links,
+                Err(e) => result = Err(e),
+            }
+        }
+        if let Some(target) = self.targets.get_mut(&instance) {
+            target.plans = plans;
+        }
+        if result.is_err() {
+            self.close_window(instance);
+        }
+        result
+    }
+
+    /// Attaches a probe set at the entry of functions whose file offsets are known, in the set's order.
+    pub(crate) fn attach_at(
+        &mut self,
+        instance: u32,
+        set: &ProbeSetSpec,
+        library: &Library,
+        at: &[usize],
+    ) -> Result<()> {
+        let id = file_id(&library.path)?;
+        let mut probes = Vec::new();
+        for (spec, offset) in set.functions.iter().zip(at) {
+            let index = self.function_index(id, set, spec, Placement::ENTRY)?;
+            let symbol = spec.symbol.clone();
+            let (function, returns) = (*offset as u64, spec.role != Role::Free);
+            probes.push(Probe { function, offset: function, index, returns, symbol });
+        }
+        self.keep(instance, (id, set.number), library, probes)
+    }
+
+    /// Index of a function in the kernel's table; it serves every process that maps the same file.
+    fn function_index(&mut self, id: FileId, set: &ProbeSetSpec, spec: &FunctionSpec, at: Placement) -> Result<u32> {
+        let key = (id, set.number, spec.symbol.clone(), at.sp_offset);
+        if let Some(index) = self.functions.get(&key) {
+            return Ok(*index);
+        }
+        let domain = self.domain(&set.domain)?;
+        let name = self.name(&spec.symbol);
+        let argument = |n: Option<u8>| n.map_or(-1, u8::cast_signed);
+        let (size_arg, times_arg, size_const) = match spec.size {
+            Size::Argument { arg, times } => (Some(arg), times, 0),
+            Size::Constant(bytes) => (None, None, bytes),
+        };
+        let (out_arg, expect) = match spec.returns {
+            Returns::Value { failed } => (None, failed),
+            Returns::Pointer { arg, ok } => (Some(arg), u64::from(ok.cast_unsigned())),
+        };
+        let role = match spec.role {
+            Role::Alloc => memleak_role::ROLE_ALLOC,
+            Role::Realloc => memleak_role::ROLE_REALLOC,
+            Role::Free => memleak_role::ROLE_FREE,
+        };
+        let function = memleak_function {
+            probe_set: set.number,
+            name,
+            role: role.0 as u8,
+            domain,
+            flags: if spec.range { flags::FUNCTION_RANGE.0 as u8 } else { 0 },
+            size_arg: argument(size_arg),
+            times_arg: argument(times_arg),
+            block_arg: argument(spec.block_arg),
+            out_arg: argument(out_arg),
+            pad: 0,
+            size_const,
+            expect,
+            sp_offset: at.sp_offset,
+        };
+        let index = self.next_function;
+        (self.skel.maps.functions)
+            .update(&index.to_ne_bytes(), bytes_of(&function), MapFlags::ANY)
+            .map_err(|e| Error::bpf(format!("describe function {} (too many probed functions?)", spec.symbol), &e))?;
+        self.next_function += 1;
+        self.functions.insert(key, index);
+        Ok(index)
+    }
+
+    fn domain(&mut self, name: &str) -> Result<u8> {
+        let at = match self.domains.iter().position(|d| d == name) {
+            Some(at) => at,
+            None if self.domains.len() >= MAX_DOMAINS => {
+                let known = self.domains.join(", ");
+                let message = format!("failed to add domain {name}: there are {MAX_DOMAINS} already ({known})");
+                return Err(Error::new(ErrorKind::Limit, message));
+            }
+            None => {
+                self.domains.push(name.to_owned());
+                self.domains.len() - 1
+            }
+        };
+        Ok(at as u8)
+    }
+
+    fn name(&mut self, symbol: &str) -> u32 {
+        let at = self.names.iter().position(|n| n == symbol).unwrap_or_else(|| {
+            self.names.push(symbol.to_owned());
+            self.names.len() - 1
+        });
+        at as u32
+    }
+
+    /// Attaches all probes of one library, the way the backend does it.
+    fn attach_probes(&self, pid: i32, plan: &Plan) -> Result<Vec<Link>> {
+        let failed = |e: &libbpf_rs::Error| Error::bpf(format!("attach to {} in process {pid}", plan.name), e);
+        let (path, probes) = (plan.path(), &plan.probes);
+        let progs = &self.skel.progs;
+        let multi = |prog: &ProgramMut<'_>, probes: &[&Probe], retprobe, session| -> Result<Link> {
+            let opts = UprobeMultiOpts {
+                offsets: probes.iter().map(|p| offset(p.offset)).collect::<Result<_>>()?,
+                cookies: probes.iter().map(|p| p.index.into()).collect(),
+                retprobe,
+                session,
+                ..UprobeMultiOpts::default()
+            };
+            prog.attach_uprobe_multi_with_opts(pid, &path, "", opts).map_err(|e| failed(&e))
+        };
+        let perf = |prog: &ProgramMut<'_>, probe: &Probe, retprobe, cookie| -> Result<Link> {
+            let opts = UprobeOpts { retprobe, cookie, ..UprobeOpts::default() };
+            prog.attach_uprobe_with_opts(pid, &path, offset(probe.offset)?, opts).map_err(|e| failed(&e))
+        };
+        // Where probes appear one by one, frees come first and returns before entries: a free or a return whose
+        // other half was not seen is harmless, an allocation whose free is missed is not.
+        let mut all: Vec<&Probe> = probes.iter().collect();
+        all.sort_by_key(|p| p.returns);
+        let returning: Vec<&Probe> = all.iter().copied().filter(|p| p.returns).collect();
+        let mut links = Vec::new();
+        match self.backend {
+            Backend::Session => links.push(multi(&progs.alloc_session, &all, false, true)?),
+            Backend::Multi => {
+                if !returning.is_empty() {
+                    links.push(multi(&progs.alloc_multi_return, &returning, true, false)?);
+                }
+                links.push(multi(&progs.alloc_multi_enter, &all, false, false)?);
+            }
+            Backend::Perf => {
+                for probe in &all {
+                    if probe.returns {
+                        links.push(perf(&progs.alloc_perf_return, probe, true, probe.index.into())?);
+                    }
+                    links.push(perf(&progs.alloc_perf_enter, probe, false, probe.index.into())?);
+                }
+            }
+            Backend::PerfPlain => {
+                for probe in &all {
+                    let copy = self.copy_for(probe.index)?;
+                    if probe.returns {
+                        links.push(perf(&copy.progs.alloc_perf_return, probe, true, 0)?);
+                    }
+                    links.push(perf(&copy.progs.alloc_perf_enter, probe, false, 0)?);
+                    // The links keep the programs alive.
+                }
+            }
+        }
+        Ok(links)
+    }
+
+    /// A copy of the perf-event programs for one function, for kernels without attach cookies; it shares our maps.
+    fn copy_for(&self, index: u32) -> Result<UserspaceAllocSkel<'static>> {
+        let what = "load a copy of the BPF programs";
+        let mut open = open(&self.settings, Backend::PerfPlain)?;
+        if let Some(rodata) = open.maps.rodata_data.as_deref_mut() {
+            rodata.fixed_function = index;
+        }
+        let progs = &mut open.progs;
+        for prog in [
+            &mut progs.alloc_session,
+            &mut progs.alloc_multi_enter,
+            &mut progs.alloc_multi_return,
+            &mut progs.process_exec,
+            &mut progs.process_exit,
+            &mut progs.process_fork,
+            &mut progs.process_load,
+        ] {
+            prog.set_autoload(false);
+        }
+        let (theirs, ours) = (&mut open.maps, &self.skel.maps);
+        for (map, fd) in [
+            (&mut theirs.targets, ours.targets.as_fd()),
+            (&mut theirs.launched, ours.launched.as_fd()),
+            (&mut theirs.functions, ours.functions.as_fd()),
+            (&mut theirs.blocks, ours.blocks.as_fd()),
+            (&mut theirs.sites, ours.sites.as_fd()),
+            (&mut theirs.stacks, ours.stacks.as_fd()),
+            (&mut theirs.threads, ours.threads.as_fd()),
+            (&mut theirs.counters, ours.counters.as_fd()),
+            (&mut theirs.process_events, ours.process_events.as_fd()),
+            (&mut theirs.events, ours.events.as_fd()),
+            (&mut theirs.bss, ours.bss.as_fd()),
+        ] {
+            map.reuse_fd(fd).map_err(|e| Error::bpf(what, &e))?;
+        }
+        open.load().map_err(|e| Error::bpf(what, &e))
+    }
+}
+
+fn file_id(path: &Path) -> Result<FileId> {
+    let meta = std::fs::metadata(path)
+        .map_err(|e| Error::new(ErrorKind::Target, format!("failed to open {}: {e}", path.display())))?;
+    Ok((meta.dev(), meta.ino()))
+}
+
+fn offset(offset: u64) -> Result<usize> {
+    usize::try_from(offset).map_err(|e| Error::new(ErrorKind::Elf, format!("file offset {offset}: {e}")))
+}
