@@ -37,7 +37,7 @@ pub struct Settings {
     pub max_sites: u32,
     /// Most threads with a call under way.
     pub max_threads: u32,
-    /// Most frames of a stack, 1 to [`MAX_FRAMES`].
+    /// Most frames of a stack, 1 to [`crate::MAX_FRAMES`].
     pub max_frames: u32,
     /// Smaller allocations are not recorded, bytes.
     pub min_size: u64,

@@ -47,7 +47,7 @@ pub(super) struct Probe {
 
 impl Tracker {
     /// Attaches to the dynamic linker's hook for debuggers in `linker`, so that loads are told as
-    /// [`ProcessEvent::Load`].
+    /// [`crate::ProcessEvent::Load`].
     ///
     /// # Errors
     /// When the file has no such hook or the kernel refuses; without it, loads are noticed later.
