@@ -21,7 +21,7 @@ DEMO := $(TARGET)/demo/memleak-demo
 # Building is done as the user, also under sudo; only what needs root has it.
 AS_USER := tests/as_user.sh
 
-C_SOURCES := $(wildcard probes/bpf/*.c probes/bpf/*.h tests/programs/*.c tests/programs/*.h tests/programs/*.cc tests/demo/*.c)
+C_SOURCES := $(wildcard probes/bpf/*.c probes/bpf/*.h tests/programs/*.c tests/programs/*.h tests/programs/*.cc tests/demo/*.c tests/bench/programs/*.c)
 CLANG_FORMAT ?= $(or $(shell command -v clang-format-19),clang-format)
 
 .DEFAULT_GOAL := help
@@ -63,15 +63,20 @@ test: toolchain ## set up and run every test (root for all of them)
 		[ -z "$$SUDO_USER" ] || chown -R "$$SUDO_USER:" $(TARGET); \
 		exit $$code
 
-bench: toolchain ## measure the hot paths
-	tests/setup.sh build
-	$(AS_USER) cargo bench --workspace
+# make bench ROUNDS=1 SECONDS=1 WORKLOADS=loop,redis-set TOOLS=exact,valgrind; docs/benchmarks.md says more.
+bench: toolchain ## measure what memleak costs real programs (root; about an hour, a minute with ROUNDS=1 SECONDS=1 WORKLOADS=loop)
+	tests/setup.sh bench
+	$(AS_USER) cargo build --release --package memleak --package memleak_bench
+	$(TARGET)/release/memleak_bench --memleak $(MEMLEAK) --json $(TARGET)/bench.json $(if $(ROUNDS),--rounds $(ROUNDS)) \
+		$(if $(SECONDS),--seconds $(SECONDS)) --workloads "$(WORKLOADS)" --tools "$(TOOLS)"; code=$$?; \
+		[ -z "$$SUDO_USER" ] || chown "$$SUDO_USER:" $(TARGET)/bench.json; \
+		exit $$code
 
 lint: toolchain ## check formatting, lints and documentation
 	tests/setup.sh lint
 	cargo fmt --all --check
 	$(CLANG_FORMAT) --dry-run -Werror $(C_SOURCES)
-	for source in tests/programs/*.c tests/demo/*.c; do \
+	for source in tests/programs/*.c tests/demo/*.c tests/bench/programs/*.c; do \
 		$(CC) -O2 -Wall -Wextra -Werror -fsyntax-only $$source || exit 1; done
 	$(AS_USER) cargo clippy --workspace --all-targets -- -D warnings
 	$(AS_USER) env RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps

@@ -4,6 +4,7 @@
 #   tests/setup.sh build    what the build needs
 #   tests/setup.sh test     ... and what the tests need
 #   tests/setup.sh lint     ... and what `make lint` needs
+#   tests/setup.sh bench    what the build and `make bench` need
 #
 # Only what is missing is installed: with everything in place it needs no root and no network. Packages for the build
 # must come; one that only some tests need may be missing in a distribution, then those tests say that they skip.
@@ -62,8 +63,11 @@ list_packages() {
             wanted="$wanted $(first_of clang-format-19 clang-format)"
         fi
         ;;
+    bench)
+        wanted="redis-server redis-tools sqlite3 nginx wrk python3 heaptrack valgrind"
+        ;;
     *)
-        say "unknown purpose '$1': build, test or lint"
+        say "unknown purpose '$1': build, test, lint or bench"
         exit 2
         ;;
     esac
@@ -79,9 +83,9 @@ fi
 
 if [ "$(id -u)" -ne 0 ]; then
     if [ -z "$missing_needed" ]; then
-        # Tests that need these skip themselves and say so.
+        # What needs these skips itself and says so.
         say "not installed:" $missing_wanted
-        say "some tests are skipped without them; 'sudo tests/setup.sh $purpose' installs them"
+        say "what needs them is skipped; 'sudo tests/setup.sh $purpose' installs them"
         exit 0
     fi
     say "not installed:" $missing_needed $missing_wanted
@@ -115,7 +119,7 @@ if [ -n "$missing_wanted" ] && ! apt install --no-install-recommends $missing_wa
     # One package that does not exist refuses the whole list: take the others one by one.
     for package in $missing_wanted; do
         apt install --no-install-recommends "$package" ||
-            say "failed to install $package: tests that need it are skipped"
+            say "failed to install $package: what needs it is skipped"
     done
 fi
 

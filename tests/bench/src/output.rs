@@ -1,0 +1,257 @@
+//! The table that people read.
+
+use std::fmt::Write;
+
+use crate::machine::Machine;
+use crate::measure::{Base, Column, Effort, Outcome, Spread};
+use crate::own_cost::OwnCost;
+
+/// Titles of the table's columns, and their widths.
+const COLUMNS: [(&str, usize); 7] = [
+    ("", 36),
+    ("throughput", 18),
+    ("p99", 16),
+    ("added us/unit", 21),
+    ("added CPU %", 20),
+    ("own estimate %", 15),
+    ("tool CPU %", 11),
+];
+
+/// The head of the output: where and how much.
+pub fn head(machine: &Machine, effort: &Effort) -> String {
+    format!(
+        "{}, {}, Linux {}, {} x {}, {:.1} GiB, load {:.2} before the start\n\
+         {} rounds with phases of {} s. Ratios are to the phases before and after; median (smallest-largest).\n",
+        machine.memleak,
+        machine.system,
+        machine.kernel,
+        machine.cpus,
+        machine.cpu,
+        machine.memory_bytes as f64 / f64::from(1 << 30),
+        machine.load_before,
+        effort.rounds,
+        effort.seconds,
+    )
+}
+
+/// The block of one workload.
+pub fn block(outcome: &Outcome) -> String {
+    let mut text = format!("\n{}: {}\n", outcome.workload, outcome.title);
+    if let Some(missing) = &outcome.missing {
+        line(&mut text, &format!("  n/a ({missing})"));
+    }
+    if let Some(failed) = &outcome.failed {
+        line(&mut text, &format!("  failed: {failed}"));
+    }
+    if let Some(base) = &outcome.base {
+        line(&mut text, &base_line(base, outcome.unit));
+        let titles: Vec<_> = COLUMNS.iter().map(|(title, _)| (*title).to_owned()).collect();
+        line(&mut text, &row(&titles));
+        for column in &outcome.columns {
+            line(&mut text, &column_row(column));
+        }
+    }
+    text
+}
+
+fn base_line(base: &Base, unit: &str) -> String {
+    let mut text = format!(
+        "  alone: {} {unit}/s, {} us CPU per unit",
+        spread(&base.rate, quantity),
+        spread(&base.cpu_us_per_unit, significant)
+    );
+    if let Some(p99) = &base.p99_ms {
+        let _ = write!(text, ", p99 {} ms", spread(p99, significant));
+    }
+    let _ = write!(text, ", waited for a CPU {} % of the time", spread(&base.waited_percent, significant));
+    text
+}
+
+fn column_row(column: &Column) -> String {
+    let Some(summary) = &column.summary else {
+        let reason = match (&column.missing, &column.failed) {
+            (Some(missing), _) => format!("n/a ({missing})"),
+            (None, Some(failed)) => format!("failed in {failed}"),
+            (None, None) => "not measured".to_owned(),
+        };
+        return row(&[format!("  {}", column.title), reason]);
+    };
+    let ratio = |s: &Spread| spread(s, |value| format!("{value:.3}"));
+    let median = |s: &Option<Spread>| s.map_or_else(|| "-".to_owned(), |s| percent(s.median));
+    let mut text = row(&[
+        format!("  {}", column.title),
+        ratio(&summary.throughput),
+        summary.p99.as_ref().map_or_else(|| "-".to_owned(), |p99| spread(p99, |value| format!("{value:.2}"))),
+        spread(&summary.added_us_per_unit, significant),
+        spread(&summary.added_cpu_percent, percent),
+        median(&summary.estimated_cpu_percent),
+        median(&summary.tool_cpu_percent),
+    ]);
+    if !summary.modes.is_empty() {
+        let _ = write!(text, "  {}", summary.modes.join("+"));
+    }
+    if let Some(failed) = &column.failed {
+        let _ = write!(text, "  (failed in {failed})");
+    }
+    text
+}
+
+/// The block of memleak's own cost.
+pub fn own_cost_block(own_cost: &OwnCost) -> String {
+    let mib = |bytes: u64| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20));
+    let mut text = format!(
+        "\nown-cost: {} blocks outstanding, {} sites, {} events lost, a snapshot every {} s\n",
+        own_cost.outstanding_count, own_cost.sites, own_cost.losses, own_cost.interval_s
+    );
+    let said =
+        own_cost.collect_cpu_s.map_or_else(String::new, |s| format!(", of it reading the maps {:.1} ms", s * 1e3));
+    line(&mut text, &format!("  CPU per snapshot    {:.1} ms over all{said}", own_cost.cpu_s_per_snapshot * 1e3));
+    line(&mut text, &format!("  CPU                 {:.2} % of one core", own_cost.cpu_percent));
+    line(
+        &mut text,
+        &format!(
+            "  memory              {} resident (at most {}), {} in BPF maps",
+            mib(own_cost.rss_bytes),
+            mib(own_cost.peak_rss_bytes),
+            mib(own_cost.bpf_map_bytes)
+        ),
+    );
+    line(
+        &mut text,
+        &format!(
+            "  attached in         {:.0} ms; the program allocated it all in {:.2} s while traced",
+            own_cost.attach_s * 1e3,
+            own_cost.fill_s
+        ),
+    );
+    text
+}
+
+fn row(cells: &[String]) -> String {
+    let mut text = String::new();
+    for (cell, (_, width)) in cells.iter().zip(COLUMNS) {
+        // A cell that is too wide keeps its distance to the next one.
+        let _ = write!(text, "{cell:<width$}", width = width - 1);
+        text.push(' ');
+    }
+    text.trim_end().to_owned()
+}
+
+fn line(text: &mut String, line: &str) {
+    text.push_str(line);
+    text.push('\n');
+}
+
+/// "median (smallest-largest)"; the median alone when they are the same.
+fn spread(spread: &Spread, format: impl Fn(f64) -> String) -> String {
+    let (min, median, max) = (format(spread.min), format(spread.median), format(spread.max));
+    // A minus sign and a dash side by side cannot be read.
+    let dash = if spread.max < 0.0 { " to " } else { "-" };
+    if min == max { median } else { format!("{median} ({min}{dash}{max})") }
+}
+
+/// Three significant digits.
+fn significant(value: f64) -> String {
+    let digits = if value == 0.0 { 0 } else { 2 - value.abs().log10().floor().clamp(-6.0, 2.0) as i32 };
+    format!("{value:.*}", usize::try_from(digits).unwrap_or(0))
+}
+
+/// A percentage to a tenth; below that everything here is noise.
+fn percent(value: f64) -> String {
+    format!("{value:.1}")
+}
+
+/// Three significant digits and k or M.
+fn quantity(value: f64) -> String {
+    match value {
+        v if v >= 1e6 => format!("{} M", significant(v / 1e6)),
+        v if v >= 1e4 => format!("{} k", significant(v / 1e3)),
+        v => significant(v),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::measure::{Account, Phase, Round, Summary};
+
+    // What is read is the median; the rest says how far to trust it.
+    #[test]
+    fn spread_puts_the_median_first() {
+        let of = |min, median, max| spread(&Spread { min, median, max }, percent);
+        assert_eq!(of(1.0, 2.0, 3.0), "2.0 (1.0-3.0)");
+        assert_eq!(of(2.0, 2.0, 2.0), "2.0");
+        assert_eq!(of(-3.0, -2.0, -1.0), "-2.0 (-3.0 to -1.0)");
+    }
+
+    // Microseconds per pair and requests per second stand in one table.
+    #[test]
+    fn numbers_have_three_digits() {
+        for (value, text) in [(0.0, "0"), (0.02346, "0.0235"), (1.5, "1.50"), (23.46, "23.5"), (1234.0, "1234")] {
+            assert_eq!(significant(value), text);
+        }
+        assert_eq!(quantity(43_835_000.0), "43.8 M");
+        assert_eq!(quantity(200_000.0), "200 k");
+        assert_eq!(quantity(998.0), "998");
+    }
+
+    // A tool that could not run is a line with a reason, never a missing line.
+    #[test]
+    fn every_tool_has_its_line() {
+        let phase = Phase { units: 1000.0, elapsed_s: 1.0, p99_ms: None, cpu_s: 0.5, waited_s: 0.0 };
+        let slow = Phase { units: 500.0, ..phase };
+        let account = Account {
+            attach_s: 0.2,
+            detach_s: 0.1,
+            estimated_cpu_percent: Some(40.0),
+            mode: "exact".to_owned(),
+            losses: 0,
+        };
+        let round = Round { before: phase, with: slow, after: phase, tool_cpu_s: Some(0.01), memleak: Some(account) };
+        let one = |value| Spread { min: value, median: value, max: value };
+        let summary = Summary {
+            throughput: one(round.throughput()),
+            p99: None,
+            added_us_per_unit: one(round.added_us_per_unit()),
+            added_cpu_percent: one(round.added_cpu_percent()),
+            estimated_cpu_percent: Some(one(40.0)),
+            tool_cpu_percent: Some(one(1.0)),
+            attach_s: Some(one(0.2)),
+            modes: vec!["exact".to_owned()],
+        };
+        let missing = Some("valgrind is not installed".to_owned());
+        let outcome = Outcome {
+            workload: "loop",
+            title: "a loop",
+            unit: "pairs",
+            missing: None,
+            failed: None,
+            base: Some(Base { rate: one(1000.0), cpu_us_per_unit: one(500.0), p99_ms: None, waited_percent: one(0.0) }),
+            columns: vec![
+                Column {
+                    tool: "exact",
+                    title: "memleak, exact",
+                    missing: None,
+                    failed: None,
+                    summary: Some(summary),
+                    rounds: vec![round],
+                },
+                Column {
+                    tool: "valgrind",
+                    title: "valgrind",
+                    missing,
+                    failed: None,
+                    summary: None,
+                    rounds: Vec::new(),
+                },
+            ],
+        };
+        let text = block(&outcome);
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines.len(), 6, "{text}");
+        assert_eq!(lines[2], "  alone: 1000 pairs/s, 500 us CPU per unit, waited for a CPU 0 % of the time");
+        let words: Vec<_> = lines[4].split_whitespace().collect();
+        assert_eq!(words, ["memleak,", "exact", "0.500", "-", "500", "25.0", "40.0", "1.0", "exact"]);
+        assert!(lines[5].ends_with("n/a (valgrind is not installed)"), "{text}");
+    }
+}
