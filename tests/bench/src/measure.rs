@@ -45,6 +45,11 @@ impl Phase {
         self.units / self.elapsed_s
     }
 
+    /// Share of the time in which it was ready and had no CPU, in percent.
+    pub fn waited_percent(&self) -> f64 {
+        self.waited_s / self.elapsed_s * 100.0
+    }
+
     /// CPU time of the target per unit, in microseconds.
     pub fn cpu_us_per_unit(&self) -> f64 {
         self.cpu_s * 1e6 / self.units
@@ -163,6 +168,8 @@ pub struct Summary {
     pub estimated_cpu_percent: Option<Spread>,
     /// See [`Round::tool_cpu_percent`].
     pub tool_cpu_percent: Option<Spread>,
+    /// See [`Phase::waited_percent`]; of the phases with the tool.
+    pub waited_percent: Spread,
     /// See [`Account::attach_s`].
     pub attach_s: Option<Spread>,
     /// All modes that memleak was in, sorted.
@@ -182,6 +189,7 @@ impl Summary {
             added_cpu_percent: spread(|round| Some(round.added_cpu_percent()))?,
             estimated_cpu_percent: spread(|round| round.memleak.as_ref()?.estimated_cpu_percent),
             tool_cpu_percent: spread(Round::tool_cpu_percent),
+            waited_percent: spread(|round| Some(round.with.waited_percent()))?,
             attach_s: spread(|round| Some(round.memleak.as_ref()?.attach_s)),
             modes,
         })
@@ -223,7 +231,7 @@ pub struct Base {
     pub cpu_us_per_unit: Spread,
     /// 99 of 100 requests were answered within this, in milliseconds.
     pub p99_ms: Option<Spread>,
-    /// Share of the time in which it was ready and had no CPU, in percent: how much others disturbed.
+    /// See [`Phase::waited_percent`]: how much others disturbed, the load generator among them.
     pub waited_percent: Spread,
 }
 
@@ -233,7 +241,7 @@ impl Base {
             rate: Spread::of(phases.iter().map(Phase::rate))?,
             cpu_us_per_unit: Spread::of(phases.iter().map(Phase::cpu_us_per_unit))?,
             p99_ms: Spread::of(phases.iter().filter_map(|phase| phase.p99_ms)),
-            waited_percent: Spread::of(phases.iter().map(|phase| phase.waited_s / phase.elapsed_s * 100.0))?,
+            waited_percent: Spread::of(phases.iter().map(Phase::waited_percent))?,
         })
     }
 }

@@ -7,14 +7,15 @@ use crate::measure::{Base, Column, Effort, Outcome, Spread};
 use crate::own_cost::OwnCost;
 
 /// Titles of the table's columns, and their widths.
-const COLUMNS: [(&str, usize); 7] = [
-    ("", 36),
-    ("throughput", 18),
-    ("p99", 16),
-    ("added us/unit", 21),
-    ("added CPU %", 20),
-    ("own estimate %", 15),
-    ("tool CPU %", 11),
+const COLUMNS: [(&str, usize); 8] = [
+    ("", 31),
+    ("throughput", 21),
+    ("p99", 20),
+    ("added us/unit", 22),
+    ("added CPU %", 18),
+    ("estimate %", 12),
+    ("tool CPU %", 12),
+    ("waited %", 10),
 ];
 
 /// The head of the output: where and how much.
@@ -57,7 +58,7 @@ pub fn block(outcome: &Outcome) -> String {
 fn base_line(base: &Base, unit: &str) -> String {
     let mut text = format!(
         "  alone: {} {unit}/s, {} us CPU per unit",
-        spread(&base.rate, quantity),
+        quantities(&base.rate),
         spread(&base.cpu_us_per_unit, significant)
     );
     if let Some(p99) = &base.p99_ms {
@@ -86,6 +87,7 @@ fn column_row(column: &Column) -> String {
         spread(&summary.added_cpu_percent, percent),
         median(&summary.estimated_cpu_percent),
         median(&summary.tool_cpu_percent),
+        percent(summary.waited_percent.median),
     ]);
     if !summary.modes.is_empty() {
         let _ = write!(text, "  {}", summary.modes.join("+"));
@@ -161,13 +163,14 @@ fn percent(value: f64) -> String {
     format!("{value:.1}")
 }
 
-/// Three significant digits and k or M.
-fn quantity(value: f64) -> String {
-    match value {
-        v if v >= 1e6 => format!("{} M", significant(v / 1e6)),
-        v if v >= 1e4 => format!("{} k", significant(v / 1e3)),
-        v => significant(v),
-    }
+/// A spread with k or M, the same for all three: its numbers are compared to each other.
+fn quantities(values: &Spread) -> String {
+    let (unit, suffix) = match values.median {
+        v if v >= 1e6 => (1e6, " M"),
+        v if v >= 1e4 => (1e3, " k"),
+        _ => (1.0, ""),
+    };
+    spread(values, |value| significant(value / unit)) + suffix
 }
 
 #[cfg(test)]
@@ -190,9 +193,10 @@ mod tests {
         for (value, text) in [(0.0, "0"), (0.02346, "0.0235"), (1.5, "1.50"), (23.46, "23.5"), (1234.0, "1234")] {
             assert_eq!(significant(value), text);
         }
-        assert_eq!(quantity(43_835_000.0), "43.8 M");
-        assert_eq!(quantity(200_000.0), "200 k");
-        assert_eq!(quantity(998.0), "998");
+        let rates = |min, median, max| quantities(&Spread { min, median, max });
+        assert_eq!(rates(43_835_000.0, 43_835_000.0, 43_835_000.0), "43.8 M");
+        assert_eq!(rates(58.7, 43_900.0, 45_400.0), "43.9 (0.0587-45.4) k");
+        assert_eq!(rates(998.0, 998.0, 998.0), "998");
     }
 
     // A tool that could not run is a line with a reason, never a missing line.
@@ -216,6 +220,7 @@ mod tests {
             added_cpu_percent: one(round.added_cpu_percent()),
             estimated_cpu_percent: Some(one(40.0)),
             tool_cpu_percent: Some(one(1.0)),
+            waited_percent: one(3.0),
             attach_s: Some(one(0.2)),
             modes: vec!["exact".to_owned()],
         };
@@ -251,7 +256,7 @@ mod tests {
         assert_eq!(lines.len(), 6, "{text}");
         assert_eq!(lines[2], "  alone: 1000 pairs/s, 500 us CPU per unit, waited for a CPU 0 % of the time");
         let words: Vec<_> = lines[4].split_whitespace().collect();
-        assert_eq!(words, ["memleak,", "exact", "0.500", "-", "500", "25.0", "40.0", "1.0", "exact"]);
+        assert_eq!(words, ["memleak,", "exact", "0.500", "-", "500", "25.0", "40.0", "1.0", "3.0", "exact"]);
         assert!(lines[5].ends_with("n/a (valgrind is not installed)"), "{text}");
     }
 }

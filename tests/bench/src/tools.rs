@@ -48,7 +48,7 @@ pub const TOOLS: &[Tool] = &[
     },
     Tool {
         id: "classic",
-        title: "memleak, exact, classic placement",
+        title: "memleak, classic placement",
         kind: Kind::Attach(&["collector.budget=off", "collector.placement=entry"]),
         warm_up_s: 1,
         stretch: 1,
