@@ -26,18 +26,17 @@
 	TENS(M, p##0)  \
 	TENS(M, p##1)  \
 	TENS(M, p##2) TENS(M, p##3) TENS(M, p##4) TENS(M, p##5) TENS(M, p##6) TENS(M, p##7) TENS(M, p##8) TENS(M, p##9)
-#define THOUSANDS(M, p)                                                                                             \
-	HUNDREDS(M, p##0)                                                                                           \
-	HUNDREDS(M, p##1)                                                                                           \
-	HUNDREDS(M, p##2)                                                                                           \
-	HUNDREDS(M, p##3) HUNDREDS(M, p##4) HUNDREDS(M, p##5) HUNDREDS(M, p##6) HUNDREDS(M, p##7) HUNDREDS(M, p##8) \
-	    HUNDREDS(M, p##9)
-#define ALL(M)                                                                                          \
-	THOUSANDS(M, 0)                                                                                 \
-	THOUSANDS(M, 1)                                                                                 \
-	THOUSANDS(M, 2)                                                                                 \
-	THOUSANDS(M, 3) THOUSANDS(M, 4) THOUSANDS(M, 5) THOUSANDS(M, 6) THOUSANDS(M, 7) THOUSANDS(M, 8) \
-	    THOUSANDS(M, 9)
+#define THOUSANDS(M, p)   \
+	HUNDREDS(M, p##0) \
+	HUNDREDS(M, p##1) \
+	HUNDREDS(M, p##2) \
+	HUNDREDS(M, p##3) \
+	HUNDREDS(M, p##4) HUNDREDS(M, p##5) HUNDREDS(M, p##6) HUNDREDS(M, p##7) HUNDREDS(M, p##8) HUNDREDS(M, p##9)
+#define ALL(M)          \
+	THOUSANDS(M, 0) \
+	THOUSANDS(M, 1) \
+	THOUSANDS(M, 2) \
+	THOUSANDS(M, 3) THOUSANDS(M, 4) THOUSANDS(M, 5) THOUSANDS(M, 6) THOUSANDS(M, 7) THOUSANDS(M, 8) THOUSANDS(M, 9)
 
 ALL(SITE)
 
