@@ -14,7 +14,8 @@ alerts=memleak-alerts.ndjson
 leak=remember_applied_discount
 
 # The alerts file is appended to: what an earlier run wrote is no proof. The demo ends by itself if we are killed.
-before=$(wc -c <"$alerts" 2>/dev/null || echo 0)
+before=0
+[ ! -e "$alerts" ] || before=$(wc -c <"$alerts")
 "$demo" 120 >/dev/null &
 pid=$!
 trap 'kill "$pid" 2>/dev/null || true; wait "$pid" 2>/dev/null || true' EXIT
