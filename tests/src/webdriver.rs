@@ -4,6 +4,7 @@
 //! better to do with them.
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -27,7 +28,9 @@ impl Browser {
     /// Starts a browser. The test asks for `Feature::Command("chromedriver")` first.
     pub fn start() -> Browser {
         let mut driver =
-            (Command::new("chromedriver").arg("--port=0").stdout(Stdio::piped()).spawn()).expect("chromedriver starts");
+            // A process group of its own, so that Chromium can be ended with it whatever state they are in.
+            (Command::new("chromedriver").arg("--port=0").stdout(Stdio::piped()).process_group(0).spawn())
+                .expect("chromedriver starts");
         let port = port(&mut driver);
         let config = ureq::Agent::config_builder().timeout_global(Some(PATIENCE)).http_status_as_error(false);
         let agent = config.build().new_agent();
@@ -140,9 +143,11 @@ impl Browser {
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // Chromium ends with its session; chromedriver alone would leave it running.
+        // Chromium ends with its session; when that hangs, with the group.
         let _ = self.agent.delete(&self.session_url).call();
-        let _ = self.driver.kill();
+        let group = libc::pid_t::try_from(self.driver.id()).expect("a pid fits");
+        // SAFETY: no memory is involved; chromedriver has not been waited for, so the group is still its own.
+        unsafe { libc::kill(-group, libc::SIGKILL) };
         let _ = self.driver.wait();
     }
 }
