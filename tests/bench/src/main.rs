@@ -40,7 +40,7 @@ struct Options {
     /// Phases with each tool; the median is reported
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
-    /// Length of a phase in seconds; phases with memleak's budget on are twice as long
+    /// Length of a phase in seconds; those with memleak's budget on have at least ten
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=3600))]
     seconds: u64,
     /// Only these workloads, as a comma list; `--list` names them

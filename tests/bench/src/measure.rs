@@ -20,7 +20,7 @@ use crate::workloads::{Launch, Target, Workload};
 pub struct Effort {
     /// Phases with each tool.
     pub rounds: usize,
-    /// Length of a phase in seconds; that of some tools is a multiple of it.
+    /// Length of a phase in seconds; some tools need longer ones.
     pub seconds: u64,
 }
 
@@ -377,7 +377,7 @@ impl Bench<'_> {
         };
         let mut relaunched = workload.start(&launch, &folder)?;
         relaunched.load(tool.warm_up_s)?;
-        let (phase, helpers_cpu_s) = phase(&mut *relaunched, self.effort.seconds * tool.stretch)?;
+        let (phase, helpers_cpu_s) = phase(&mut *relaunched, self.effort.seconds.max(tool.least_s))?;
         relaunched.stop();
         Ok((phase, helpers_cpu_s, None))
     }
@@ -393,7 +393,7 @@ impl Bench<'_> {
         let mut session = self.memleak.attach(target.pid(), settings, folder)?;
         target.load(tool.warm_up_s)?;
         let (from, cpu_before_s) = (Instant::now(), session.cpu_s()?);
-        let (phase, _) = phase(target, self.effort.seconds * tool.stretch)?;
+        let (phase, _) = phase(target, self.effort.seconds.max(tool.least_s))?;
         let (to, cpu_s) = (Instant::now(), session.cpu_s()? - cpu_before_s);
         let snapshots = session.snapshots();
         let estimated_cpu_percent = estimated_overhead(snapshots, from, to).map(|rate| rate * 100.0);

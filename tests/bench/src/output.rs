@@ -148,19 +148,27 @@ fn line(text: &mut String, line: &str) {
 fn spread(spread: &Spread, format: impl Fn(f64) -> String) -> String {
     let (min, median, max) = (format(spread.min), format(spread.median), format(spread.max));
     // A minus sign and a dash side by side cannot be read.
-    let dash = if spread.max < 0.0 { " to " } else { "-" };
+    let dash = if spread.min < 0.0 { " to " } else { "-" };
     if min == max { median } else { format!("{median} ({min}{dash}{max})") }
 }
 
-/// Three significant digits.
+/// Three significant digits, but no more than five after the point: below that everything here is noise.
 fn significant(value: f64) -> String {
-    let digits = if value == 0.0 { 0 } else { 2 - value.abs().log10().floor().clamp(-6.0, 2.0) as i32 };
-    format!("{value:.*}", usize::try_from(digits).unwrap_or(0))
+    let digits = if value == 0.0 { 0 } else { 2 - value.abs().log10().floor().clamp(-3.0, 2.0) as i32 };
+    positive_zero(format!("{value:.*}", usize::try_from(digits).unwrap_or(0)))
 }
 
-/// A percentage to a tenth; below that everything here is noise.
+/// A percentage to a tenth.
 fn percent(value: f64) -> String {
-    format!("{value:.1}")
+    positive_zero(format!("{value:.1}"))
+}
+
+/// Less than nothing that was rounded to nothing is nothing.
+fn positive_zero(number: String) -> String {
+    match number.strip_prefix('-') {
+        Some(digits) if digits.chars().all(|c| matches!(c, '0' | '.')) => digits.to_owned(),
+        _ => number,
+    }
 }
 
 /// A spread with k or M, the same for all three: its numbers are compared to each other.
@@ -185,6 +193,7 @@ mod tests {
         assert_eq!(of(1.0, 2.0, 3.0), "2.0 (1.0-3.0)");
         assert_eq!(of(2.0, 2.0, 2.0), "2.0");
         assert_eq!(of(-3.0, -2.0, -1.0), "-2.0 (-3.0 to -1.0)");
+        assert_eq!(of(-0.5, 0.1, 0.4), "0.1 (-0.5 to 0.4)");
     }
 
     // Microseconds per pair and requests per second stand in one table.
@@ -193,6 +202,7 @@ mod tests {
         for (value, text) in [(0.0, "0"), (0.02346, "0.0235"), (1.5, "1.50"), (23.46, "23.5"), (1234.0, "1234")] {
             assert_eq!(significant(value), text);
         }
+        assert_eq!((significant(-0.000_003), percent(-0.04)), ("0.00000".to_owned(), "0.0".to_owned()));
         let rates = |min, median, max| quantities(&Spread { min, median, max });
         assert_eq!(rates(43_835_000.0, 43_835_000.0, 43_835_000.0), "43.8 M");
         assert_eq!(rates(58.7, 43_900.0, 45_400.0), "43.9 (0.0587-45.4) k");
