@@ -89,7 +89,11 @@ impl Tracer {
                     site
                 }
             };
-            let function = collector.tracker().function_name(event.name);
+            let function = match event.kind {
+                // Nobody called anything to free it: the site says what allocated it.
+                EventKind::ImplicitFree => &site.function,
+                EventKind::Alloc | EventKind::Free => collector.tracker().function_name(event.name),
+            };
             let line = if self.json { json_event(&event, &site, function)? } else { text(&event, &site, function) };
             writeln!(self.out, "{line}").map_err(failed)?;
             self.printed += 1;

@@ -66,15 +66,23 @@ struct memleak_block_key {
 	__u32 domain;
 };
 
-/* An outstanding allocation. */
+/*
+ * An outstanding allocation, packed: there may be millions, and an element of a hash map with 16 bytes of key and 24 of
+ * value just fits the 96 bytes that the kernel takes for it; one byte more would cost 128. See enum memleak_block_bits.
+ */
 struct memleak_block {
-	__u64 size;
-	__u64 birth_ns;
 	__u64 stack; /* with instance and probe_set: the site */
-	__u32 probe_set;
-	__u32 cohort; /* birth generation */
-	__u32 tid;
-	__u32 name; /* allocator function */
+	__u64 size_cohort; /* size; birth generation */
+	__u64 birth_set; /* birth in units of 2^BLOCK_BIRTH_SHIFT ns; probe set */
+};
+
+/* The low bits of the two packed words; what is above them is the other field. */
+enum memleak_block_bits {
+	BLOCK_SIZE_BITS = 48, /* more than an address space has; what claims to be larger counts as the largest */
+	BLOCK_COHORT_BITS = 15, /* generations get longer with the run: in years there are not a thousand */
+	BLOCK_BIRTH_BITS = 52, /* nine years of uptime */
+	BLOCK_BIRTH_SHIFT = 6, /* births are kept in units of 64 ns */
+	BLOCK_SET_BITS = 12,
 };
 
 /* Key of `sites` and `stacks`. */
@@ -194,7 +202,7 @@ struct memleak_event {
 	__u32 kind; /* enum memleak_event_kind */
 	__u32 instance;
 	__u32 probe_set;
-	__u32 name;
+	__u32 name; /* the function that was called; nothing for an implicit free */
 	__u32 pid;
 	__u32 tid;
 	char comm[16];

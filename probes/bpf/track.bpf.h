@@ -20,6 +20,51 @@ struct memleak_actor {
 	const struct memleak_target *target;
 };
 
+/* The low `bits` of a word. */
+#define LOW(word, bits) ((word) & ((1ULL << (bits)) - 1))
+
+static __always_inline u64 block_size(const struct memleak_block *block)
+{
+	return LOW(block->size_cohort, BLOCK_SIZE_BITS);
+}
+
+static __always_inline void set_block_size(struct memleak_block *block, u64 size)
+{
+	if (size >> BLOCK_SIZE_BITS)
+		size = LOW(~0ULL, BLOCK_SIZE_BITS);
+	block->size_cohort = (block->size_cohort & ~LOW(~0ULL, BLOCK_SIZE_BITS)) | size;
+}
+
+static __always_inline u32 block_cohort(const struct memleak_block *block)
+{
+	return LOW(block->size_cohort >> BLOCK_SIZE_BITS, BLOCK_COHORT_BITS);
+}
+
+static __always_inline u32 block_probe_set(const struct memleak_block *block)
+{
+	return block->birth_set >> BLOCK_BIRTH_BITS;
+}
+
+/* Age in nanoseconds, good to 2^BLOCK_BIRTH_SHIFT. */
+static __always_inline u64 block_age(const struct memleak_block *block, u64 now)
+{
+	u64 birth = LOW(block->birth_set, BLOCK_BIRTH_BITS) << BLOCK_BIRTH_SHIFT;
+
+	return now > birth ? now - birth : 0;
+}
+
+static __always_inline struct memleak_block new_block(u64 stack, u32 probe_set, u64 size, u64 now)
+{
+	struct memleak_block block = {
+		.stack = stack,
+		.size_cohort = LOW((u64)cohort_now, BLOCK_COHORT_BITS) << BLOCK_SIZE_BITS,
+		.birth_set = (u64)probe_set << BLOCK_BIRTH_BITS | LOW(now >> BLOCK_BIRTH_SHIFT, BLOCK_BIRTH_BITS),
+	};
+
+	set_block_size(&block, size);
+	return block;
+}
+
 static __always_inline u32 lifetime_class(u64 ns)
 {
 	u64 us = ns / 1000;
@@ -95,10 +140,15 @@ static __always_inline void take_off(__s64 *from, u64 n)
  */
 static __always_inline void settle(const struct memleak_block *block, u32 instance, u64 now, u64 bytes, bool whole)
 {
-	struct memleak_site_key key = { .stack = block->stack, .instance = instance, .probe_set = block->probe_set };
+	struct memleak_site_key key = {
+		.stack = block->stack,
+		.instance = instance,
+		.probe_set = block_probe_set(block),
+	};
 	struct memleak_site *site = bpf_map_lookup_elem(&sites, &key);
-	u32 slot = block->cohort % MEMLEAK_COHORTS;
-	bool recent = cohort_now - block->cohort < MEMLEAK_COHORTS - 1;
+	u32 cohort = block_cohort(block);
+	u32 slot = cohort % MEMLEAK_COHORTS;
+	bool recent = LOW(cohort_now - cohort, BLOCK_COHORT_BITS) < MEMLEAK_COHORTS - 1;
 
 	if (!site)
 		return;
@@ -108,7 +158,7 @@ static __always_inline void settle(const struct memleak_block *block, u32 instan
 	else
 		__sync_fetch_and_add(&site->older_freed_bytes, bytes);
 	if (whole) {
-		u32 class = lifetime_class(now - block->birth_ns);
+		u32 class = lifetime_class(block_age(block, now));
 
 		__sync_fetch_and_add(&site->freed_count, 1);
 		if (recent)
@@ -140,7 +190,7 @@ static __always_inline void put_back(struct memleak_actor *actor, u64 address, c
 
 	if (bpf_map_update_elem(&blocks, &key, block, BPF_ANY)) {
 		count(actor->slot, COUNTER_OUTSTANDING_FULL);
-		settle(block, actor->instance, now, block->size, true);
+		settle(block, actor->instance, now, block_size(block), true);
 	}
 }
 
@@ -217,15 +267,7 @@ static __always_inline void track_alloc(struct memleak_actor *actor, const struc
 					     .instance = actor->instance,
 					     .probe_set = function->probe_set };
 	u64 now = bpf_ktime_get_ns();
-	struct memleak_block block = {
-		.size = size,
-		.birth_ns = now,
-		.stack = stack_hash,
-		.probe_set = function->probe_set,
-		.cohort = cohort_now,
-		.tid = actor->pid_tgid,
-		.name = function->name,
-	};
+	struct memleak_block block = new_block(stack_hash, function->probe_set, size, now);
 	struct memleak_block missed;
 	struct memleak_site *site;
 	u32 slot;
@@ -233,9 +275,9 @@ static __always_inline void track_alloc(struct memleak_actor *actor, const struc
 	/* The address is handed out again, so its last block is gone although nobody saw it being freed. */
 	if (take(actor, address, &missed)) {
 		count(actor->slot, COUNTER_IMPLICIT_FREES);
-		settle(&missed, actor->instance, now, missed.size, true);
-		emit(actor, EVENT_IMPLICIT_FREE, address, missed.size, now, now - missed.birth_ns, missed.stack,
-		     missed.probe_set, missed.name);
+		settle(&missed, actor->instance, now, block_size(&missed), true);
+		emit(actor, EVENT_IMPLICIT_FREE, address, block_size(&missed), now, block_age(&missed, now),
+		     missed.stack, block_probe_set(&missed), 0);
 	}
 	site = site_of(actor, &site_key, stack);
 	if (!site)
@@ -244,9 +286,10 @@ static __always_inline void track_alloc(struct memleak_actor *actor, const struc
 		count(actor->slot, COUNTER_OUTSTANDING_FULL);
 		return;
 	}
+	size = block_size(&block);
 	__sync_fetch_and_add(&site->allocated_bytes, size);
 	__sync_fetch_and_add(&site->allocated_count, 1);
-	slot = block.cohort % MEMLEAK_COHORTS;
+	slot = block_cohort(&block) % MEMLEAK_COHORTS;
 	__sync_fetch_and_add(&site->cohorts[slot].bytes, size);
 	__sync_fetch_and_add(&site->cohorts[slot].count, 1);
 	site->last_allocation_ns = now;
@@ -267,23 +310,22 @@ static __always_inline void track_free(struct memleak_actor *actor, const struct
 	now = bpf_ktime_get_ns();
 	if (function->flags & FUNCTION_RANGE) {
 		/* The kernel unmaps whole pages. */
-		u64 size = (block.size + 4095) & ~4095ULL;
+		u64 old_size = block_size(&block);
+		u64 size = (old_size + 4095) & ~4095ULL;
 
 		length = (length + 4095) & ~4095ULL;
 		if (length > size)
 			count(actor->slot, COUNTER_PARTIAL_RANGES);
 		if (length < size) {
-			u64 old_size = block.size;
-
-			block.size = size - length;
-			settle(&block, actor->instance, now, old_size - block.size, false);
+			set_block_size(&block, size - length);
+			settle(&block, actor->instance, now, old_size - block_size(&block), false);
 			put_back(actor, address + length, &block, now);
 			return;
 		}
 	}
-	settle(&block, actor->instance, now, block.size, true);
-	emit(actor, EVENT_FREE, address, block.size, now, now - block.birth_ns, stack_hash ? stack_hash : block.stack,
-	     function->probe_set, function->name);
+	settle(&block, actor->instance, now, block_size(&block), true);
+	emit(actor, EVENT_FREE, address, block_size(&block), now, block_age(&block, now),
+	     stack_hash ? stack_hash : block.stack, function->probe_set, function->name);
 }
 
 #endif

@@ -20,6 +20,7 @@ char LICENSE[] SEC("license") = "GPL";
 /* Keeps types that only the collector reads in this object's type information, from which its Rust twins are made. */
 struct memleak_kept_types {
 	enum memleak_role role;
+	enum memleak_block_bits block_bits;
 	enum memleak_function_flags function_flags;
 	enum memleak_stack_end stack_end;
 	enum memleak_counter counter;
@@ -139,7 +140,7 @@ static __always_inline void abandon(struct memleak_actor *actor, struct memleak_
 	if (thread->window == actor->target->window)
 		count(actor->slot, COUNTER_MISSED_RETURNS);
 	if (thread->old_address)
-		settle(&thread->old, actor->instance, bpf_ktime_get_ns(), thread->old.size, true);
+		settle(&thread->old, actor->instance, bpf_ktime_get_ns(), block_size(&thread->old), true);
 	thread->old_address = 0;
 	thread->sp = 0;
 }
@@ -229,7 +230,7 @@ static __always_inline int on_enter(struct pt_regs *ctx)
 
 		/* What it hands out will be unknown; what it takes back must not stay. */
 		if (function->role == ROLE_REALLOC && block && take(&actor, block, &old))
-			settle(&old, actor.instance, bpf_ktime_get_ns(), old.size, true);
+			settle(&old, actor.instance, bpf_ktime_get_ns(), block_size(&old), true);
 		return SKIP;
 	}
 	if (thread->sp && thread->window != actor.target->window)
@@ -311,17 +312,17 @@ static __always_inline int on_return(struct pt_regs *ctx)
 		if (thread->size) {
 			put_back(&actor, old_address, &thread->old, now);
 		} else {
-			settle(&thread->old, actor.instance, now, thread->old.size, true);
-			emit(&actor, EVENT_FREE, old_address, thread->old.size, now, now - thread->old.birth_ns,
-			     thread->stack_hash, function->probe_set, function->name);
+			settle(&thread->old, actor.instance, now, block_size(&thread->old), true);
+			emit(&actor, EVENT_FREE, old_address, block_size(&thread->old), now,
+			     block_age(&thread->old, now), thread->stack_hash, function->probe_set, function->name);
 		}
 		return 0;
 	}
 	if (old_address) {
 		u64 now = bpf_ktime_get_ns();
 
-		settle(&thread->old, actor.instance, now, thread->old.size, true);
-		emit(&actor, EVENT_FREE, old_address, thread->old.size, now, now - thread->old.birth_ns,
+		settle(&thread->old, actor.instance, now, block_size(&thread->old), true);
+		emit(&actor, EVENT_FREE, old_address, block_size(&thread->old), now, block_age(&thread->old, now),
 		     thread->stack_hash, function->probe_set, function->name);
 	}
 	if (!thread->filtered)

@@ -8,13 +8,14 @@ use std::time::Instant;
 
 use crate::spec::{FunctionSpec, Library, ProbeSetSpec, Returns, Role, Size};
 use crate::tracker::Tracker;
+use crate::types::MAX_PROBE_SET;
 use crate::{Result, own_code};
 
 /// Pairs of an allocation and its free per round.
 const PAIRS: u64 = 300;
 /// The best of so many rounds counts: the others were disturbed.
 const ROUNDS: u32 = 3;
-/// Instance and probe set number that no real target has.
+/// Instance number that no real target has.
 const NUMBER: u32 = u32::MAX;
 
 /// Nanoseconds per hit (an entry or a return), averaged over pairs of an allocation and its free, everything included:
@@ -30,7 +31,7 @@ pub(crate) fn measure(tracker: &mut Tracker) -> Result<f64> {
         optional: false,
     };
     let set = ProbeSetSpec {
-        number: NUMBER,
+        number: MAX_PROBE_SET,
         name: "calibration".into(),
         domain: "memory".into(),
         functions: vec![

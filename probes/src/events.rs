@@ -74,7 +74,8 @@ pub struct Event {
     pub lifetime_ns: u64,
     /// Key of the stack of this call, see [`crate::Tracker::read_stack`].
     pub site: SiteKey,
-    /// Number of the function's name, see [`crate::Tracker::function_name`].
+    /// Number of the name of the function that was called, see [`crate::Tracker::function_name`]; no name for an implicit
+    /// free.
     pub name: u32,
     /// Process id.
     pub pid: u32,

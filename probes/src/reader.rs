@@ -7,8 +7,8 @@ use std::os::fd::AsRawFd;
 use libbpf_rs::{MapCore, MapFlags};
 
 use crate::types::{
-    COHORTS, LIFETIME_CLASSES, Plain, bytes_of, from_bytes, memleak_block, memleak_block_key,
-    memleak_counter as counter, memleak_counters, memleak_site, memleak_site_key, memleak_stack,
+    COHORTS, LIFETIME_CLASSES, Plain, bytes_of, from_bytes, memleak_block, memleak_block_bits as bits,
+    memleak_block_key, memleak_counter as counter, memleak_counters, memleak_site, memleak_site_key, memleak_stack,
     memleak_stack_end as stack_end,
 };
 use crate::{Error, ErrorKind, Result};
@@ -96,6 +96,34 @@ pub struct Block {
     pub birth_ns: u64,
     /// The group of probe sets it belongs to.
     pub(crate) domain: u32,
+}
+
+/// The fields that are packed, see `enum memleak_block_bits`.
+impl memleak_block {
+    fn size(&self) -> u64 {
+        low(self.size_cohort, bits::BLOCK_SIZE_BITS)
+    }
+
+    fn cohort(&self) -> u32 {
+        low(self.size_cohort >> bits::BLOCK_SIZE_BITS.0, bits::BLOCK_COHORT_BITS) as u32
+    }
+
+    /// Generations that have begun after this block's, of which `now` is the newest.
+    fn generations_since(&self, now: u32) -> u32 {
+        low(now.wrapping_sub(self.cohort()).into(), bits::BLOCK_COHORT_BITS) as u32
+    }
+
+    fn birth_ns(&self) -> u64 {
+        low(self.birth_set, bits::BLOCK_BIRTH_BITS) << bits::BLOCK_BIRTH_SHIFT.0
+    }
+
+    fn probe_set(&self) -> u32 {
+        (self.birth_set >> bits::BLOCK_BIRTH_BITS.0) as u32
+    }
+}
+
+fn low(word: u64, kept: bits) -> u64 {
+    word & ((1 << kept.0) - 1)
 }
 
 /// Counters of one process instance.
@@ -197,7 +225,7 @@ pub(crate) fn read_blocks(map: &dyn MapCore, instance: u32) -> Result<Vec<Block>
     let mut out = Vec::new();
     for_each::<memleak_block_key, memleak_block>(map, |key, block| {
         if key.instance == instance {
-            let memleak_block { size, birth_ns, .. } = *block;
+            let (size, birth_ns) = (block.size(), block.birth_ns());
             out.push(Block { address: key.address, size, birth_ns, domain: key.domain });
         }
     })?;
@@ -223,23 +251,24 @@ pub(crate) fn remove_blocks(
         if blocks.delete(bytes_of(&key)).is_err() {
             continue;
         }
-        let site_key = memleak_site_key { stack: raw.stack, instance, probe_set: raw.probe_set };
+        let site_key = memleak_site_key { stack: raw.stack, instance, probe_set: raw.probe_set() };
         let found = sites.lookup(bytes_of(&site_key), MapFlags::ANY).map_err(|e| failed(&e))?;
         let Some(mut site) = found.and_then(|bytes| from_bytes::<memleak_site>(&bytes)) else { continue };
         // As settle() in track.bpf.h does it.
+        let size = raw.size();
         if ended {
-            site.freed_bytes += raw.size;
+            site.freed_bytes += size;
             site.freed_count += 1;
         } else {
-            site.allocated_bytes = site.allocated_bytes.saturating_sub(raw.size);
+            site.allocated_bytes = site.allocated_bytes.saturating_sub(size);
             site.allocated_count = site.allocated_count.saturating_sub(1);
         }
-        if cohort.wrapping_sub(raw.cohort) < COHORTS as u32 - 1 {
-            let slot = &mut site.cohorts[raw.cohort as usize % COHORTS];
-            slot.bytes -= raw.size.cast_signed();
+        if raw.generations_since(cohort) < COHORTS as u32 - 1 {
+            let slot = &mut site.cohorts[raw.cohort() as usize % COHORTS];
+            slot.bytes -= size.cast_signed();
             slot.count -= 1;
         } else {
-            site.older_freed_bytes += raw.size;
+            site.older_freed_bytes += size;
             site.older_freed_count += 1;
         }
         sites.update(bytes_of(&site_key), bytes_of(&site), MapFlags::EXIST).map_err(|e| failed(&e))?;

@@ -1,9 +1,10 @@
 //! Rust twins of the structures in `bpf/memleak_types.h`, generated from the BPF object's type information.
 
 pub(crate) use crate::skeleton::userspace_alloc::types::{
-    memleak_block, memleak_block_key, memleak_cohort, memleak_counter, memleak_counters, memleak_event,
-    memleak_event_kind, memleak_function, memleak_function_flags, memleak_process_event, memleak_process_event_kind,
-    memleak_range, memleak_role, memleak_site, memleak_site_key, memleak_stack, memleak_stack_end, memleak_target,
+    memleak_block, memleak_block_bits, memleak_block_key, memleak_cohort, memleak_counter, memleak_counters,
+    memleak_event, memleak_event_kind, memleak_function, memleak_function_flags, memleak_process_event,
+    memleak_process_event_kind, memleak_range, memleak_role, memleak_site, memleak_site_key, memleak_stack,
+    memleak_stack_end, memleak_target,
 };
 
 /// Birth generations that a site tells apart.
@@ -14,6 +15,8 @@ pub const LIFETIME_CLASSES: usize = lifetimes(|s| &s.lifetimes);
 pub const MAX_FRAMES: usize = addresses(|s| &s.addresses) - 1;
 /// Ranges of a process's address space that may hold its code.
 pub(crate) const CODE_RANGES: usize = code_ranges(|t| &t.code);
+/// Largest number of a probe set.
+pub(crate) const MAX_PROBE_SET: u32 = (1 << memleak_block_bits::BLOCK_SET_BITS.0) - 1;
 /// Most independent groups of probe sets.
 pub const MAX_DOMAINS: usize = 8;
 /// Most watched process instances at once.
@@ -48,7 +51,7 @@ macro_rules! plain {
 
 // The sizes are sums over the fields in memleak_types.h.
 plain! {
-    memleak_block: 3 * 8 + 4 * 4,
+    memleak_block: 3 * 8,
     memleak_block_key: 8 + 2 * 4,
     memleak_counters: 16 * 8,
     memleak_event: 5 * 8 + 6 * 4 + 16,

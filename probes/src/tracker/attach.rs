@@ -14,7 +14,9 @@ use crate::features::Backend;
 use crate::placement::{self, Placement};
 use crate::skeleton::userspace_alloc::UserspaceAllocSkel;
 use crate::spec::{Attached, FunctionSpec, Library, ProbeSetSpec, Returns, Role, Size, needs};
-use crate::types::{MAX_DOMAINS, bytes_of, memleak_function, memleak_function_flags as flags, memleak_role};
+use crate::types::{
+    MAX_DOMAINS, MAX_PROBE_SET, bytes_of, memleak_function, memleak_function_flags as flags, memleak_role,
+};
 use crate::{Error, ErrorKind, Result};
 
 /// The probes of one probe set in one file.
@@ -230,6 +232,10 @@ impl Tracker {
         let key = (id, set.number, spec.symbol.clone(), at.sp_offset);
         if let Some(index) = self.functions.get(&key) {
             return Ok(*index);
+        }
+        if set.number > MAX_PROBE_SET {
+            let message = format!("failed to add probe set {}: there can be no more than {MAX_PROBE_SET}", set.name);
+            return Err(Error::new(ErrorKind::Limit, message));
         }
         let domain = self.domain(&set.domain)?;
         let name = self.name(&spec.symbol);
