@@ -39,6 +39,8 @@ const BUILDS: &[Build] = &[
     lib("libplugin.so", "programs/libplugin.c"),
     gcc("kinds", "programs/kinds.c", &[]),
     gcc("kinds-static", "programs/kinds.c", &["-static"]),
+    // For allocators that lack pvalloc: one's block is none of the other's business.
+    gcc("kinds-no-pvalloc", "programs/kinds.c", &["-DNO_PVALLOC"]),
     gcc("kinds-static-stripped", "programs/kinds.c", &["-static", "-s"]),
     Build { name: "kinds-musl", source: "programs/kinds.c", compiler: "musl-gcc", flags: &[] },
     Build { name: "kinds-musl-static", source: "programs/kinds.c", compiler: "musl-gcc", flags: &["-static"] },
@@ -59,11 +61,23 @@ const BUILDS: &[Build] = &[
     gcc("hostile", "programs/hostile.c", &["-g0"]),
     gcc("pool", "programs/pool.c", &["-L.", "-l:libpool.so", "-Wl,-rpath,$ORIGIN"]),
     gcc("longjmp", "programs/longjmp.c", &["-L.", "-l:libpool.so", "-Wl,-rpath,$ORIGIN"]),
-    Build { name: "operator_new", source: "programs/operator_new.cc", compiler: "g++", flags: &[] },
+    gcc("jemalloc", "programs/jemalloc.c", &["-ldl"]),
+    gcc("tcmalloc", "programs/tcmalloc.c", &["-ldl"]),
+    gcc("mimalloc", "programs/mimalloc.c", &["-ldl"]),
+    gcc("two_allocators", "programs/two_allocators.c", &["-ldl"]),
+    // Told nothing about malloc, the compiler leaves the bodies as they are.
+    gcc("own_malloc", "programs/own_malloc.c", &["-fno-builtin"]),
+    gxx("operator_new", "programs/operator_new.cc", &[]),
+    gxx("operators", "programs/operators.cc", &["-std=c++17"]),
+    gxx("own_operators", "programs/own_operators.cc", &[]),
 ];
 
 const fn gcc<'a>(name: &'a str, source: &'a str, flags: &'a [&'a str]) -> Build<'a> {
     Build { name, source, compiler: "gcc", flags }
+}
+
+const fn gxx<'a>(name: &'a str, source: &'a str, flags: &'a [&'a str]) -> Build<'a> {
+    Build { name, source, compiler: "g++", flags }
 }
 
 const fn lib<'a>(name: &'a str, source: &'a str) -> Build<'a> {

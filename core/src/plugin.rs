@@ -1,31 +1,36 @@
 //! Probe-set manifests: what a plugin is made of.
 //!
 //! A manifest is a TOML file that names the functions of an allocator (or of any pair of calls that acquire and
-//! release something) and says what their arguments mean; see `plugins/README.md`. This module reads and checks
-//! manifests, embedded ones and the user's, and turns them into what the kernel side wants. It attaches nothing.
+//! release something) and says what their arguments mean; see `plugins/README.md`. This module finds the manifests,
+//! embedded ones and the user's, `manifest` checks them, `matching` says which files provide them. It attaches nothing.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use globset::{Glob, GlobSet, GlobSetBuilder};
-use memleak_probes::{FunctionSpec, ProbeSetSpec, Returns, Role, Size};
-use serde::Deserialize;
+use memleak_probes::ProbeSetSpec;
 
 use crate::config::PluginSettings;
 use crate::{Error, Result};
 
+mod manifest;
+mod matching;
+
+pub use matching::{Facts, Matching};
+
 /// Manifests that come with the binary, by file name.
-const EMBEDDED: [(&str, &str); 4] = [
+const EMBEDDED: [(&str, &str); 8] = [
     ("glibc.toml", include_str!("../../plugins/glibc.toml")),
+    ("interposed.toml", include_str!("../../plugins/interposed.toml")),
     ("jemalloc.toml", include_str!("../../plugins/jemalloc.toml")),
+    ("mimalloc.toml", include_str!("../../plugins/mimalloc.toml")),
     ("mmap.toml", include_str!("../../plugins/mmap.toml")),
     ("musl.toml", include_str!("../../plugins/musl.toml")),
+    ("operators.toml", include_str!("../../plugins/operators.toml")),
+    ("tcmalloc.toml", include_str!("../../plugins/tcmalloc.toml")),
 ];
 
 /// Largest manifest that is read, bytes.
 const MAX_MANIFEST: u64 = 1 << 20;
-/// Arguments that can be read: those that the calling conventions pass in registers.
-const MAX_ARGUMENTS: u8 = 6;
 
 /// A probe set: which files provide it, and what its functions do.
 #[derive(Clone, Debug)]
@@ -38,111 +43,8 @@ pub struct Plugin {
     pub enabled: bool,
     /// Where the manifest came from.
     pub origin: String,
-    sonames: GlobSet,
-    executable_defines: Vec<String>,
-}
-
-impl Plugin {
-    /// True when a mapped file of this path or `DT_SONAME` provides it.
-    pub fn matches_library(&self, path: &str, soname: Option<&str>) -> bool {
-        let file_name = path.rsplit('/').next().unwrap_or(path);
-        self.sonames.is_match(file_name) || soname.is_some_and(|s| self.sonames.is_match(s))
-    }
-
-    /// Symbols that a statically linked executable must define, all of them, to provide it; empty when executables
-    /// never do.
-    pub fn executable_defines(&self) -> &[String] {
-        &self.executable_defines
-    }
-}
-
-/// The file format.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Manifest {
-    name: String,
-    kind: Kind,
-    #[serde(default)]
-    description: String,
-    #[serde(default = "yes")]
-    enabled: bool,
-    #[serde(default = "memory")]
-    domain: String,
-    #[serde(rename = "match")]
-    matching: Matching,
-    #[serde(default, rename = "function")]
-    functions: Vec<Function>,
-}
-
-fn yes() -> bool {
-    true
-}
-
-fn memory() -> String {
-    "memory".into()
-}
-
-#[derive(Clone, Copy, Debug, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Kind {
-    Userspace,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Matching {
-    #[serde(default)]
-    sonames: Vec<String>,
-    #[serde(default)]
-    executable_defines: Vec<String>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Function {
-    symbol: String,
-    role: ManifestRole,
-    #[serde(default)]
-    size: Option<ManifestSize>,
-    #[serde(default, alias = "block")]
-    old: Option<Argument>,
-    #[serde(default)]
-    returns: ManifestReturns,
-    #[serde(default)]
-    range: bool,
-    #[serde(default)]
-    optional: bool,
-}
-
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "lowercase")]
-enum ManifestRole {
-    Alloc,
-    Realloc,
-    Free,
-}
-
-#[derive(Clone, Copy, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Argument {
-    arg: u8,
-}
-
-#[derive(Clone, Copy, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ManifestSize {
-    arg: Option<u8>,
-    times: Option<u8>,
-    #[serde(rename = "const")]
-    constant: Option<u64>,
-}
-
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ManifestReturns {
-    pointer_in_arg: Option<u8>,
-    ok: Option<i32>,
-    failed: Option<i64>,
+    /// Which files provide it.
+    pub matching: Matching,
 }
 
 /// Reads the embedded manifests and those of `settings.dir`, in order of their file names.
@@ -163,7 +65,7 @@ pub fn load(settings: &PluginSettings) -> Result<Vec<Plugin>> {
     }
     let mut plugins: Vec<Plugin> = Vec::new();
     for (origin, text) in sources.values() {
-        let plugin = parse(text, origin, plugins.len())?;
+        let plugin = manifest::parse(text, origin, plugins.len())?;
         if let Some(first) = plugins.iter().find(|p| p.spec.name == plugin.spec.name) {
             let message = format!("{origin}: the name \"{}\" is taken by {}", plugin.spec.name, first.origin);
             return Err(Error::config(message));
@@ -204,107 +106,11 @@ fn read_manifest(path: &Path) -> Result<String> {
     std::fs::read_to_string(path).map_err(failed)
 }
 
-/// Parses and checks one manifest.
-fn parse(text: &str, origin: &str, number: usize) -> Result<Plugin> {
-    let manifest: Manifest =
-        toml::from_str(text).map_err(|e| Error::config(format!("{origin}: {}", e.to_string().trim_end())))?;
-    let wrong = |what: String| Error::config(format!("{origin}: {what}"));
-    let Manifest { name, kind: Kind::Userspace, description, enabled, domain, matching, functions } = manifest;
-    let valid = |s: &str| !s.is_empty() && s.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
-    if !valid(&name) || !valid(&domain) {
-        return Err(wrong("name and domain consist of letters, digits, - and _".into()));
-    }
-    if matching.sonames.is_empty() && matching.executable_defines.is_empty() {
-        return Err(wrong("[match] names neither sonames nor executable_defines, so nothing provides this set".into()));
-    }
-    let mut sonames = GlobSetBuilder::new();
-    for pattern in &matching.sonames {
-        sonames.add(Glob::new(pattern).map_err(|e| wrong(format!("match.sonames: {e}")))?);
-    }
-    let sonames = sonames.build().map_err(|e| wrong(format!("match.sonames: {e}")))?;
-    let mut seen = HashSet::new();
-    let mut specs = Vec::new();
-    for function in &functions {
-        let at = |what: &str| wrong(format!("function {}: {what}", function.symbol));
-        if !seen.insert(&function.symbol) {
-            return Err(at("named twice"));
-        }
-        specs.push(function.to_spec().map_err(|what| at(&what))?);
-    }
-    for (role, verb) in [(Role::Alloc, "hands out a block"), (Role::Free, "takes a block back")] {
-        let some = specs.iter().any(|f| f.role == role || f.role == Role::Realloc);
-        if !some {
-            return Err(wrong(format!("no function {verb}")));
-        }
-    }
-    let spec = ProbeSetSpec { number: u32::try_from(number).unwrap_or(u32::MAX), name, domain, functions: specs };
-    Ok(Plugin {
-        spec,
-        description,
-        enabled,
-        origin: origin.to_owned(),
-        sonames,
-        executable_defines: matching.executable_defines,
-    })
-}
-
-impl Function {
-    fn to_spec(&self) -> Result<FunctionSpec, String> {
-        let size = match self.size {
-            None => Size::Constant(0),
-            Some(ManifestSize { arg: Some(arg), times, constant: None }) => Size::Argument { arg, times },
-            Some(ManifestSize { arg: None, times: None, constant: Some(bytes) }) => Size::Constant(bytes),
-            Some(_) => return Err("size is { arg = N }, { arg = N, times = M } or { const = BYTES }".into()),
-        };
-        let returns = match self.returns {
-            ManifestReturns { pointer_in_arg: Some(arg), ok, failed: None } => {
-                Returns::Pointer { arg, ok: ok.unwrap_or(0) }
-            }
-            ManifestReturns { pointer_in_arg: None, ok: None, failed } => {
-                Returns::Value { failed: failed.unwrap_or(0).cast_unsigned() }
-            }
-            _ => return Err("returns is { failed = VALUE } or { pointer_in_arg = N, ok = VALUE }".into()),
-        };
-        let mut arguments = Vec::from_iter(self.old.map(|a| a.arg));
-        if let Size::Argument { arg, times } = size {
-            arguments.push(arg);
-            arguments.extend(times);
-        }
-        if let Returns::Pointer { arg, .. } = returns {
-            arguments.push(arg);
-        }
-        if let Some(n) = arguments.iter().find(|n| **n >= MAX_ARGUMENTS) {
-            return Err(format!(
-                "argument {n} cannot be read: arguments count from 0, and {MAX_ARGUMENTS} are in registers"
-            ));
-        }
-        let role = match (self.role, self.old) {
-            (ManifestRole::Alloc, None) => Role::Alloc,
-            (ManifestRole::Alloc, Some(_)) => return Err("role \"alloc\" takes no old; is it a \"realloc\"?".into()),
-            (ManifestRole::Realloc, Some(_)) => Role::Realloc,
-            (ManifestRole::Free, Some(_)) => Role::Free,
-            (_, None) => return Err("which argument is the old block? Say old = { arg = N }".into()),
-        };
-        if role == Role::Free && !self.range && self.size.is_some() {
-            return Err("a free has a size only with range = true".into());
-        }
-        if self.range && (role != Role::Free || !matches!(size, Size::Argument { .. })) {
-            return Err("range = true goes with role \"free\" and size = { arg = N }".into());
-        }
-        Ok(FunctionSpec {
-            symbol: self.symbol.clone(),
-            role,
-            size,
-            block_arg: self.old.map(|a| a.arg),
-            returns,
-            range: self.range,
-            optional: self.optional,
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use memleak_probes::Size;
+
+    use super::manifest::parse;
     use super::*;
 
     const POOL: &str = r#"
@@ -331,7 +137,8 @@ mod tests {
     fn embedded_manifests_are_valid_and_mmap_is_off() {
         let plugins = load(&PluginSettings::default()).unwrap();
         let on: Vec<(&str, bool)> = plugins.iter().map(|p| (p.spec.name.as_str(), p.enabled)).collect();
-        assert_eq!(on, [("glibc", true), ("jemalloc", true), ("mmap", false), ("musl", true)]);
+        let names = ["glibc", "interposed", "jemalloc", "mimalloc", "mmap", "musl", "operators", "tcmalloc"];
+        assert_eq!(on, names.map(|name| (name, name != "mmap")));
     }
 
     /// A set of the user's own needs nothing but a manifest.
@@ -342,9 +149,7 @@ mod tests {
         assert_eq!(plugin.spec.domain, "memory");
         assert_eq!(plugin.spec.functions[0].size, Size::Constant(24));
         assert_eq!(plugin.spec.functions[1].block_arg, Some(1));
-        assert!(plugin.matches_library("/usr/lib/libpool.so.2", None));
-        assert!(plugin.matches_library("/app/renamed", Some("libpool.so.1")));
-        assert!(!plugin.matches_library("/usr/lib/libc.so.6", None));
+        assert!(plugin.matching.fits("/usr/lib/libpool.so.2", &Facts::default()));
     }
 
     /// Every mistake is named with the file and the function.
@@ -366,6 +171,6 @@ mod tests {
     #[test]
     fn an_unknown_set_in_the_settings_is_an_error() {
         let settings = PluginSettings { enabled: [("jemaloc".to_owned(), true)].into(), ..PluginSettings::default() };
-        assert!(load(&settings).unwrap_err().to_string().contains("there are glibc, jemalloc, mmap, musl"));
+        assert!(load(&settings).unwrap_err().to_string().contains("there are glibc, interposed, jemalloc, "));
     }
 }

@@ -24,7 +24,7 @@ use crate::maps::{Backing, FileId, Mapping, Maps, open_mapped};
 use crate::process::ProcDir;
 use crate::snapshot::{Process, Site};
 
-mod debug_file;
+pub(crate) mod debug_file;
 mod demangle;
 mod image;
 mod module;

@@ -34,13 +34,14 @@ pub(crate) fn measure(tracker: &mut Tracker) -> Result<f64> {
         number: MAX_PROBE_SET,
         name: "calibration".into(),
         domain: "memory".into(),
+        prefixes: vec![String::new()],
         functions: vec![
             function("memleak_own_allocate", Role::Alloc, None),
             function("memleak_own_release", Role::Free, Some(0)),
         ],
     };
     let at = [own_code::offset(own_code::allocate_address())?, own_code::offset(own_code::release_address())?];
-    let library = Library { path: PathBuf::from("/proc/self/exe"), name: "memleak itself".into() };
+    let library = Library { path: PathBuf::from("/proc/self/exe"), name: "memleak itself".into(), debug: None };
     tracker.add_target(std::process::id(), NUMBER, false)?;
     let result = tracker.attach_at(NUMBER, &set, &library, &at).and_then(|()| {
         let mut best = f64::INFINITY;

@@ -3,13 +3,13 @@
 //! The file belongs to the traced side: it may be anything. Only the tables that are needed are read, nothing is
 //! trusted to be in range, and sizes are bounded.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use object::read::elf::{Dyn, FileHeader, ProgramHeader, SectionHeader, Sym};
-use object::read::{ReadCache, ReadRef};
+use object::read::{ReadCache, ReadRef, StringTable};
 use object::{Endianness, elf};
 
 use crate::{Error, ErrorKind, Result};
@@ -35,18 +35,30 @@ pub struct Function {
 pub struct Symbols {
     /// By name: the functions that have it (several versions of a symbol may exist). Names without one are absent.
     pub functions: HashMap<String, Vec<Function>>,
-    /// True when the file has no symbols at all, as a stripped static binary.
+    /// Those of the names that other files can use (dynamic symbols).
+    pub exported: HashSet<String>,
+    /// True when there are no symbols at all, as in a stripped static binary.
     pub stripped: bool,
     /// True when the Go compiler made it.
     pub go: bool,
 }
 
-/// Looks `names` up in the dynamic and the full symbol table of `path`.
+/// Looks `names` up in the dynamic and the full symbol table of `path`, and in the full symbol table of `debug`, the
+/// file with its debug information, where there is one.
 ///
 /// # Errors
-/// [`ErrorKind::Elf`] when the file cannot be opened or is not a sane 64-bit ELF file.
-pub fn read_symbols(path: &Path, names: &[&str]) -> Result<Symbols> {
-    read_file(path, |data| read_functions(data, names))
+/// [`ErrorKind::Elf`] when the file cannot be opened or is not a sane 64-bit ELF file. A file with debug information
+/// that is not sound adds nothing.
+pub fn read_symbols(path: &Path, debug: Option<&Path>, names: &[&str]) -> Result<Symbols> {
+    read_file(path, |data| {
+        let mut symbols = read_functions(data, names)?;
+        if let Some(debug) = debug
+            && let Err(e) = read_file(debug, |from| add_functions(&mut symbols, data, from, names))
+        {
+            tracing::debug!("no symbols from debug information: {e}");
+        }
+        Ok(symbols)
+    })
 }
 
 /// The file's own name (`DT_SONAME`); `None` when it has none.
@@ -91,30 +103,55 @@ fn read_dynamic_name<'a, R: ReadRef<'a>>(data: R) -> object::read::Result<Option
 fn read_functions<'a, R: ReadRef<'a>>(data: R, names: &[&str]) -> object::read::Result<Symbols> {
     let header = elf::FileHeader64::<Endianness>::parse(data)?;
     let endian = header.endian()?;
-    let segments = header.program_headers(endian, data)?;
     let sections = header.sections(endian, data)?;
     let go = sections.iter().any(|s| sections.section_name(endian, s).is_ok_and(|name| GO_SECTIONS.contains(&name)));
     let mut out = Symbols { stripped: true, go, ..Symbols::default() };
+    add_functions(&mut out, data, data, names)?;
+    Ok(out)
+}
+
+/// Adds what the symbol tables of `tables` say about the code of `data`: the same file or its debug information.
+fn add_functions<'a, 'b, R: ReadRef<'a>, T: ReadRef<'b>>(
+    out: &mut Symbols,
+    data: R,
+    tables: T,
+    names: &[&str],
+) -> object::read::Result<()> {
+    let code = elf::FileHeader64::<Endianness>::parse(data)?;
+    let segments = code.program_headers(code.endian()?, data)?;
+    let header = elf::FileHeader64::<Endianness>::parse(tables)?;
+    let endian = header.endian()?;
+    let sections = header.sections(endian, tables)?;
+    let wanted: HashSet<&[u8]> = names.iter().map(|n| n.as_bytes()).collect();
     for kind in [elf::SHT_DYNSYM, elf::SHT_SYMTAB] {
-        let table = sections.symbols(endian, data, kind)?;
-        if table.len() > MAX_SYMBOLS {
+        let table = sections.symbols(endian, tables, kind)?;
+        if table.is_empty() || table.len() > MAX_SYMBOLS {
             continue;
         }
+        // All names at once: one by one, each would be read and kept for itself.
+        let strings = sections.section(table.string_section())?.data(endian, tables)?;
+        let strings = StringTable::new(strings, 0, strings.len() as u64);
         for symbol in table.iter() {
             if symbol.is_undefined(endian) || symbol.st_type() != elf::STT_FUNC || symbol.st_value(endian) == 0 {
                 continue;
             }
             out.stripped = false;
-            let Ok(name) = table.symbol_name(endian, symbol) else { continue };
-            let Some(name) = names.iter().find(|n| n.as_bytes() == name) else { continue };
+            let Ok(name) = symbol.name(endian, strings) else { continue };
+            if !wanted.contains(name) {
+                continue;
+            }
             let Some(function) = locate(segments, endian, data, symbol) else { continue };
-            let known = out.functions.entry((*name).to_owned()).or_default();
+            let name = String::from_utf8_lossy(name).into_owned();
+            if kind == elf::SHT_DYNSYM {
+                out.exported.insert(name.clone());
+            }
+            let known = out.functions.entry(name).or_default();
             if known.iter().all(|f: &Function| f.offset != function.offset) {
                 known.push(function);
             }
         }
     }
-    Ok(out)
+    Ok(())
 }
 
 /// Where a symbol's code lies in the file; `None` when it is in no executable segment.
@@ -151,7 +188,7 @@ mod tests {
         let name = std::ffi::CString::new(fifo.to_str().unwrap()).unwrap();
         // SAFETY: `name` is a valid C string.
         assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
-        let message = read_symbols(&fifo, &["malloc"]).unwrap_err().to_string();
+        let message = read_symbols(&fifo, None, &["malloc"]).unwrap_err().to_string();
         std::fs::remove_dir_all(&dir).unwrap();
         assert!(message.contains("not a regular file"), "{message}");
     }
@@ -168,8 +205,8 @@ mod tests {
         let program = dir.join("go");
         let status = std::process::Command::new("gcc").arg(&source).arg("-o").arg(&program).status().unwrap();
         assert!(status.success());
-        let symbols = read_symbols(&program, &["main"]).unwrap();
-        let own = read_symbols(Path::new("/proc/self/exe"), &["main"]).unwrap();
+        let symbols = read_symbols(&program, None, &["main"]).unwrap();
+        let own = read_symbols(Path::new("/proc/self/exe"), None, &["main"]).unwrap();
         std::fs::remove_dir_all(&dir).unwrap();
         assert!(symbols.go && symbols.functions.contains_key("main"), "{symbols:?}");
         assert!(!own.go);

@@ -74,8 +74,17 @@ pub struct ProbeSetSpec {
     pub name: String,
     /// Group of probe sets in which nested calls count once.
     pub domain: String,
+    /// What the names of its functions may begin with in a file, in addition to their names here; mostly one, empty.
+    pub prefixes: Vec<String>,
     /// Its functions.
     pub functions: Vec<FunctionSpec>,
+}
+
+impl ProbeSetSpec {
+    /// Every name that a function of the set may have.
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.prefixes.iter().flat_map(|p| self.functions.iter().map(move |f| format!("{p}{}", f.symbol))).collect()
+    }
 }
 
 /// A file that a process has mapped.
@@ -85,6 +94,8 @@ pub struct Library {
     pub path: PathBuf,
     /// Its name for people.
     pub name: String,
+    /// How we can open the file with its debug information; `None` when there is none, or nobody looked for it.
+    pub debug: Option<PathBuf>,
 }
 
 /// What became of one function of a probe set.

@@ -40,7 +40,7 @@ KIND(reallocarray, 83, reallocarray(NOTHING, 5, 7))
 KIND(posix_memalign, 79, BY_POSIX_MEMALIGN(64, 41))
 KIND(aligned_alloc, 73, aligned_alloc(32, opaque(31)))
 KIND(memalign, 71, memalign(128, 43))
-#ifdef __GLIBC__
+#if defined(__GLIBC__) && !defined(NO_PVALLOC)
 KIND(valloc, 67, valloc(47))
 KIND(pvalloc, 61, pvalloc(51))
 #endif
@@ -61,7 +61,7 @@ static void work(void)
 	churn_aligned_alloc();
 	leak_memalign();
 	churn_memalign();
-#ifdef __GLIBC__
+#if defined(__GLIBC__) && !defined(NO_PVALLOC)
 	leak_valloc();
 	churn_valloc();
 	leak_pvalloc();

@@ -16,6 +16,8 @@ pub enum Feature {
     Bpf,
     /// An installed command of that name.
     Command(&'static str),
+    /// An installed shared library with that file name.
+    Library(&'static str),
     /// A test program of that name, which needs a compiler that may be missing.
     Program(&'static str),
     /// A cgroup v2 hierarchy in which groups can be made.
@@ -33,6 +35,9 @@ pub fn missing(features: &[Feature]) -> Option<String> {
         }
         Feature::Command(name) => {
             (!is_installed(name)).then(|| format!("{name} is not installed (tests/setup.sh test installs it)"))
+        }
+        Feature::Library(name) => {
+            library_path(name).is_none().then(|| format!("{name} is not installed (tests/setup.sh test installs it)"))
         }
         Feature::Program(name) => program_path(name)
             .is_none()
@@ -61,6 +66,14 @@ pub fn is_installed(name: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     // Debian keeps servers out of a user's PATH.
     std::env::split_paths(&path).chain(["/usr/sbin".into(), "/sbin".into()]).any(|dir| dir.join(name).is_file())
+}
+
+/// Path of an installed shared library; `None` when there is none of that name.
+pub fn library_path(name: &str) -> Option<PathBuf> {
+    let mut folders = vec![PathBuf::from("/usr/lib"), PathBuf::from("/usr/lib64")];
+    // Debian: one folder per architecture.
+    folders.extend(std::fs::read_dir("/usr/lib").into_iter().flatten().filter_map(|e| e.ok().map(|e| e.path())));
+    folders.into_iter().map(|folder| folder.join(name)).find(|path| path.is_file())
 }
 
 fn bpf_missing() -> Option<String> {

@@ -17,7 +17,7 @@ pub mod program;
 pub mod snapshot;
 pub mod webdriver;
 
-pub use features::{Feature, missing, skip};
+pub use features::{Feature, library_path, missing, skip};
 pub use memleak::{Memleak, Outcome, memleak_command, output_within};
 pub use program::{Program, program_path};
 pub use snapshot::{Counts, ProcessView, SiteView, Snapshot};

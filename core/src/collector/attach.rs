@@ -1,15 +1,18 @@
 //! Which probe set goes to which file of a process.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memleak_probes::{Attached, Library, elf};
 
 use super::{Collector, Watched};
 use crate::maps::{Backing, FileId, Mapping, Maps, open_mapped};
+use crate::plugin::{Facts, Plugin};
 use crate::process::ProcDir;
+use crate::symbolize::{self, debug_file};
 use crate::{Error, Result};
 
 /// What became of one probe set in one process.
@@ -45,9 +48,15 @@ pub enum PluginState {
 /// What was found out about files, by identity: many processes map the same ones.
 #[derive(Debug, Default)]
 pub(super) struct Libraries {
-    sonames: HashMap<FileId, Option<String>>,
-    /// By file and probe set: whether the executable defines all of the set's symbols.
-    defines: HashMap<(FileId, u32), bool>,
+    facts: HashMap<FileId, Arc<Known>>,
+}
+
+/// What was found out about a file.
+#[derive(Debug)]
+struct Known {
+    names: Facts,
+    /// Its debug information, when only that names the functions of a probe set.
+    debug: Option<File>,
 }
 
 /// Most files that are remembered; beyond it the caches start anew.
@@ -77,7 +86,7 @@ impl Collector {
         let mut found: Vec<PluginStatus> = Vec::new();
         for mapping in files {
             let name = mapping.name().unwrap_or_default();
-            if let Err(e) = self.attach_file(instance, &dir, mapping, &name, name == process.exe, &mut found) {
+            if let Err(e) = self.attach_file(instance, &dir, mapping, &name, &mut found) {
                 tracing::debug!(pid = process.pid, file = name, "not attached to: {e:#}");
             }
         }
@@ -101,26 +110,22 @@ impl Collector {
         dir: &ProcDir,
         mapping: &Mapping,
         name: &str,
-        is_executable: bool,
         found: &mut Vec<PluginStatus>,
     ) -> Result<()> {
         let file = open_mapped(dir, mapping)?;
         let id = FileId::of(&file).map_err(|e| Error::io(format!("failed to look at {name}"), e))?;
         // The very file that is mapped, whatever its name leads to now.
         let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        let library = Library { path, name: name.to_owned() };
+        let mut library = Library { path, name: name.to_owned(), debug: None };
         if is_dynamic_linker(name)
             && let Err(e) = self.tracker.attach_loader(instance, &library)
         {
             tracing::debug!(file = name, "loads of libraries will be noticed late: {e}");
         }
-        let soname = self.libraries.soname(id, &library);
-        for plugin in &self.plugins {
-            let provides = plugin.matches_library(name, soname.as_deref())
-                || (is_executable && self.libraries.defines(id, &library, plugin));
-            if !provides {
-                continue;
-            }
+        let facts = self.libraries.facts(id, &file, &library, &self.plugins);
+        let debug = facts.debug.as_ref();
+        library.debug = debug.map(|debug| PathBuf::from(format!("/proc/self/fd/{}", debug.as_raw_fd())));
+        for plugin in providers(&self.plugins, name, &facts.names) {
             let state = match self.tracker.attach(instance, &plugin.spec, &library) {
                 Ok(functions) if functions.is_empty() => continue, // was attached before
                 Ok(functions) => PluginState::Attached { file: name.to_owned(), functions },
@@ -132,27 +137,51 @@ impl Collector {
     }
 }
 
-impl Libraries {
-    fn soname(&mut self, id: FileId, library: &Library) -> Option<String> {
-        if self.sonames.len() > MAX_FILES {
-            self.sonames.clear();
-        }
-        let read = || elf::read_soname(&library.path).ok().flatten();
-        self.sonames.entry(id).or_insert_with(read).clone()
-    }
+/// The probe sets that a file provides; those that are a fallback only where no other set of their domain fits.
+fn providers<'a>(plugins: &'a [Plugin], path: &str, facts: &Facts) -> Vec<&'a Plugin> {
+    let fitting =
+        |fallback| plugins.iter().filter(move |p| p.matching.is_fallback() == fallback && p.matching.fits(path, facts));
+    let mut found: Vec<&Plugin> = fitting(false).collect();
+    let known: HashSet<&str> = found.iter().map(|p| p.spec.domain.as_str()).collect();
+    found.extend(fitting(true).filter(|p| !known.contains(p.spec.domain.as_str())));
+    found
+}
 
-    /// True when an executable brings the plugin's allocator itself.
-    fn defines(&mut self, id: FileId, library: &Library, plugin: &crate::plugin::Plugin) -> bool {
-        let names: Vec<&str> = plugin.executable_defines().iter().map(String::as_str).collect();
-        if names.is_empty() {
-            return false;
+impl Libraries {
+    fn facts(&mut self, id: FileId, file: &File, library: &Library, plugins: &[Plugin]) -> Arc<Known> {
+        if self.facts.len() > MAX_FILES {
+            self.facts.clear();
         }
-        if self.defines.len() > MAX_FILES {
-            self.defines.clear();
+        let read = || Arc::new(Known::read(file, library, plugins));
+        Arc::clone(self.facts.entry(id).or_insert_with(read))
+    }
+}
+
+impl Known {
+    /// Looks at the file's own symbols and, when no probe set knows it by those, at those of its debug information.
+    fn read(file: &File, library: &Library, plugins: &[Plugin]) -> Self {
+        let names: Vec<String> = plugins.iter().flat_map(|p| p.matching.names()).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let soname = elf::read_soname(&library.path).ok().flatten();
+        let look = |debug: Option<&Path>| {
+            // Not every mapped file is a library.
+            let symbols = elf::read_symbols(&library.path, debug, &names).unwrap_or_default();
+            let (defined, exported) = (symbols.functions.into_keys().collect(), symbols.exported);
+            Facts { soname: soname.clone(), defined, exported }
+        };
+        let own = look(None);
+        let provides = |facts: &Facts| plugins.iter().any(|p| p.matching.fits(&library.name, facts));
+        if provides(&own) {
+            return Known { names: own, debug: None };
         }
-        *self.defines.entry((id, plugin.spec.number)).or_insert_with(|| {
-            elf::read_symbols(&library.path, &names).is_ok_and(|s| names.iter().all(|n| s.functions.contains_key(*n)))
-        })
+        let dirs = symbolize::Limits::default().debug_dirs;
+        if let Some(debug) = debug_file::for_probes(file, Path::new(&library.name), &dirs) {
+            let both = look(Some(Path::new(&format!("/proc/self/fd/{}", debug.as_raw_fd()))));
+            if provides(&both) {
+                return Known { names: both, debug: Some(debug) };
+            }
+        }
+        Known { names: own, debug: None }
     }
 }
 

@@ -25,6 +25,21 @@ pub(super) struct DebugFile {
     pub(super) trusted: bool,
 }
 
+/// The file with the debug information of `file`, which a process has mapped under the path `module`; `None` when there
+/// is none below our root that belongs to it.
+///
+/// For placing probes: wrong symbols would have them overwrite the middle of an instruction. So nobody must have been
+/// able to write it but the administrator and the owner of the mapped file.
+pub(crate) fn for_probes(file: &File, module: &Path, dirs: &[PathBuf]) -> Option<File> {
+    let info = ElfInfo::read(file).ok()?;
+    let link = DebugLink::read(file);
+    let (build_id, link) = (info.build_id.as_deref(), link.as_ref());
+    let found = Search { dirs, root: None, module: Some(module), build_id, link }.find()?;
+    let (own, meta) = (file.metadata().ok()?, found.file.metadata().ok()?);
+    let theirs = meta.uid() == own.uid() && meta.mode() & 0o022 == 0;
+    (found.trusted || theirs).then_some(found.file)
+}
+
 /// Where to look, and for what.
 pub(super) struct Search<'a> {
     /// Folders of debug information, for example `/usr/lib/debug`.

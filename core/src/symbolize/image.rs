@@ -70,6 +70,26 @@ pub(super) struct DebugLink {
     pub(super) crc: u32,
 }
 
+impl DebugLink {
+    /// What a file says; `None` when it names no other file or is not sound.
+    pub(super) fn read(file: &File) -> Option<Self> {
+        struct Reader;
+        impl ByClass for Reader {
+            type Output = Option<DebugLink>;
+
+            fn read<H: FileHeader<Endian = Endianness> + Pod>(
+                self,
+                file: &File,
+                header: &H,
+            ) -> Result<Option<DebugLink>> {
+                let endian = header.endian().map_err(|_| malformed("byte order"))?;
+                Ok(debug_link::<H>(file, &Sections::<H::SectionHeader>::read(file, header)?, endian))
+            }
+        }
+        with_class(file, Reader).ok().flatten()
+    }
+}
+
 impl Image {
     /// Copies a file, at most `max_bytes` of it. When debug information does not fit, it is left out.
     ///

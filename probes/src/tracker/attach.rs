@@ -24,6 +24,9 @@ pub(super) struct Plan {
     /// Keeps the file reachable, whatever becomes of its name.
     file: File,
     name: String,
+    /// The probe set, and its domain.
+    set: String,
+    domain: String,
     probes: Vec<Probe>,
     /// Empty while detached.
     pub(super) links: Vec<Link>,
@@ -61,7 +64,7 @@ impl Tracker {
         if self.targets.get(&instance).is_some_and(|t| t.hooks.contains_key(&id)) {
             return Ok(());
         }
-        let symbols = elf::read_symbols(&linker.path, &HOOKS)?;
+        let symbols = elf::read_symbols(&linker.path, None, &HOOKS)?;
         let function = HOOKS.iter().find_map(|name| symbols.functions.get(*name)?.first()).ok_or_else(|| {
             Error::new(ErrorKind::Elf, format!("{} has no hook for debuggers ({})", linker.name, HOOKS[0]))
         })?;
@@ -82,8 +85,9 @@ impl Tracker {
     pub fn symbols(&mut self, set: &ProbeSetSpec, library: &Library) -> Result<&Symbols> {
         let id = file_id(&library.path)?;
         if let std::collections::hash_map::Entry::Vacant(e) = self.symbols.entry((id, set.number)) {
-            let names: Vec<&str> = set.functions.iter().map(|f| f.symbol.as_str()).collect();
-            e.insert(elf::read_symbols(&library.path, &names)?);
+            let names = set.names();
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            e.insert(elf::read_symbols(&library.path, library.debug.as_deref(), &names)?);
         }
         Ok(&self.symbols[&(id, set.number)])
     }
@@ -115,43 +119,55 @@ impl Tracker {
         }
         let mut report = Vec::new();
         let mut probes: Vec<Probe> = Vec::new();
-        for spec in &set.functions {
+        for spec in functions_under_prefixes(set, &symbols, library)? {
             let found = symbols.functions.get(&spec.symbol).map_or(&[][..], Vec::as_slice);
             if found.is_empty() {
-                if !spec.optional {
-                    return Err(Error::new(
-                        ErrorKind::Elf,
-                        format!("{} has no function {}", library.name, spec.symbol),
-                    ));
-                }
-                report.push(Attached { symbol: spec.symbol.clone(), placement: Err("not in this library".into()) });
+                report.push(Attached { symbol: spec.symbol, placement: Err("not in this library".into()) });
                 continue;
             }
             for function in found {
-                let best = || placement::place(&function.code, needs(spec));
-                let placement = if self.settings.at_entry { Placement::ENTRY } else { best() };
-                let at = function.offset + placement.offset;
                 // Two names of one function: the first one in the manifest counts.
-                if let Some(first) = probes.iter().find(|p| p.function == function.offset) {
-                    let same = format!("another name of {}", first.symbol);
-                    report.push(Attached { symbol: spec.symbol.clone(), placement: Err(same) });
+                let same = probes.iter().find(|p| p.function == function.offset);
+                let taken = same.map(|first| format!("another name of {}", first.symbol));
+                if let Some(why) = taken.or_else(|| self.counted_elsewhere(instance, id, set, function.offset)) {
+                    report.push(Attached { symbol: spec.symbol.clone(), placement: Err(why) });
                     continue;
                 }
-                let index = self.function_index(id, set, spec, placement)?;
+                let best = || placement::place(&function.code, needs(&spec));
+                let placement = if self.settings.at_entry { Placement::ENTRY } else { best() };
+                let at = function.offset + placement.offset;
+                let index = self.function_index(id, set, &spec, placement)?;
                 let (returns, symbol) = (spec.role != Role::Free, spec.symbol.clone());
                 probes.push(Probe { function: function.offset, offset: at, index, returns, symbol });
                 report.push(Attached { symbol: spec.symbol.clone(), placement: Ok(placement) });
             }
         }
-        self.keep(instance, (id, set.number), library, probes)?;
+        self.keep(instance, (id, set.number), set, library, probes)?;
         Ok(report)
     }
 
+    /// Why a function needs no probe: another set of the domain has one on it. Two would count each call twice.
+    fn counted_elsewhere(&self, instance: u32, id: FileId, set: &ProbeSetSpec, function: u64) -> Option<String> {
+        let plans = &self.targets.get(&instance)?.plans;
+        let other = plans.iter().find(|((file, _), plan)| {
+            *file == id && plan.domain == set.domain && plan.probes.iter().any(|p| p.function == function)
+        });
+        other.map(|(_, plan)| format!("probed by {} already", plan.set))
+    }
+
     /// Remembers the probes of a probe set in a file, and attaches them unless windows have not been opened yet.
-    fn keep(&mut self, instance: u32, key: (FileId, u32), library: &Library, probes: Vec<Probe>) -> Result<()> {
+    fn keep(
+        &mut self,
+        instance: u32,
+        key: (FileId, u32),
+        set: &ProbeSetSpec,
+        library: &Library,
+        probes: Vec<Probe>,
+    ) -> Result<()> {
         let file = File::open(&library.path)
             .map_err(|e| Error::new(ErrorKind::Target, format!("failed to open {}: {e}", library.name)))?;
-        let mut plan = Plan { file, name: library.name.clone(), probes, links: Vec::new() };
+        let (name, set, domain) = (library.name.clone(), set.name.clone(), set.domain.clone());
+        let mut plan = Plan { file, name, set, domain, probes, links: Vec::new() };
         let Some((pid, attached)) = self.targets.get(&instance).map(|t| (t.pid, t.attached)) else {
             return Err(Error::new(ErrorKind::Target, "the process has ended"));
         };
@@ -224,7 +240,7 @@ impl Tracker {
             let (function, returns) = (*offset as u64, spec.role != Role::Free);
             probes.push(Probe { function, offset: function, index, returns, symbol });
         }
-        self.keep(instance, (id, set.number), library, probes)
+        self.keep(instance, (id, set.number), set, library, probes)
     }
 
     /// Index of a function in the kernel's table; it serves every process that maps the same file.
@@ -305,6 +321,9 @@ impl Tracker {
     fn attach_probes(&self, pid: i32, plan: &Plan) -> Result<Vec<Link>> {
         let failed = |e: &libbpf_rs::Error| Error::bpf(format!("attach to {} in process {pid}", plan.name), e);
         let (path, probes) = (plan.path(), &plan.probes);
+        if probes.is_empty() {
+            return Ok(Vec::new());
+        }
         let progs = &self.skel.progs;
         let multi = |prog: &ProgramMut<'_>, probes: &[&Probe], retprobe, session| -> Result<Link> {
             let opts = UprobeMultiOpts {
@@ -393,6 +412,25 @@ impl Tracker {
         }
         open.load().map_err(|e| Error::bpf(what, &e))
     }
+}
+
+/// The set's functions as they are named in a file: under each prefix under which all that are not optional are there.
+///
+/// # Errors
+/// When there is no such prefix.
+fn functions_under_prefixes(set: &ProbeSetSpec, symbols: &Symbols, library: &Library) -> Result<Vec<FunctionSpec>> {
+    let under = |prefix: &str| -> Vec<FunctionSpec> {
+        let named = |f: &FunctionSpec| FunctionSpec { symbol: format!("{prefix}{}", f.symbol), ..f.clone() };
+        set.functions.iter().map(named).collect()
+    };
+    let all: Vec<Vec<FunctionSpec>> = set.prefixes.iter().map(|p| under(p)).collect();
+    let missing = |f: &&FunctionSpec| !f.optional && !symbols.functions.contains_key(&f.symbol);
+    if all.iter().all(|functions| functions.iter().any(|f| missing(&f))) {
+        let first = all.first().and_then(|functions| functions.iter().find(missing));
+        let what = first.map_or_else(|| "of the set".to_owned(), |f| f.symbol.clone());
+        return Err(Error::new(ErrorKind::Elf, format!("{} has no function {what}", library.name)));
+    }
+    Ok(all.into_iter().filter(|functions| !functions.iter().any(|f| missing(&f))).flatten().collect())
 }
 
 fn file_id(path: &Path) -> Result<FileId> {

@@ -50,7 +50,13 @@ fn probe_set(number: u32, known: Known) -> ProbeSetSpec {
     };
     let size = Size::Argument { arg, times };
     let function = FunctionSpec { symbol: symbol.into(), role, size, block_arg, returns, range: false, optional: true };
-    ProbeSetSpec { number, name: symbol.into(), domain: "memory".into(), functions: vec![function] }
+    ProbeSetSpec {
+        number,
+        name: symbol.into(),
+        domain: "memory".into(),
+        prefixes: vec![String::new()],
+        functions: vec![function],
+    }
 }
 
 /// Held by every test here: while programs are loaded, functions of this process are probed and their calls counted,
@@ -108,7 +114,7 @@ impl Caller {
 /// Probes each of the functions that the library has, alone, in a program of its own; checks every count.
 fn check(tracker: &mut Tracker, program: &Path, library: &Path, preload: Option<&Path>, functions: &[Known]) {
     let name = library.file_name().unwrap().to_string_lossy().into_owned();
-    let library = Library { path: library.to_owned(), name: name.clone() };
+    let library = Library { path: library.to_owned(), name: name.clone(), debug: None };
     let mut probed = 0;
     for (n, known) in functions.iter().enumerate() {
         let &(symbol, role, .., bytes) = known;

@@ -1,5 +1,6 @@
 //! Exact accounting of processes: every byte, every block, at the function that allocated it.
 
+mod allocators;
 mod glibc;
 mod lifecycle;
 mod linkage;
