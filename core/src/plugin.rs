@@ -160,6 +160,11 @@ mod tests {
         assert!(error(&POOL.replace("role = \"free\"", "role = \"alloc\"")).contains("is it a \"realloc\"?"));
         assert!(error(&POOL.replace("const = 24", "const = 24, arg = 1")).contains("size is {"));
         assert!(error(&POOL.replace("libpool.so*", "lib[")).contains("match.sonames"));
+        let both = POOL.replace("symbol = \"pool_get\"", "symbol = \"pool_get\"\nsymbols = [\"other\"]");
+        assert!(error(&both).contains("a symbol or a list of symbols"));
+        let prefixes = POOL.replace("[match]", "[match]\nprefixes = []");
+        assert!(error(&prefixes).contains("match.prefixes is empty"));
+        assert!(error(&POOL.replace("sonames = [\"libpool.so*\"]", "")).contains("neither sonames nor defines"));
         let unknown = error(&POOL.replace("symbol = \"pool_get\"", "symbole = \"pool_get\""));
         assert!(unknown.contains("line 7") && unknown.contains("symbole"), "{unknown}");
         assert!(
