@@ -1,4 +1,4 @@
-//! Compiles every `bpf/*.bpf.c` and generates its skeleton into the build folder.
+//! Compiles every `bpf/*.bpf.c` and generates its skeleton into the build folder; compiles the sampler for the host.
 
 use std::env;
 use std::path::PathBuf;
@@ -51,7 +51,11 @@ fn build() -> Result<(), String> {
             .build_and_generate(out.join(format!("{name}.skel.rs")))
             .map_err(|e| format!("failed to compile bpf/{name}.bpf.c with {clang}: {e:#}"))?;
     }
-    Ok(())
+    cc::Build::new()
+        .file("bpf/sampler_host.c")
+        .warnings_into_errors(true)
+        .try_compile("memleak_sampler")
+        .map_err(|e| format!("failed to compile bpf/sampler_host.c: {e}"))
 }
 
 /// The newest clang of the usual names, or `$CLANG`.

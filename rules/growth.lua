@@ -24,7 +24,7 @@ local grow = require("lib.grow")
 
 local function evaluate(site, p)
   -- Through windows frees are not seen: what looks outstanding may be gone. That is for `suspected`.
-  if site.outstanding_bytes < p.min_bytes or site.mode ~= "exact" then
+  if site.outstanding_bytes < p.min_bytes or site.mode == "estimated" then
     return nil
   end
   local series = site.series
@@ -36,7 +36,7 @@ local function evaluate(site, p)
   local span = grow.span(series, p)
   local window = series:window(span, p.min_snapshots)
   local growth = window:growth()
-  if growth < p.min_bytes or window:rising_fraction() < p.min_rising or window:largest_drop() > growth / 10 then
+  if growth < p.min_bytes or not grow.is_certain(site, growth) or window:rising_fraction() < p.min_rising or window:largest_drop() > growth / 10 then
     return nil
   end
   -- The second look is three times as long: a curve that flattens slowly is straight when seen from close by.
@@ -64,6 +64,7 @@ local function evaluate(site, p)
 
   local patience = math.min(1, 0.6 + 0.4 * lasted / p.settle)
   local confidence = window:trend_confidence() * (1 - level_off / 2) * patience
+    * (1 - site.outstanding_bytes_stderr / growth)
   if severity == "info" then
     confidence = confidence / 2
   end

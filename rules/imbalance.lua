@@ -20,7 +20,7 @@ local grow = require("lib.grow")
 
 local function evaluate(site, p)
   -- Through windows frees are not seen: what looks outstanding may be gone. That is for `suspected`.
-  if site.outstanding_bytes < p.min_bytes or site.mode ~= "exact" then
+  if site.outstanding_bytes < p.min_bytes or site.mode == "estimated" then
     return nil
   end
   local series = site.series
@@ -35,7 +35,7 @@ local function evaluate(site, p)
     return nil
   end
   local surplus = allocated_bytes - freed_bytes
-  if surplus < p.min_bytes or window:largest_drop() > surplus / 3 then
+  if surplus < p.min_bytes or not grow.is_certain(site, surplus) or window:largest_drop() > surplus / 3 then
     return nil
   end
   local level_off = math.max(window:level_off(), series:window(3 * span, 3 * p.min_snapshots):level_off())

@@ -23,7 +23,7 @@ local grow = require("lib.grow")
 
 local function evaluate(site, p)
   -- Through windows frees are not seen: what looks outstanding may be gone. That is for `suspected`.
-  if site.outstanding_bytes < p.min_bytes or site.mode ~= "exact" then
+  if site.outstanding_bytes < p.min_bytes or site.mode == "estimated" then
     return nil
   end
   local series = site.series
@@ -44,7 +44,7 @@ local function evaluate(site, p)
   if certainty < p.min_confidence or level_off > p.max_level_off or series:rises() < p.min_rises then
     return nil
   end
-  if growth < p.min_noise * series:noise() then
+  if growth < p.min_noise * series:noise() or not grow.is_certain(site, growth) then
     return nil
   end
   local first, last = series:before(seen * 2 / 3), series:window(seen / 3)

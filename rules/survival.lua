@@ -23,7 +23,7 @@ local grow = require("lib.grow")
 
 local function evaluate(site, p)
   -- Through windows frees are not seen: what looks outstanding may be gone. That is for `suspected`.
-  if site.outstanding_bytes < p.min_bytes or site.mode ~= "exact" then
+  if site.outstanding_bytes < p.min_bytes or site.mode == "estimated" then
     return nil
   end
   local series = site.series
@@ -32,7 +32,7 @@ local function evaluate(site, p)
     return nil
   end
   local share, blocks, _, bytes, generations, with_survivors = site:survival(p.min_age)
-  if blocks < p.min_blocks or bytes < p.min_bytes or share > p.max_share then
+  if blocks < p.min_blocks or bytes < p.min_bytes or not grow.is_certain(site, bytes) or share > p.max_share then
     return nil
   end
   if generations < 3 or with_survivors < generations then

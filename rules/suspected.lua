@@ -21,7 +21,7 @@
 local function surviving_bytes(sites)
   local sums = {}
   for _, site in ipairs(sites) do
-    if site.mode ~= "exact" then
+    if site.mode == "estimated" then
       local pid = site.process.pid
       sums[pid] = (sums[pid] or 0) + site.outstanding_bytes
     end
@@ -64,7 +64,7 @@ local function evaluate_snapshot(snapshot, p)
   local totals = surviving_bytes(snapshot.sites)
   local findings = {}
   for _, site in ipairs(snapshot.sites) do
-    if site.mode ~= "exact" then
+    if site.mode == "estimated" then
       local total = totals[site.process.pid]
       findings[#findings + 1] = total > 0 and evaluate_site(site, p, total) or nil
     end

@@ -14,10 +14,12 @@
 
 local function evaluate(site, p)
   -- Through windows only a part of the blocks is seen.
-  if site.mode ~= "exact" then
+  if site.mode == "estimated" then
     return nil
   end
-  local bytes, count = site.outstanding_bytes, site.outstanding_count
+  -- Of an estimate what is there almost surely: two standard errors less.
+  local bytes = site.outstanding_bytes - 2 * site.outstanding_bytes_stderr
+  local count = site.outstanding_count - 2 * site.outstanding_count_stderr
   local over, limit
   if p.max_bytes > 0 and bytes > p.max_bytes then
     over, limit = bytes / p.max_bytes, units.bytes(p.max_bytes)
@@ -28,8 +30,11 @@ local function evaluate(site, p)
   end
   return {
     severity = over >= p.critical and "critical" or "warning",
-    confidence = 1,
-    reason = string.format("holds %s in %s blocks, more than %s", units.bytes(bytes), units.count(count), limit),
+    confidence = site.mode == "exact" and 1 or 0.95,
+    reason = string.format(
+      "holds %s in %s blocks, more than %s", units.bytes(site.outstanding_bytes), units.count(site.outstanding_count),
+      limit
+    ),
   }
 end
 

@@ -76,6 +76,7 @@ function factsOf(site) {
     ["Probe set", text(site.probe_set)],
     ["Site id", site.id],
   ];
+  if (site.stderr) facts.unshift(["Outstanding (estimate)", `${formatBytes(site.bytes)} ± ${formatBytes(site.stderr[0])} in ${formatCount(site.count)} ± ${formatCount(Math.round(site.stderr[1]))}`]);
   if (site.growing_since != null) facts.splice(3, 0, ["Growing for", formatDuration((site.ended ?? data.now_s) - site.growing_since)]);
   if (site.ended != null) facts.push(["Process ended", `${formatDuration(data.now_s - site.ended)} ago`]);
   return el("dl", { className: "kv" }, ...facts.map(([name, value]) =>

@@ -55,6 +55,7 @@ const BUILDS: &[Build] = &[
     gcc("busy", "programs/busy.c", &[]),
     gcc("early", "programs/early.c", &[]),
     gcc("dlopen", "programs/dlopen.c", &["-ldl"]),
+    gcc("sampled", "programs/sampled.c", &[]),
     gcc("mapper", "programs/mapper.c", &[]),
     gcc("files", "programs/files.c", &[]),
     // Without debug information the symbol table alone names the function, with the name made to do harm.

@@ -49,6 +49,7 @@ fn snapshot(number: u64, sites: &[Arc<Site>], leaking_share: u64) -> Snapshot {
         snapshot.sites.push(SiteSample {
             site: Arc::clone(site),
             totals,
+            stderr: Default::default(),
             last_allocation_s: time_s,
             cohorts,
             lifetimes,

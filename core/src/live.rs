@@ -37,6 +37,8 @@ struct Row<'a> {
     site: &'a Site,
     bytes: u64,
     count: u64,
+    /// The numbers are estimates from a sample.
+    sampled: bool,
     growth: f64,
     alert: Option<&'a Alert>,
 }
@@ -60,7 +62,7 @@ pub struct View<'a> {
 impl View<'_> {
     /// One line with the totals.
     pub fn summary(&self) -> String {
-        let totals = self.snapshot.totals();
+        let (totals, stderr) = (self.snapshot.totals(), self.snapshot.stderr());
         let alive = self.snapshot.processes.iter().filter(|p| p.alive).count();
         let exact = self.snapshot.processes.iter().all(|p| p.mode == Mode::Exact);
         let lost = self.snapshot.losses().total();
@@ -70,8 +72,8 @@ impl View<'_> {
             alive,
             if alive == 1 { "" } else { "es" },
             if exact { "exact" } else { "estimated" },
-            format_bytes(totals.outstanding_bytes()),
-            totals.outstanding_count(),
+            with_error(format_bytes(totals.outstanding_bytes()), format_bytes(stderr.bytes as u64), stderr.bytes),
+            with_error(totals.outstanding_count().to_string(), format!("{:.0}", stderr.count), stderr.count),
             signed_rate(slope(self.history.totals().samples())),
         );
         let cost_s: f64 = self.history.processes().map(|p| p.overhead_s).sum();
@@ -125,6 +127,7 @@ impl View<'_> {
                 site: h.site(),
                 bytes: h.latest.totals.outstanding_bytes(),
                 count: h.latest.totals.outstanding_count(),
+                sampled: h.latest.stderr.bytes > 0.0,
                 growth: slope(h.series.samples()),
                 alert: alert(h),
             })
@@ -143,7 +146,9 @@ impl Row<'_> {
     fn line(&self) -> String {
         let process = &self.site.process;
         let who = format!("{} [{} {}]", stack_head(self.site), process.pid, visible(&process.comm));
-        format!("{:>10} {:>9} {:>14}  {who}", format_bytes(self.bytes), self.count, signed_rate(self.growth))
+        let mark = if self.sampled { "~" } else { "" };
+        let (bytes, count) = (format!("{mark}{}", format_bytes(self.bytes)), format!("{mark}{}", self.count));
+        format!("{bytes:>10} {count:>9} {:>14}  {who}", signed_rate(self.growth))
     }
 }
 
@@ -271,6 +276,11 @@ fn push_line(out: &mut String, columns: usize, text: &str, style: &str) {
     } else {
         let _ = writeln!(out, "{style}{text}{RESET}");
     }
+}
+
+/// A number, marked as an estimate with its standard error where it has one.
+fn with_error(number: String, error_text: String, error: f64) -> String {
+    if error > 0.0 { format!("~{number} +- {error_text}") } else { number }
 }
 
 fn slope(samples: &[crate::history::Sample]) -> f64 {

@@ -102,6 +102,27 @@ impl Totals {
     }
 }
 
+/// Standard errors of what is outstanding; zero where nothing is estimated from a sample.
+///
+/// Those of several sites add up by their squares: what a thread samples at one site does not depend on the others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct StandardErrors {
+    /// Of the outstanding bytes.
+    #[serde(rename = "outstanding_bytes_stderr")]
+    pub bytes: f64,
+    /// Of the number of outstanding blocks.
+    #[serde(rename = "outstanding_count_stderr")]
+    pub count: f64,
+}
+
+impl StandardErrors {
+    /// Adds another site's.
+    pub fn add(&mut self, other: &StandardErrors) {
+        self.bytes = self.bytes.hypot(other.bytes);
+        self.count = self.count.hypot(other.count);
+    }
+}
+
 /// Blocks of one site that were born in the same period, and what is left of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Cohort {
@@ -129,6 +150,8 @@ pub struct SiteSample {
     pub site: Arc<Site>,
     /// Totals at the snapshot's time.
     pub totals: Totals,
+    /// How far the outstanding bytes and blocks may be off, with sampling.
+    pub stderr: StandardErrors,
     /// Time of the newest allocation, seconds since the collector started.
     pub last_allocation_s: f64,
     /// Cohorts by birth, oldest first; adjacent periods, the last one ends now.
@@ -206,8 +229,21 @@ pub enum Mode {
     /// Every call is traced.
     #[default]
     Exact,
-    /// Numbers are scaled up from a sample or from windows.
+    /// Every call is seen, a sample of the allocations is recorded; numbers are estimates with a standard error.
+    Sampled,
+    /// Numbers come from windows; frees between them are not seen.
     Estimated,
+}
+
+/// What is known of a process whose allocations are sampled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Sampling {
+    /// Mean bytes between two samples.
+    pub mean_bytes: u64,
+    /// Bytes allocated while probes were attached, recorded or not: counted, not estimated.
+    pub allocated_bytes: u64,
+    /// Blocks allocated while probes were attached, recorded or not: counted, not estimated.
+    pub allocated_count: u64,
 }
 
 /// What a snapshot says of one process as a whole.
@@ -219,9 +255,12 @@ pub struct ProcessSample {
     pub alive: bool,
     /// How its numbers were obtained.
     pub mode: Mode,
+    /// With `collector.sample_bytes`.
+    pub sampling: Option<Sampling>,
     /// Traced calls (entries and returns) since attach.
     pub hits: u64,
-    /// Frees of blocks that are not in the table: allocated before the attach, or lost.
+    /// Frees of blocks that are not in the table: allocated before the attach, or lost. 0 with sampling, where most blocks
+    /// are not in the table.
     pub unmatched_frees: u64,
     /// What was lost.
     pub losses: Losses,
@@ -264,6 +303,15 @@ impl Snapshot {
         let mut sum = Totals::default();
         for s in &self.sites {
             sum.add(&s.totals);
+        }
+        sum
+    }
+
+    /// Standard errors of the totals.
+    pub fn stderr(&self) -> StandardErrors {
+        let mut sum = StandardErrors::default();
+        for s in &self.sites {
+            sum.add(&s.stderr);
         }
         sum
     }

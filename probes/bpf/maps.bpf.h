@@ -13,6 +13,7 @@
 /* Settings, written before load: the verifier drops what they switch off. */
 const volatile u32 max_frames = 64; /* most frames of a stack, 1 .. MEMLEAK_MAX_FRAMES */
 const volatile u64 min_size = 0; /* smaller allocations are not recorded */
+const volatile u64 sample_bytes = 0; /* mean bytes between two samples; 0: every allocation is recorded */
 const volatile bool trace_events = false; /* emit every allocation and free into `events` */
 const volatile u64 hash_seed = 0; /* random, so that no target can craft stacks that collide */
 const volatile u64 pidns_dev = 0; /* the collector's pid namespace; 0: it is the kernel's first one */
@@ -113,6 +114,20 @@ static __always_inline void count(u32 slot, enum memleak_counter counter)
 
 	if (row)
 		__sync_fetch_and_add(&row->values[counter], 1);
+}
+
+/* Counts an allocation in whole. Needed only with sampling: otherwise the sites say the same. */
+static __always_inline void count_allocation(u32 slot, u64 size)
+{
+	struct memleak_counters *row;
+
+	if (!sample_bytes)
+		return;
+	row = bpf_map_lookup_elem(&counters, &slot);
+	if (!row)
+		return;
+	__sync_fetch_and_add(&row->values[COUNTER_ALLOCATED_COUNT], 1);
+	__sync_fetch_and_add(&row->values[COUNTER_ALLOCATED_BYTES], size);
 }
 
 /* tgid << 32 | tid in the collector's pid namespace; 0 when the task is not visible from there. */

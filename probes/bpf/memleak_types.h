@@ -14,6 +14,7 @@
 #define MEMLEAK_MAX_FUNCTIONS 8192 /* probed functions over all targets */
 #define MEMLEAK_MAX_TARGETS 1024 /* watched process instances at once */
 #define MEMLEAK_CODE_RANGES 4 /* parts of the address space of a process that hold its code */
+#define MEMLEAK_LEAF_CALLS 256 /* calls after which a function that was never seen to nest is taken for a leaf */
 #define MEMLEAK_MAX_DOMAINS 8 /* independent groups of probe sets */
 
 /* What a probed function does with a block. */
@@ -25,6 +26,7 @@ enum memleak_role {
 
 enum memleak_function_flags {
 	FUNCTION_RANGE = 1, /* the block is an address range: it may be freed in parts (munmap) */
+	FUNCTION_UNSAMPLED = 2, /* hands out such ranges: all are recorded, for a part of a sampled one means nothing */
 };
 
 /* One probed function: what its arguments mean. Its index is the attach cookie. */
@@ -42,6 +44,9 @@ struct memleak_function {
 	__u64 size_const; /* size when there is no size argument */
 	__u64 expect; /* out_arg: return value of success; else: return value of failure */
 	__u64 sp_offset; /* stack pointer at the probe + sp_offset = stack pointer at the function's entry */
+	/* Written by the programs: */
+	__u32 followed; /* calls that were followed to their return; counted up to MEMLEAK_LEAF_CALLS */
+	__u32 nests; /* it was seen to call another probed function of its domain */
 };
 
 struct memleak_range {
@@ -72,13 +77,14 @@ struct memleak_block_key {
  */
 struct memleak_block {
 	__u64 stack; /* with instance and probe_set: the site */
-	__u64 size_cohort; /* size; birth generation */
+	__u64 size_cohort; /* size; birth generation; whether sampled */
 	__u64 birth_set; /* birth in units of 2^BLOCK_BIRTH_SHIFT ns; probe set */
 };
 
 /* The low bits of the two packed words; what is above them is the other field. */
 enum memleak_block_bits {
 	BLOCK_SIZE_BITS = 48, /* more than an address space has; what claims to be larger counts as the largest */
+	BLOCK_SAMPLED_BIT = 63, /* of size_cohort: stands for more than itself, see sampler.h */
 	BLOCK_COHORT_BITS = 15, /* generations get longer with the run: in years there are not a thousand */
 	BLOCK_BIRTH_BITS = 52, /* nine years of uptime */
 	BLOCK_BIRTH_SHIFT = 6, /* births are kept in units of 64 ns */
@@ -100,6 +106,9 @@ struct memleak_cohort {
 /*
  * Totals of a site. The counters only grow, except for the cohorts: slot g % MEMLEAK_COHORTS holds births minus
  * deaths of generation g while g is younger than MEMLEAK_COHORTS - 1 generations; later deaths go to older_freed.
+ *
+ * With sampling all of them are sums over what the recorded blocks stand for, counts with SAMPLER_WEIGHT_BITS fractional
+ * bits (lifetimes too), and the variances are those of what is outstanding, see sampler.h.
  */
 struct memleak_site {
 	__u64 allocated_bytes;
@@ -109,6 +118,8 @@ struct memleak_site {
 	__u64 last_allocation_ns;
 	__u64 older_freed_bytes;
 	__u64 older_freed_count;
+	__u64 bytes_variance;
+	__u64 count_variance;
 	struct memleak_cohort cohorts[MEMLEAK_COHORTS];
 	__u64 lifetimes[MEMLEAK_LIFETIME_CLASSES];
 };
@@ -138,7 +149,8 @@ struct memleak_thread {
 	__u64 old_address; /* realloc: the block taken back; 0: none was recorded */
 	__u64 stack_hash;
 	struct memleak_block old;
-	__u32 filtered; /* below min_size: do not record */
+	__u64 until_sample; /* bytes to the next point of the sampler, plus 1; 0: not drawn yet */
+	__u32 filtered; /* below min_size or not sampled: do not record */
 	__u32 function; /* index of the pending function */
 	__u32 window; /* in which it was entered */
 	__u32 pad;
@@ -164,6 +176,8 @@ enum memleak_counter {
 	COUNTER_PARTIAL_RANGES,
 	COUNTER_POINTERS_UNREADABLE,
 	COUNTER_EVENTS_DROPPED,
+	COUNTER_ALLOCATED_COUNT, /* with sampling: blocks handed out, recorded or not */
+	COUNTER_ALLOCATED_BYTES, /* the same in bytes */
 	COUNTER_MAX = 16,
 };
 

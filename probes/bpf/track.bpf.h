@@ -10,6 +10,7 @@
 #define TRACK_BPF_H
 
 #include "maps.bpf.h"
+#include "sampler.h"
 
 /* Who allocates or frees. */
 struct memleak_actor {
@@ -53,16 +54,49 @@ static __always_inline u64 block_age(const struct memleak_block *block, u64 now)
 	return now > birth ? now - birth : 0;
 }
 
-static __always_inline struct memleak_block new_block(u64 stack, u32 probe_set, u64 size, u64 now)
+static __always_inline struct memleak_block new_block(const struct memleak_function *function, u64 stack, u64 size,
+						      u64 now)
 {
+	bool sampled = sample_bytes && !(function->flags & FUNCTION_UNSAMPLED);
 	struct memleak_block block = {
 		.stack = stack,
-		.size_cohort = LOW((u64)cohort_now, BLOCK_COHORT_BITS) << BLOCK_SIZE_BITS,
-		.birth_set = (u64)probe_set << BLOCK_BIRTH_BITS | LOW(now >> BLOCK_BIRTH_SHIFT, BLOCK_BIRTH_BITS),
+		.size_cohort = (u64)sampled << BLOCK_SAMPLED_BIT | LOW((u64)cohort_now, BLOCK_COHORT_BITS)
+								       << BLOCK_SIZE_BITS,
+		.birth_set =
+		    (u64)function->probe_set << BLOCK_BIRTH_BITS | LOW(now >> BLOCK_BIRTH_SHIFT, BLOCK_BIRTH_BITS),
 	};
 
 	set_block_size(&block, size);
 	return block;
+}
+
+static __always_inline bool block_is_sampled(const struct memleak_block *block)
+{
+	return sample_bytes && block->size_cohort >> BLOCK_SAMPLED_BIT;
+}
+
+/* Global functions: the verifier looks at them once, and not at each of the many calls. */
+__noinline u64 sample_weight(u64 size)
+{
+	return sampler_weight(size, sample_bytes);
+}
+
+__noinline u64 sample_distance(u32 random)
+{
+	return sampler_distance(random, sample_bytes);
+}
+
+/* What a block adds to the sums of its site and takes off them when it is freed. */
+static __always_inline void share_of(const struct memleak_block *block, struct memleak_share *out)
+{
+	if (block_is_sampled(block)) {
+		sampler_share(block_size(block), sample_bytes, sample_weight(block_size(block)), out);
+		return;
+	}
+	out->bytes = block_size(block);
+	out->count = sample_bytes ? 1 << SAMPLER_WEIGHT_BITS : 1;
+	out->bytes_variance = 0;
+	out->count_variance = 0;
 }
 
 static __always_inline u32 lifetime_class(u64 ns)
@@ -134,40 +168,63 @@ static __always_inline void take_off(__s64 *from, u64 n)
 	__sync_fetch_and_add(from, less);
 }
 
-/*
- * Takes `bytes` of a block that is no longer in `blocks` off its site; `whole` also ends the block itself. Pages cut
- * off the front of a mapping leave the rest of the block alive.
- */
-static __always_inline void settle(const struct memleak_block *block, u32 instance, u64 now, u64 bytes, bool whole)
+/* Takes bytes, and blocks unless `count` is 0, of one generation off a site. */
+static __always_inline void take_off_site(struct memleak_site *site, u32 cohort, u64 bytes, u64 count)
+{
+	u32 slot = cohort % MEMLEAK_COHORTS;
+	bool recent = LOW(cohort_now - cohort, BLOCK_COHORT_BITS) < MEMLEAK_COHORTS - 1;
+
+	__sync_fetch_and_add(&site->freed_bytes, bytes);
+	if (recent)
+		take_off(&site->cohorts[slot].bytes, bytes);
+	else
+		__sync_fetch_and_add(&site->older_freed_bytes, bytes);
+	if (!count)
+		return;
+	__sync_fetch_and_add(&site->freed_count, count);
+	if (recent)
+		take_off(&site->cohorts[slot].count, count);
+	else
+		__sync_fetch_and_add(&site->older_freed_count, count);
+}
+
+static __always_inline struct memleak_site *site_of_block(const struct memleak_block *block, u32 instance)
 {
 	struct memleak_site_key key = {
 		.stack = block->stack,
 		.instance = instance,
 		.probe_set = block_probe_set(block),
 	};
-	struct memleak_site *site = bpf_map_lookup_elem(&sites, &key);
-	u32 cohort = block_cohort(block);
-	u32 slot = cohort % MEMLEAK_COHORTS;
-	bool recent = LOW(cohort_now - cohort, BLOCK_COHORT_BITS) < MEMLEAK_COHORTS - 1;
+
+	return bpf_map_lookup_elem(&sites, &key);
+}
+
+/* Takes a block that is no longer in `blocks` off its site. */
+static __always_inline void settle(const struct memleak_block *block, u32 instance, u64 now)
+{
+	struct memleak_site *site = site_of_block(block, instance);
+	u32 class = lifetime_class(block_age(block, now));
+	struct memleak_share share;
 
 	if (!site)
 		return;
-	__sync_fetch_and_add(&site->freed_bytes, bytes);
-	if (recent)
-		take_off(&site->cohorts[slot].bytes, bytes);
-	else
-		__sync_fetch_and_add(&site->older_freed_bytes, bytes);
-	if (whole) {
-		u32 class = lifetime_class(block_age(block, now));
-
-		__sync_fetch_and_add(&site->freed_count, 1);
-		if (recent)
-			take_off(&site->cohorts[slot].count, 1);
-		else
-			__sync_fetch_and_add(&site->older_freed_count, 1);
-		if (class < MEMLEAK_LIFETIME_CLASSES)
-			__sync_fetch_and_add(&site->lifetimes[class], 1);
+	share_of(block, &share);
+	take_off_site(site, block_cohort(block), share.bytes, share.count);
+	if (block_is_sampled(block)) {
+		take_off((__s64 *)&site->bytes_variance, share.bytes_variance);
+		take_off((__s64 *)&site->count_variance, share.count_variance);
 	}
+	if (class < MEMLEAK_LIFETIME_CLASSES)
+		__sync_fetch_and_add(&site->lifetimes[class], share.count);
+}
+
+/* Takes the first `bytes` of a block that is not sampled off its site; the rest of it stays alive. */
+static __always_inline void settle_part(const struct memleak_block *block, u32 instance, u64 bytes)
+{
+	struct memleak_site *site = site_of_block(block, instance);
+
+	if (site)
+		take_off_site(site, block_cohort(block), bytes, 0);
 }
 
 /* Removes the block at `address`, copying it out. Its site still counts it: settle() or put_back() must follow. */
@@ -190,7 +247,7 @@ static __always_inline void put_back(struct memleak_actor *actor, u64 address, c
 
 	if (bpf_map_update_elem(&blocks, &key, block, BPF_ANY)) {
 		count(actor->slot, COUNTER_OUTSTANDING_FULL);
-		settle(block, actor->instance, now, block_size(block), true);
+		settle(block, actor->instance, now);
 	}
 }
 
@@ -258,6 +315,19 @@ static __always_inline struct memleak_site *site_of(struct memleak_actor *actor,
 	return site;
 }
 
+/* `address` is handed out again, so its last block is gone although nobody saw it being freed. */
+static __always_inline void end_missed(struct memleak_actor *actor, u64 address, u64 now)
+{
+	struct memleak_block missed;
+
+	if (!take(actor, address, &missed))
+		return;
+	count(actor->slot, COUNTER_IMPLICIT_FREES);
+	settle(&missed, actor->instance, now);
+	emit(actor, EVENT_IMPLICIT_FREE, address, block_size(&missed), now, block_age(&missed, now), missed.stack,
+	     block_probe_set(&missed), 0);
+}
+
 /* A block of `size` bytes at `address` has been handed out. */
 static __always_inline void track_alloc(struct memleak_actor *actor, const struct memleak_function *function,
 					u64 address, u64 size, u64 stack_hash, const struct memleak_stack *stack)
@@ -267,18 +337,12 @@ static __always_inline void track_alloc(struct memleak_actor *actor, const struc
 					     .instance = actor->instance,
 					     .probe_set = function->probe_set };
 	u64 now = bpf_ktime_get_ns();
-	struct memleak_block block = new_block(stack_hash, function->probe_set, size, now);
-	struct memleak_block missed;
+	struct memleak_block block = new_block(function, stack_hash, size, now);
+	struct memleak_share share;
 	struct memleak_site *site;
 	u32 slot;
 
-	/* The address is handed out again, so its last block is gone although nobody saw it being freed. */
-	if (take(actor, address, &missed)) {
-		count(actor->slot, COUNTER_IMPLICIT_FREES);
-		settle(&missed, actor->instance, now, block_size(&missed), true);
-		emit(actor, EVENT_IMPLICIT_FREE, address, block_size(&missed), now, block_age(&missed, now),
-		     missed.stack, block_probe_set(&missed), 0);
-	}
+	end_missed(actor, address, now);
 	site = site_of(actor, &site_key, stack);
 	if (!site)
 		return;
@@ -286,14 +350,18 @@ static __always_inline void track_alloc(struct memleak_actor *actor, const struc
 		count(actor->slot, COUNTER_OUTSTANDING_FULL);
 		return;
 	}
-	size = block_size(&block);
-	__sync_fetch_and_add(&site->allocated_bytes, size);
-	__sync_fetch_and_add(&site->allocated_count, 1);
+	share_of(&block, &share);
+	__sync_fetch_and_add(&site->allocated_bytes, share.bytes);
+	__sync_fetch_and_add(&site->allocated_count, share.count);
 	slot = block_cohort(&block) % MEMLEAK_COHORTS;
-	__sync_fetch_and_add(&site->cohorts[slot].bytes, size);
-	__sync_fetch_and_add(&site->cohorts[slot].count, 1);
+	__sync_fetch_and_add(&site->cohorts[slot].bytes, share.bytes);
+	__sync_fetch_and_add(&site->cohorts[slot].count, share.count);
+	if (block_is_sampled(&block)) {
+		__sync_fetch_and_add(&site->bytes_variance, share.bytes_variance);
+		__sync_fetch_and_add(&site->count_variance, share.count_variance);
+	}
 	site->last_allocation_ns = now;
-	emit(actor, EVENT_ALLOC, address, size, now, 0, stack_hash, function->probe_set, function->name);
+	emit(actor, EVENT_ALLOC, address, block_size(&block), now, 0, stack_hash, function->probe_set, function->name);
 }
 
 /* The block at `address` is given back. With FUNCTION_RANGE only `length` bytes from its start are. */
@@ -304,7 +372,9 @@ static __always_inline void track_free(struct memleak_actor *actor, const struct
 	u64 now;
 
 	if (!take(actor, address, &block)) {
-		count(actor->slot, COUNTER_UNMATCHED_FREES);
+		/* With sampling nothing follows from it: most blocks are not in the table. */
+		if (!sample_bytes)
+			count(actor->slot, COUNTER_UNMATCHED_FREES);
 		return;
 	}
 	now = bpf_ktime_get_ns();
@@ -314,16 +384,17 @@ static __always_inline void track_free(struct memleak_actor *actor, const struct
 		u64 size = (old_size + 4095) & ~4095ULL;
 
 		length = (length + 4095) & ~4095ULL;
-		if (length > size)
+		/* A sampled block here means that a set without ranges shares their domain: it goes as a whole. */
+		if (length > size || (length < size && block_is_sampled(&block)))
 			count(actor->slot, COUNTER_PARTIAL_RANGES);
-		if (length < size) {
+		if (length < size && !block_is_sampled(&block)) {
+			settle_part(&block, actor->instance, old_size - (size - length));
 			set_block_size(&block, size - length);
-			settle(&block, actor->instance, now, old_size - block_size(&block), false);
 			put_back(actor, address + length, &block, now);
 			return;
 		}
 	}
-	settle(&block, actor->instance, now, block_size(&block), true);
+	settle(&block, actor->instance, now);
 	emit(actor, EVENT_FREE, address, block_size(&block), now, block_age(&block, now),
 	     stack_hash ? stack_hash : block.stack, function->probe_set, function->name);
 }

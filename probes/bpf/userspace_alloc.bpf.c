@@ -21,11 +21,13 @@ char LICENSE[] SEC("license") = "GPL";
 struct memleak_kept_types {
 	enum memleak_role role;
 	enum memleak_block_bits block_bits;
+	enum memleak_sampler sampler;
 	enum memleak_function_flags function_flags;
 	enum memleak_stack_end stack_end;
 	enum memleak_counter counter;
 	enum memleak_process_event_kind process_event_kind;
 	enum memleak_event_kind event_kind;
+	struct memleak_share share;
 	struct memleak_process_event process_event;
 	struct memleak_event event;
 } kept_types;
@@ -140,7 +142,7 @@ static __always_inline void abandon(struct memleak_actor *actor, struct memleak_
 	if (thread->window == actor->target->window)
 		count(actor->slot, COUNTER_MISSED_RETURNS);
 	if (thread->old_address)
-		settle(&thread->old, actor->instance, bpf_ktime_get_ns(), block_size(&thread->old), true);
+		settle(&thread->old, actor->instance, bpf_ktime_get_ns());
 	thread->old_address = 0;
 	thread->sp = 0;
 }
@@ -176,10 +178,52 @@ static __always_inline struct memleak_thread *thread_of(struct memleak_actor *ac
 	return thread;
 }
 
-static __always_inline const struct memleak_function *function_of(struct pt_regs *ctx, u32 *index)
+static __always_inline struct memleak_function *function_of(struct pt_regs *ctx, u32 *index)
 {
 	*index = fixed_function != ~0U ? fixed_function : (u32)bpf_get_attach_cookie(ctx);
 	return bpf_map_lookup_elem(&functions, index);
+}
+
+/* The pending call has called another function of its domain: its return must always be followed. */
+static __always_inline void note_nesting(const struct memleak_thread *thread)
+{
+	u32 index = thread->function;
+	struct memleak_function *outer = bpf_map_lookup_elem(&functions, &index);
+
+	if (outer && !outer->nests)
+		outer->nests = 1;
+}
+
+/* Whether an allocation of `size` bytes is recorded; to be asked once for each. */
+static __always_inline bool is_recorded(struct memleak_thread *thread, const struct memleak_function *function,
+					u64 size)
+{
+	if (size < min_size)
+		return false;
+	if (!sample_bytes || function->flags & FUNCTION_UNSAMPLED)
+		return true;
+	if (!size)
+		size = 1;
+	if (!thread->until_sample)
+		thread->until_sample = sample_distance(bpf_get_prandom_u32()) + 1;
+	if (thread->until_sample > size) {
+		thread->until_sample -= size;
+		return false;
+	}
+	thread->until_sample = 0;
+	return true;
+}
+
+/*
+ * Whether the return of an allocation that is not recorded may be left out. Not when the function calls others that are
+ * probed: once nothing is pending they would count as calls of the program. Sampled calls are always followed, so a
+ * function that nests only at times is found out, too. Not in windows either: an address that is handed out again is
+ * what proves there that its last block is gone. (Elsewhere all frees are seen, and with what is left out goes only the
+ * notice of one that was missed: the books are right again when the address is freed or recorded the next time.)
+ */
+static __always_inline bool may_skip(const struct memleak_actor *actor, const struct memleak_function *function)
+{
+	return !function->nests && function->followed >= MEMLEAK_LEAF_CALLS && !actor->target->record_until_ns;
 }
 
 /* In a trace, frees show the stack that freed; otherwise nobody needs it. */
@@ -201,9 +245,10 @@ static __always_inline u64 stack_of_free(struct pt_regs *ctx, struct memleak_act
 	return key.stack;
 }
 
-static __always_inline int on_enter(struct pt_regs *ctx)
+/* `session`: SKIP is heeded. */
+static __always_inline int on_enter(struct pt_regs *ctx, bool session)
 {
-	const struct memleak_function *function;
+	struct memleak_function *function;
 	struct memleak_actor actor;
 	struct memleak_thread *thread;
 	u64 sp, block = 0;
@@ -230,29 +275,37 @@ static __always_inline int on_enter(struct pt_regs *ctx)
 
 		/* What it hands out will be unknown; what it takes back must not stay. */
 		if (function->role == ROLE_REALLOC && block && take(&actor, block, &old))
-			settle(&old, actor.instance, bpf_ktime_get_ns(), block_size(&old), true);
+			settle(&old, actor.instance, bpf_ktime_get_ns());
 		return SKIP;
 	}
 	if (thread->sp && thread->window != actor.target->window)
 		abandon(&actor, thread);
 	if (thread->sp) {
 		/* Stacks grow down: a nested call is below the pending one, and not far. */
-		if (sp < thread->sp && thread->sp - sp < NESTED_STACK_BYTES)
+		if (sp < thread->sp && thread->sp - sp < NESTED_STACK_BYTES) {
+			note_nesting(thread);
 			return SKIP;
+		}
 		/* A tail call takes over the frame, with the return address that our return probe has put there. */
-		if (sp == thread->sp && is_return_trampoline(return_address(ctx, sp)))
+		if (sp == thread->sp && is_return_trampoline(return_address(ctx, sp))) {
+			note_nesting(thread);
 			return SKIP;
+		}
 		abandon(&actor, thread);
 	}
 	thread->size = requested_size(ctx, function);
 	thread->out_pointer = function->out_arg >= 0 ? argument(ctx, function->out_arg) : 0;
-	thread->filtered = thread->size < min_size;
+	thread->filtered = !is_recorded(thread, function, thread->size);
 	thread->function = index;
 	thread->window = actor.target->window;
 	thread->old_address = 0;
 	/* Taken back at entry: as soon as the call runs, another thread may own the address. */
 	if (function->role == ROLE_REALLOC && block && take(&actor, block, &thread->old))
 		thread->old_address = block;
+	if (session && thread->filtered && !thread->old_address && may_skip(&actor, function)) {
+		count_allocation(actor.slot, thread->size);
+		return SKIP;
+	}
 	if (!thread->filtered) {
 		walk(ctx, sp, &thread->stack, function->name, actor.slot);
 		thread->stack_hash = hash_stack(actor.target, &thread->stack);
@@ -264,7 +317,7 @@ static __always_inline int on_enter(struct pt_regs *ctx)
 static __always_inline int on_return(struct pt_regs *ctx)
 {
 	struct memleak_thread_key key = {};
-	const struct memleak_function *function;
+	struct memleak_function *function;
 	struct memleak_actor actor;
 	struct memleak_thread *thread;
 	u64 sp, block, old_address;
@@ -288,6 +341,8 @@ static __always_inline int on_return(struct pt_regs *ctx)
 	}
 	if (index != thread->function)
 		return 0; /* a tail call returns, together with the function that made it */
+	if (function->followed < MEMLEAK_LEAF_CALLS)
+		function->followed++;
 	thread->sp = 0;
 	old_address = thread->old_address;
 	thread->old_address = 0;
@@ -312,7 +367,7 @@ static __always_inline int on_return(struct pt_regs *ctx)
 		if (thread->size) {
 			put_back(&actor, old_address, &thread->old, now);
 		} else {
-			settle(&thread->old, actor.instance, now, block_size(&thread->old), true);
+			settle(&thread->old, actor.instance, now);
 			emit(&actor, EVENT_FREE, old_address, block_size(&thread->old), now,
 			     block_age(&thread->old, now), thread->stack_hash, function->probe_set, function->name);
 		}
@@ -321,11 +376,14 @@ static __always_inline int on_return(struct pt_regs *ctx)
 	if (old_address) {
 		u64 now = bpf_ktime_get_ns();
 
-		settle(&thread->old, actor.instance, now, block_size(&thread->old), true);
+		settle(&thread->old, actor.instance, now);
 		emit(&actor, EVENT_FREE, old_address, block_size(&thread->old), now, block_age(&thread->old, now),
 		     thread->stack_hash, function->probe_set, function->name);
 	}
-	if (!thread->filtered)
+	count_allocation(actor.slot, thread->size);
+	if (thread->filtered)
+		end_missed(&actor, block, bpf_ktime_get_ns());
+	else
 		track_alloc(&actor, function, block, thread->size, thread->stack_hash, &thread->stack);
 	return 0;
 }
@@ -333,13 +391,13 @@ static __always_inline int on_return(struct pt_regs *ctx)
 SEC("uprobe.session")
 int alloc_session(struct pt_regs *ctx)
 {
-	return session_is_return(ctx) ? on_return(ctx) : on_enter(ctx);
+	return session_is_return(ctx) ? on_return(ctx) : on_enter(ctx, true);
 }
 
 SEC("uprobe.multi")
 int alloc_multi_enter(struct pt_regs *ctx)
 {
-	on_enter(ctx);
+	on_enter(ctx, false);
 	return 0;
 }
 
@@ -352,7 +410,7 @@ int alloc_multi_return(struct pt_regs *ctx)
 SEC("uprobe")
 int alloc_perf_enter(struct pt_regs *ctx)
 {
-	on_enter(ctx);
+	on_enter(ctx, false);
 	return 0;
 }
 

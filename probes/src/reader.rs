@@ -8,10 +8,10 @@ use libbpf_rs::{MapCore, MapFlags};
 
 use crate::types::{
     COHORTS, LIFETIME_CLASSES, Plain, bytes_of, from_bytes, memleak_block, memleak_block_bits as bits,
-    memleak_block_key, memleak_counter as counter, memleak_counters, memleak_site, memleak_site_key, memleak_stack,
-    memleak_stack_end as stack_end,
+    memleak_block_key, memleak_counter as counter, memleak_counters, memleak_share, memleak_site, memleak_site_key,
+    memleak_stack, memleak_stack_end as stack_end,
 };
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, sampler};
 
 /// Elements read by one system call.
 const BATCH: u32 = 4096;
@@ -37,8 +37,8 @@ impl SiteKey {
     }
 }
 
-/// Running totals of a site. Counters only grow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Running totals of a site. Counters only grow. With sampling all are estimates.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SiteTotals {
     /// Bytes allocated.
     pub allocated_bytes: u64,
@@ -57,6 +57,10 @@ pub struct SiteTotals {
     /// Per slot: bytes and blocks born minus died. Slot g % COHORTS belongs to generation g; what an earlier
     /// generation left in it stays in it (subtract the value read when the slot was taken over).
     pub cohorts: [(i64, i64); COHORTS],
+    /// Variance of the estimated outstanding bytes; 0 without sampling.
+    pub bytes_variance: f64,
+    /// Variance of the estimated number of outstanding blocks; 0 without sampling.
+    pub count_variance: f64,
     /// Frees by lifetime class.
     pub lifetimes: [u64; LIFETIME_CLASSES],
 }
@@ -117,6 +121,18 @@ impl memleak_block {
         low(self.birth_set, bits::BLOCK_BIRTH_BITS) << bits::BLOCK_BIRTH_SHIFT.0
     }
 
+    /// As share_of() in track.bpf.h.
+    fn share(&self, sample_bytes: u64) -> memleak_share {
+        let exact = |count| memleak_share { bytes: self.size(), count, ..memleak_share::default() };
+        if sample_bytes == 0 {
+            exact(1)
+        } else if self.size_cohort >> bits::BLOCK_SAMPLED_BIT.0 == 0 {
+            exact(sampler::count_in_share(1))
+        } else {
+            sampler::share(self.size(), sample_bytes)
+        }
+    }
+
     fn probe_set(&self) -> u32 {
         (self.birth_set >> bits::BLOCK_BIRTH_BITS.0) as u32
     }
@@ -142,28 +158,45 @@ pub struct Counters {
     pub partial_ranges: u64,
     pub pointers_unreadable: u64,
     pub events_dropped: u64,
+    pub allocated_count: u64,
+    pub allocated_bytes: u64,
 }
 
-/// All sites.
-pub(crate) fn read_sites(map: &dyn MapCore) -> Result<Vec<(SiteKey, SiteTotals)>> {
+/// All sites. `sample_bytes` is what they were counted with.
+pub(crate) fn read_sites(map: &dyn MapCore, sample_bytes: u64) -> Result<Vec<(SiteKey, SiteTotals)>> {
     let mut out = Vec::new();
     for_each::<memleak_site_key, memleak_site>(map, |key, site| {
-        out.push((
-            SiteKey::from_raw(*key),
-            SiteTotals {
-                allocated_bytes: site.allocated_bytes,
-                allocated_count: site.allocated_count,
-                freed_bytes: site.freed_bytes,
-                freed_count: site.freed_count,
-                last_allocation_ns: site.last_allocation_ns,
-                older_freed_bytes: site.older_freed_bytes,
-                older_freed_count: site.older_freed_count,
-                cohorts: site.cohorts.map(|c| (c.bytes, c.count)),
-                lifetimes: site.lifetimes,
-            },
-        ));
+        out.push((SiteKey::from_raw(*key), site.totals(sample_bytes)));
     })?;
     Ok(out)
+}
+
+impl memleak_site {
+    fn totals(&self, sample_bytes: u64) -> SiteTotals {
+        let mut totals = SiteTotals {
+            allocated_bytes: self.allocated_bytes,
+            allocated_count: self.allocated_count,
+            freed_bytes: self.freed_bytes,
+            freed_count: self.freed_count,
+            last_allocation_ns: self.last_allocation_ns,
+            older_freed_bytes: self.older_freed_bytes,
+            older_freed_count: self.older_freed_count,
+            cohorts: self.cohorts.map(|c| (c.bytes, c.count)),
+            bytes_variance: 0.0,
+            count_variance: 0.0,
+            lifetimes: self.lifetimes,
+        };
+        if sample_bytes > 0 {
+            for count in [&mut totals.allocated_count, &mut totals.freed_count, &mut totals.older_freed_count] {
+                *count = sampler::blocks(*count);
+            }
+            totals.lifetimes.iter_mut().for_each(|count| *count = sampler::blocks(*count));
+            totals.cohorts.iter_mut().for_each(|(_, count)| *count = sampler::signed_blocks(*count));
+            totals.bytes_variance = sampler::bytes_variance(self.bytes_variance, sample_bytes);
+            totals.count_variance = sampler::count_variance(self.count_variance);
+        }
+        totals
+    }
 }
 
 /// One stack; `None` when it was not stored.
@@ -210,6 +243,8 @@ pub(crate) fn read_counters(map: &dyn MapCore, slot: u32) -> Result<Counters> {
         partial_ranges: get(counter::COUNTER_PARTIAL_RANGES),
         pointers_unreadable: get(counter::COUNTER_POINTERS_UNREADABLE),
         events_dropped: get(counter::COUNTER_EVENTS_DROPPED),
+        allocated_count: get(counter::COUNTER_ALLOCATED_COUNT),
+        allocated_bytes: get(counter::COUNTER_ALLOCATED_BYTES),
     })
 }
 
@@ -242,6 +277,7 @@ pub(crate) fn remove_blocks(
     list: &[Block],
     ended: bool,
     cohort: u32,
+    sample_bytes: u64,
 ) -> Result<()> {
     for block in list {
         let key = memleak_block_key { address: block.address, instance, domain: block.domain };
@@ -255,21 +291,23 @@ pub(crate) fn remove_blocks(
         let found = sites.lookup(bytes_of(&site_key), MapFlags::ANY).map_err(|e| failed(&e))?;
         let Some(mut site) = found.and_then(|bytes| from_bytes::<memleak_site>(&bytes)) else { continue };
         // As settle() in track.bpf.h does it.
-        let size = raw.size();
+        let share = raw.share(sample_bytes);
         if ended {
-            site.freed_bytes += size;
-            site.freed_count += 1;
+            site.freed_bytes += share.bytes;
+            site.freed_count += share.count;
         } else {
-            site.allocated_bytes = site.allocated_bytes.saturating_sub(size);
-            site.allocated_count = site.allocated_count.saturating_sub(1);
+            site.allocated_bytes = site.allocated_bytes.saturating_sub(share.bytes);
+            site.allocated_count = site.allocated_count.saturating_sub(share.count);
         }
+        site.bytes_variance = site.bytes_variance.saturating_sub(share.bytes_variance);
+        site.count_variance = site.count_variance.saturating_sub(share.count_variance);
         if raw.generations_since(cohort) < COHORTS as u32 - 1 {
             let slot = &mut site.cohorts[raw.cohort() as usize % COHORTS];
-            slot.bytes -= size.cast_signed();
-            slot.count -= 1;
+            slot.bytes -= share.bytes.cast_signed();
+            slot.count -= share.count.cast_signed();
         } else {
-            site.older_freed_bytes += size;
-            site.older_freed_count += 1;
+            site.older_freed_bytes += share.bytes;
+            site.older_freed_count += share.count;
         }
         sites.update(bytes_of(&site_key), bytes_of(&site), MapFlags::EXIST).map_err(|e| failed(&e))?;
     }

@@ -41,6 +41,8 @@ pub struct Settings {
     pub max_frames: u32,
     /// Smaller allocations are not recorded, bytes.
     pub min_size: u64,
+    /// Mean bytes between two allocations that are recorded, at most [`crate::MAX_SAMPLE_BYTES`]; 0 records all.
+    pub sample_bytes: u64,
     /// Emit every allocation and free, see [`Tracker::next_event`].
     pub trace_events: bool,
     /// Probe the first instruction of each function, whatever it costs: to compare.
@@ -131,6 +133,11 @@ impl Tracker {
     /// programs were loaded.
     pub fn cost_per_hit_ns(&self) -> f64 {
         self.cost_per_hit_ns
+    }
+
+    /// Mean bytes between two allocations that are recorded; 0: all are.
+    pub fn sample_bytes(&self) -> u64 {
+        self.settings.sample_bytes
     }
 
     /// How uprobes are attached.
@@ -272,7 +279,15 @@ impl Tracker {
     /// When the maps cannot be changed.
     pub fn remove_blocks(&mut self, instance: u32, blocks: &[Block], ended: bool) -> Result<()> {
         let maps = &self.skel.maps;
-        reader::remove_blocks(&maps.blocks, &maps.sites, instance, blocks, ended, self.cohort)
+        reader::remove_blocks(
+            &maps.blocks,
+            &maps.sites,
+            instance,
+            blocks,
+            ended,
+            self.cohort,
+            self.settings.sample_bytes,
+        )
     }
 
     /// Totals of every site.
@@ -280,7 +295,7 @@ impl Tracker {
     /// # Errors
     /// When the map cannot be read.
     pub fn read_sites(&self) -> Result<Vec<(SiteKey, SiteTotals)>> {
-        reader::read_sites(&self.skel.maps.sites)
+        reader::read_sites(&self.skel.maps.sites, self.settings.sample_bytes)
     }
 
     /// The call stack of a site; `None` when there was no room for it.

@@ -25,6 +25,12 @@ function M.goes_on(window)
   return last:rate() >= 0.4 * window:slope()
 end
 
+-- Whether an amount is more than the noise of a sample: three standard errors of what is outstanding. The error of a
+-- growth is never larger than that of the whole, which contains it. Always true where everything is recorded.
+function M.is_certain(site, bytes)
+  return bytes >= 3 * site.outstanding_bytes_stderr
+end
+
 -- Whether the growth may be old blocks being replaced: blocks from before the attach are unknown, so when a full cache
 -- swaps them for new ones, only the new ones are counted. The sign is that the process frees at least as many
 -- unknown blocks as the site gains, while its resident memory does not grow with the site.

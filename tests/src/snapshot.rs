@@ -103,6 +103,10 @@ pub struct SiteView {
     /// What was counted.
     #[serde(flatten)]
     pub counts: Counts,
+    /// Standard error of the outstanding bytes.
+    pub outstanding_bytes_stderr: f64,
+    /// Standard error of the number of outstanding blocks.
+    pub outstanding_count_stderr: f64,
     /// Call stack, innermost frame first.
     pub frames: Vec<FrameView>,
 }
@@ -119,6 +123,17 @@ impl SiteView {
     }
 }
 
+/// What is counted of every call of a sampled process.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct SamplingView {
+    /// Mean bytes between two samples.
+    pub mean_bytes: u64,
+    /// Bytes allocated, recorded or not.
+    pub allocated_bytes: u64,
+    /// Blocks allocated, recorded or not.
+    pub allocated_count: u64,
+}
+
 /// One watched process.
 #[derive(Clone, Debug, Deserialize)]
 pub struct ProcessView {
@@ -128,8 +143,10 @@ pub struct ProcessView {
     pub comm: String,
     /// False once it has exited or called exec.
     pub alive: bool,
-    /// `exact` or `estimated`.
+    /// `exact`, `sampled` or `estimated`.
     pub mode: String,
+    /// What was counted in whole; `None` when every allocation is recorded.
+    pub sampling: Option<SamplingView>,
     /// Traced calls.
     pub hits: u64,
     /// Frees of blocks that were not in the table.

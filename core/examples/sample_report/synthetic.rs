@@ -196,6 +196,7 @@ impl Plan {
         SiteSample {
             site: Arc::clone(&self.site),
             totals,
+            stderr: Default::default(),
             last_allocation_s,
             // Only the newest state of a site is kept, so only the last snapshot needs these.
             cohorts: if last { self.cohorts(t, end, totals) } else { Vec::new() },

@@ -50,6 +50,7 @@ impl Run {
             SiteSample {
                 site: site(process),
                 totals: Totals { allocated_bytes: bytes, allocated_count: 9, ..Totals::default() },
+                stderr: Default::default(),
                 last_allocation_s: time_s,
                 cohorts: vec![cohort],
                 lifetimes: Default::default(),

@@ -15,7 +15,9 @@ use crate::governor::Governor;
 use crate::live;
 use crate::plugin::{self, Plugin};
 use crate::process::{self, ProcessStat};
-use crate::snapshot::{Losses, Mode, Process, ProcessSample, Site, SiteKey, SiteSample, Snapshot, Totals};
+use crate::snapshot::{
+    Losses, Mode, Process, ProcessSample, Sampling, Site, SiteKey, SiteSample, Snapshot, StandardErrors, Totals,
+};
 use crate::symbolize::{Symbolizer, site_id};
 use crate::target::Matcher;
 use crate::watchdog::Watchdog;
@@ -147,6 +149,8 @@ impl Collector {
             max_threads: c.max_threads,
             max_frames: c.max_frames,
             min_size: c.min_size.0,
+            // A trace shows every call.
+            sample_bytes: if trace_events { 0 } else { c.sample_bytes.0 },
             trace_events,
             at_entry: c.placement == Placement::Entry,
         })?;
@@ -414,6 +418,7 @@ impl Collector {
                 sites.push(SiteSample {
                     site: Arc::clone(&known.site),
                     totals: to_totals(totals),
+                    stderr: StandardErrors { bytes: totals.bytes_variance.sqrt(), count: totals.count_variance.sqrt() },
                     last_allocation_s: age_ns as f64 / 1e9,
                     cohorts: known.cohorts.read(&self.generations, totals, time_s),
                     lifetimes: totals.lifetimes,
@@ -484,6 +489,7 @@ impl Collector {
 
     fn process_samples(&mut self) -> Result<Vec<ProcessSample>> {
         let mut samples = Vec::with_capacity(self.watched.len());
+        let sample_bytes = self.tracker.sample_bytes();
         for (instance, watched) in &mut self.watched {
             let counters = self.tracker.read_counters(*instance)?;
             let alive = watched.life == Life::Running;
@@ -493,7 +499,16 @@ impl Collector {
             samples.push(ProcessSample {
                 process: Arc::clone(&watched.process),
                 alive,
-                mode: if watched.governor.is_exact() { Mode::Exact } else { Mode::Estimated },
+                mode: match (watched.governor.is_exact(), sample_bytes) {
+                    (true, 0) => Mode::Exact,
+                    (true, _) => Mode::Sampled,
+                    (false, _) => Mode::Estimated,
+                },
+                sampling: (sample_bytes > 0).then_some(Sampling {
+                    mean_bytes: sample_bytes,
+                    allocated_bytes: counters.allocated_bytes,
+                    allocated_count: counters.allocated_count,
+                }),
                 budget: Some(watched.governor.budget()).filter(|b| b.is_finite()),
                 windows: watched.governor.windows().0,
                 windows_discarded: watched.governor.windows().1,

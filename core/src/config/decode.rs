@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::read::{Reader, Section, boolean, string, wrong_type};
+use super::read::{Reader, Section, boolean, size, string, wrong_type};
 use super::tree::{Entries, Node, Problem, Value};
 use super::{Backend, Config, Placement, TargetSpec, WebhookSettings};
 use crate::units::{Bytes, format_duration, parse_duration};
@@ -43,6 +43,9 @@ pub(super) fn decode(reader: &mut Reader, entries: Entries) -> Config {
     config
 }
 
+/// Mean distances between samples that make sense, bytes: below, next to everything is recorded anyway.
+const SAMPLE_BYTES: std::ops::RangeInclusive<u64> = 64..=memleak_probes::MAX_SAMPLE_BYTES;
+
 fn collector(mut s: Section<'_>, config: &mut Config) {
     let c = &mut config.collector;
     let backends = [
@@ -58,6 +61,17 @@ fn collector(mut s: Section<'_>, config: &mut Config) {
     s.integer("max_threads", 1..=4_194_304, &mut c.max_threads);
     s.integer("max_frames", 1..=127, &mut c.max_frames);
     s.bytes("min_size", Bytes(0)..=Bytes(1 << 40), &mut c.min_size);
+    let read_sample = |node: &Node| {
+        let mean = size(node)?;
+        if mean.0 == 0 || SAMPLE_BYTES.contains(&mean.0) {
+            return Ok(mean);
+        }
+        let (least, most) = (Bytes(*SAMPLE_BYTES.start()), Bytes(*SAMPLE_BYTES.end()));
+        Err(format!("{mean} is out of range: it must be 0B, which records everything, or from {least} to {most}"))
+    };
+    if let Some(mean) = s.read("sample_bytes", read_sample) {
+        c.sample_bytes = mean;
+    }
     s.choice("placement", &[("best", Placement::Best), ("entry", Placement::Entry)], &mut c.placement);
     let b = &mut c.budget;
     if let Some(share) =

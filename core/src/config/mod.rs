@@ -169,6 +169,8 @@ pub struct CollectorSettings {
     pub max_frames: u32,
     /// Allocations below this size are not recorded.
     pub min_size: Bytes,
+    /// Mean bytes between two allocations that are recorded; 0 records all.
+    pub sample_bytes: Bytes,
     /// Which instruction of a function is probed.
     pub placement: Placement,
     /// What tracing may cost.
@@ -184,6 +186,7 @@ impl Default for CollectorSettings {
             max_threads: 16_384,
             max_frames: 64,
             min_size: Bytes(0),
+            sample_bytes: Bytes(0),
             placement: Placement::default(),
             budget: BudgetSettings::default(),
         }

@@ -180,11 +180,7 @@ impl<'r> Section<'r> {
     /// A size within a range: a string with a unit, or a number of bytes.
     pub fn bytes(&mut self, key: &str, range: RangeInclusive<Bytes>, out: &mut Bytes) {
         let read = |node: &Node| {
-            let bytes = match &node.value {
-                Value::String(s) => Bytes::parse(s)?,
-                Value::Integer(n) => Bytes(u64::try_from(*n).map_err(|_| format!("{n} is no size: it is negative"))?),
-                _ => return Err(wrong_type("a size such as \"64KiB\"", node)),
-            };
+            let bytes = size(node)?;
             match range.contains(&bytes) {
                 true => Ok(bytes),
                 false => Err(format!("{bytes} is out of range: it must be from {} to {}", range.start(), range.end())),
@@ -238,6 +234,14 @@ pub(super) fn string(node: &Node) -> Result<&str, String> {
 }
 
 /// A boolean.
+pub(super) fn size(node: &Node) -> Result<Bytes, String> {
+    match &node.value {
+        Value::String(s) => Bytes::parse(s),
+        Value::Integer(n) => Ok(Bytes(u64::try_from(*n).map_err(|_| format!("{n} is no size: it is negative"))?)),
+        _ => Err(wrong_type("a size such as \"64KiB\"", node)),
+    }
+}
+
 pub(super) fn boolean(node: &Node) -> Result<bool, String> {
     match node.value {
         Value::Boolean(b) => Ok(b),

@@ -89,6 +89,7 @@ fn every_key_reaches_its_field() {
         max_threads = 13
         max_frames = 14
         min_size = 15
+        sample_bytes = "16KiB"
         placement = "entry"
         budget = "6%"
         budget_floor = "7 %"
@@ -148,6 +149,7 @@ fn every_key_reaches_its_field() {
             max_threads: 13,
             max_frames: 14,
             min_size: Bytes(15),
+            sample_bytes: Bytes(16 << 10),
             placement: Placement::Entry,
             budget: BudgetSettings {
                 share: Some(0.06),
@@ -234,6 +236,12 @@ fn wrong_values_name_their_place_and_what_would_be_right() {
             "[collector]\nmax_sites = \"many\"",
             "m.toml:2:13: `collector.max_sites`: must be an integer, not the string \"many\"",
         ),
+        (
+            "[collector]\nsample_bytes = \"63B\"",
+            "m.toml:2:16: `collector.sample_bytes`: 63B is out of range: it must be 0B, which records everything, or from 64B to 64MiB",
+        ),
+        ("[collector]\nsample_bytes = \"1GiB\"", "m.toml:2:16: `collector.sample_bytes`: 1GiB is out of range"),
+        ("[collector]\nsample_bytes = -1", "m.toml:2:16: `collector.sample_bytes`: -1 is no size: it is negative"),
         ("[collector]\nmin_size = \"1XB\"", "m.toml:2:12: `collector.min_size`: unknown unit \"XB\""),
         (
             "[collector]\nbackend = \"sesion\"",

@@ -194,6 +194,7 @@ mod tests {
             let sample = |(site, bytes, growth): &(Arc<Site>, u64, u64)| SiteSample {
                 site: Arc::clone(site),
                 totals: Totals { allocated_bytes: bytes + growth * t, allocated_count: 1, ..Totals::default() },
+                stderr: Default::default(),
                 last_allocation_s: t as f64,
                 cohorts: Vec::new(),
                 lifetimes: [0; LIFETIME_CLASSES],

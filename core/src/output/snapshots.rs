@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use crate::history::{History, SiteHistory};
-use crate::snapshot::{Cohort, Losses, Mode, ProcessSample, SiteSample, Snapshot, Totals};
+use crate::snapshot::{Cohort, Losses, Mode, ProcessSample, Sampling, SiteSample, Snapshot, StandardErrors, Totals};
 use crate::symbolize::Frame;
 
 /// The line.
@@ -27,6 +27,7 @@ struct ProcessLine<'a> {
     exe: &'a str,
     alive: bool,
     mode: Mode,
+    sampling: Option<Sampling>,
     hits: u64,
     unmatched_frees: u64,
     rss_bytes: Option<u64>,
@@ -45,6 +46,8 @@ struct TotalsLine {
     totals: Totals,
     outstanding_bytes: u64,
     outstanding_count: u64,
+    #[serde(flatten)]
+    stderr: StandardErrors,
 }
 
 #[derive(Debug, Serialize)]
@@ -61,12 +64,13 @@ struct SiteLine<'a> {
     truncated: Option<&'a str>,
 }
 
-impl From<Totals> for TotalsLine {
-    fn from(totals: Totals) -> Self {
+impl TotalsLine {
+    fn new(totals: Totals, stderr: StandardErrors) -> Self {
         TotalsLine {
             outstanding_bytes: totals.outstanding_bytes(),
             outstanding_count: totals.outstanding_count(),
             totals,
+            stderr,
         }
     }
 }
@@ -83,7 +87,7 @@ impl<'a> SnapshotLine<'a> {
             time: crate::units::format_time_utc(snapshot.wall_s),
             time_s: snapshot.time_s,
             processes: snapshot.processes.iter().map(process).collect(),
-            totals: snapshot.totals().into(),
+            totals: TotalsLine::new(snapshot.totals(), snapshot.stderr()),
             sites_total: snapshot.sites.len(),
             sites: (snapshot.sites.iter().take(sites))
                 .map(|s| SiteLine {
@@ -91,7 +95,7 @@ impl<'a> SnapshotLine<'a> {
                     pid: s.site.process.pid,
                     probe_set: &s.site.probe_set,
                     function: &s.site.function,
-                    totals: s.totals.into(),
+                    totals: TotalsLine::new(s.totals, s.stderr),
                     oldest_age_s: age(s),
                     cohorts: &s.cohorts,
                     frames: s.site.frames(),
@@ -109,6 +113,7 @@ fn process(p: &ProcessSample) -> ProcessLine<'_> {
         exe: &p.process.exe,
         alive: p.alive,
         mode: p.mode,
+        sampling: p.sampling,
         hits: p.hits,
         unmatched_frees: p.unmatched_frees,
         rss_bytes: p.rss_bytes,

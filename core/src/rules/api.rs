@@ -84,6 +84,12 @@ impl UserData for SiteRef {
         });
         fields
             .add_field_method_get("last_allocation_s", |_, this| this.with(|_, s| s.history.latest.last_allocation_s));
+        fields.add_field_method_get("outstanding_bytes_stderr", |_, this| {
+            this.with(|_, s| s.history.latest.stderr.bytes)
+        });
+        fields.add_field_method_get("outstanding_count_stderr", |_, this| {
+            this.with(|_, s| s.history.latest.stderr.count)
+        });
         fields.add_field_method_get("now_s", |_, this| this.with(|v, _| v.time_s));
         fields.add_field_method_get("id", |_, this| this.with(|_, s| format!("{:016x}", s.site().id)));
         fields.add_field_method_get("probe_set", |lua, this| {
@@ -97,6 +103,7 @@ impl UserData for SiteRef {
         fields.add_field_method_get("mode", |_, this| {
             this.with(|_, s| match s.process.as_ref().map_or(Mode::Exact, |p| p.sample.mode) {
                 Mode::Exact => "exact",
+                Mode::Sampled => "sampled",
                 Mode::Estimated => "estimated",
             })
         });

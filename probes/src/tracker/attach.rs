@@ -269,12 +269,19 @@ impl Tracker {
             Role::Realloc => memleak_role::ROLE_REALLOC,
             Role::Free => memleak_role::ROLE_FREE,
         };
+        let mut function_flags = flags(0);
+        if spec.range {
+            function_flags.0 |= flags::FUNCTION_RANGE.0;
+        }
+        if set.functions.iter().any(|f| f.range) {
+            function_flags.0 |= flags::FUNCTION_UNSAMPLED.0;
+        }
         let function = memleak_function {
             probe_set: set.number,
             name,
             role: role.0 as u8,
             domain,
-            flags: if spec.range { flags::FUNCTION_RANGE.0 as u8 } else { 0 },
+            flags: function_flags.0 as u8,
             size_arg: argument(size_arg),
             times_arg: argument(times_arg),
             block_arg: argument(spec.block_arg),
@@ -283,6 +290,8 @@ impl Tracker {
             size_const,
             expect,
             sp_offset: at.sp_offset,
+            followed: 0,
+            nests: 0,
         };
         let index = self.next_function;
         (self.skel.maps.functions)

@@ -7,6 +7,7 @@ use libbpf_rs::skel::SkelBuilder;
 
 use super::{Settings, TRACE_RING_BYTES};
 use crate::features::Backend;
+use crate::sampler::MAX_SAMPLE_BYTES;
 use crate::skeleton::userspace_alloc::{OpenUserspaceAllocSkel, UserspaceAllocSkelBuilder};
 use crate::types::MAX_FRAMES;
 use crate::{Error, ErrorKind, Result};
@@ -31,6 +32,7 @@ pub(super) fn open(settings: &Settings, backend: Backend) -> Result<OpenUserspac
         .ok_or_else(|| Error::new(ErrorKind::Kernel, format!("failed to {what}: no settings section")))?;
     rodata.max_frames = settings.max_frames.clamp(1, MAX_FRAMES as u32);
     rodata.min_size = settings.min_size;
+    rodata.sample_bytes = settings.sample_bytes.min(MAX_SAMPLE_BYTES);
     rodata.trace_events = settings.trace_events;
     rodata.hash_seed = seed();
     (rodata.pidns_dev, rodata.pidns_ino) = pid_namespace();

@@ -71,6 +71,7 @@ fn tracker(backend: Option<Backend>) -> Tracker {
         max_threads: 100,
         max_frames: 16,
         min_size: 0,
+        sample_bytes: 0,
         trace_events: false,
         at_entry: false,
     };

@@ -5,6 +5,7 @@ mod glibc;
 mod lifecycle;
 mod linkage;
 mod mappings;
+mod sampling;
 mod targets;
 mod threads;
 mod user_sets;

@@ -11,7 +11,7 @@ use super::{AlertStatus, AlertView, PluginStatus, RuleStatus, RunInfo, trend};
 use crate::finding::Severity;
 use crate::history::{History, Sample, SiteHistory};
 use crate::output::text::clip;
-use crate::snapshot::{Mode, ProcessSample, SiteKey, Totals};
+use crate::snapshot::{Mode, ProcessSample, SiteKey, StandardErrors, Totals};
 
 /// Longest page title.
 const MAX_TITLE: usize = 200;
@@ -63,6 +63,8 @@ pub(super) struct TotalsView {
     outstanding_count: u64,
     #[serde(flatten)]
     totals: Totals,
+    #[serde(flatten)]
+    stderr: StandardErrors,
     growth_bytes_per_s: f64,
     pub(super) growing_since_s: Option<f64>,
     growing_for_s: Option<f64>,
@@ -183,7 +185,7 @@ impl Report {
             duration_s: now_s,
             snapshots: history.snapshots(),
             nonce: nonce(),
-            totals: TotalsView::new(series, now_s),
+            totals: TotalsView::new(history, now_s),
             findings: Findings::new(alerts),
             truth: Truth::new(history, &sites, run),
             alerts: alert_contexts(alerts, &sites, now_s, zero_wall_s),
@@ -259,13 +261,17 @@ fn rise(h: &SiteHistory) -> f64 {
 }
 
 impl TotalsView {
-    fn new(series: &[Sample], now_s: f64) -> Self {
+    fn new(history: &History, now_s: f64) -> Self {
+        let series = history.totals().samples();
+        let mut stderr = StandardErrors::default();
+        history.live_sites().for_each(|h| stderr.add(&h.latest.stderr));
         let totals = series.last().map(|s| s.totals).unwrap_or_default();
         let growing_since_s = trend::growing_since_s(series);
         TotalsView {
             outstanding_bytes: totals.outstanding_bytes(),
             outstanding_count: totals.outstanding_count(),
             totals,
+            stderr,
             growth_bytes_per_s: trend::growth_bytes_per_s(series),
             growing_since_s,
             growing_for_s: growing_since_s.map(|s| now_s - s),

@@ -79,6 +79,9 @@ struct PageSite {
     count: u64,
     /// Allocated bytes and count, freed bytes and count.
     totals: [u64; 4],
+    /// Standard errors of bytes and count; absent where nothing is sampled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stderr: Option<[f64; 2]>,
     growth: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     growing_since: Option<f64>,
@@ -162,6 +165,7 @@ impl PageSite {
             bytes: s.outstanding_bytes,
             count: s.outstanding_count,
             totals: [s.totals.allocated_bytes, s.totals.allocated_count, s.totals.freed_bytes, s.totals.freed_count],
+            stderr: (s.stderr.bytes > 0.0).then(|| [short(s.stderr.bytes), short(s.stderr.count)]),
             growth: short(s.growth_bytes_per_s),
             growing_since: s.growing_since_s.map(short),
             age: short(s.oldest_age_s),

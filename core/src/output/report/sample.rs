@@ -119,6 +119,7 @@ fn snapshot(number: u32, process: &Arc<Process>, sites: &[Arc<Site>]) -> Snapsho
     let sample = |site: &Arc<Site>| SiteSample {
         site: Arc::clone(site),
         totals,
+        stderr: Default::default(),
         last_allocation_s: time_s,
         cohorts: vec![cohort],
         lifetimes,

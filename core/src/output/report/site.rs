@@ -6,7 +6,7 @@ use super::trend;
 use crate::finding::Severity;
 use crate::history::{Sample, SiteHistory};
 use crate::output::text::clip;
-use crate::snapshot::{Cohort, LIFETIME_CLASSES, SiteKey, Totals};
+use crate::snapshot::{Cohort, LIFETIME_CLASSES, SiteKey, StandardErrors, Totals};
 use crate::symbolize::Frame;
 
 /// Most characters of a name or path: generated C++ names reach hundreds of kilobytes.
@@ -43,6 +43,8 @@ pub(super) struct SiteView {
     pub(super) frames: Vec<FrameView>,
     #[serde(skip)]
     pub(super) cohorts: Vec<Cohort>,
+    #[serde(flatten)]
+    pub(super) stderr: StandardErrors,
     #[serde(skip)]
     pub(super) lifetimes: [u64; LIFETIME_CLASSES],
     #[serde(skip)]
@@ -118,6 +120,7 @@ impl SiteView {
             truncated: site.truncated.as_deref().map(name),
             frames,
             cohorts: h.latest.cohorts.clone(),
+            stderr: h.latest.stderr,
             lifetimes: h.latest.lifetimes,
             series: h.series.samples().to_vec(),
         }

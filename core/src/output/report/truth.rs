@@ -11,7 +11,7 @@ use crate::snapshot::{Losses, Mode};
 /// The report's statement about its own numbers.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Truth {
-    /// `exact`, `estimated`, or `mixed` when processes differ; `none` without any process.
+    /// `exact`, `sampled`, `estimated`, or `mixed` when processes differ; `none` without any process.
     pub mode: &'static str,
     /// True when the numbers are exact and nothing was lost.
     pub complete: bool,
@@ -57,19 +57,21 @@ impl Truth {
     /// The statement about `history`; `sites` are those of the report.
     pub(super) fn new(history: &History, sites: &[SiteView], run: &RunInfo) -> Truth {
         let mut losses = Losses::default();
-        let (mut exact, mut estimated, mut unmatched) = (0_usize, 0_usize, 0_u64);
+        let (mut exact, mut sampled, mut estimated, mut unmatched) = (0_usize, 0_usize, 0_usize, 0_u64);
         for p in history.processes() {
             losses.add(&p.losses);
             unmatched += p.unmatched_frees;
             match p.mode {
                 Mode::Exact => exact += 1,
+                Mode::Sampled => sampled += 1,
                 Mode::Estimated => estimated += 1,
             }
         }
-        let mode = match (exact, estimated) {
-            (0, 0) => "none",
-            (_, 0) => "exact",
-            (0, _) => "estimated",
+        let mode = match (exact, sampled, estimated) {
+            (0, 0, 0) => "none",
+            (_, 0, 0) => "exact",
+            (0, _, 0) => "sampled",
+            (0, 0, _) => "estimated",
             _ => "mixed",
         };
         let allocations = history.totals().samples().last().map_or(0, |s| s.totals.allocated_count);
@@ -109,8 +111,13 @@ fn headline(mode: &str, losses: u64, allocations: u64) -> String {
     match mode {
         "exact" if losses == 0 => "Every allocation and every free since the attach was counted.".to_owned(),
         "exact" => format!("Every call was traced{lost}."),
+        "sampled" => {
+            format!(
+                "Every call was seen, a random sample of the allocations was recorded: numbers are estimates{lost}."
+            )
+        }
         "estimated" => format!("Numbers are estimates from short periods of tracing{lost}."),
-        "mixed" => format!("Some processes were traced in full, the others in short periods{lost}."),
+        "mixed" => format!("Some processes were traced in full, of the others the numbers are estimates{lost}."),
         _ => "No process has been watched.".to_owned(),
     }
 }
@@ -224,6 +231,7 @@ mod tests {
             headline("exact", 1_500, 1_000_000),
             "Every call was traced, but 1,500 events were lost (0.15 % of the allocations)."
         );
+        assert!(headline("sampled", 0, 10).contains("estimates"));
         assert!(headline("estimated", 0, 10).contains("estimates"));
     }
 }

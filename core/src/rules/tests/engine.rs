@@ -34,6 +34,7 @@ fn history(n: u64, losses: Losses) -> History {
         snapshot.sites.push(SiteSample {
             site: Arc::new(Site { frames: OnceLock::new(), ..site }),
             totals,
+            stderr: Default::default(),
             last_allocation_s: 0.5,
             cohorts: Vec::new(),
             lifetimes: [0; LIFETIME_CLASSES],

@@ -277,6 +277,7 @@ fn cpu_time_is_bounded_over_all_sites() {
         snapshot.sites.push(crate::snapshot::SiteSample {
             site: site(&process, id, "f"),
             totals: crate::snapshot::Totals { allocated_bytes: 1, allocated_count: 1, ..Default::default() },
+            stderr: Default::default(),
             last_allocation_s: 0.0,
             cohorts: Vec::new(),
             lifetimes: [0; crate::snapshot::LIFETIME_CLASSES],

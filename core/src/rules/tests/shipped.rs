@@ -4,7 +4,7 @@ use super::shapes::*;
 use super::support::*;
 use crate::finding::Severity;
 use crate::rules::RuleEngine;
-use crate::snapshot::Mode;
+use crate::snapshot::{Mode, StandardErrors};
 
 const INTERVALS: [f64; 3] = [1.0, 10.0, 60.0];
 
@@ -147,6 +147,19 @@ fn windows_make_suspicions_only() {
         assert!(said.iter().all(|s| &*s.finding.rule == "suspected" && s.shape == "leak"), "{:#?}", summary(&said));
         assert_eq!(first(&said, "leak", "suspected", Severity::Warning).is_some(), expected, "{:#?}", summary(&said));
         assert!(said.iter().all(|s| s.finding.reason.contains("not proven") && s.finding.confidence <= 0.5));
+    }
+}
+
+/// Growth of 2.4 MB is proof when the sample's error is small beside it, and noise when it is not.
+#[test]
+fn what_may_be_the_noise_of_a_sample_is_no_growth() {
+    for (bytes, expected) in [(100e3, true), (1e6, false)] {
+        let mut simulation = Simulation::new(1.0, 5, vec![("leak", leak(20_000.0, 500))]);
+        simulation.process.mode = Mode::Sampled;
+        simulation.stderr = StandardErrors { bytes, count: bytes / 500.0 };
+        let said = simulation.run(&mut shipped(), 120);
+        assert_eq!(first(&said, "leak", "growth", Severity::Warning).is_some(), expected, "{:#?}", summary(&said));
+        assert!(expected || said.is_empty(), "{:#?}", summary(&said));
     }
 }
 

@@ -7,7 +7,9 @@ use crate::config::RuleSettings;
 use crate::finding::{Finding, Severity};
 use crate::history::{Bounds, History};
 use crate::rules::{Evaluation, RuleEngine};
-use crate::snapshot::{Cohort, LIFETIME_CLASSES, Process, ProcessSample, Site, SiteKey, SiteSample, Snapshot, Totals};
+use crate::snapshot::{
+    Cohort, LIFETIME_CLASSES, Process, ProcessSample, Site, SiteKey, SiteSample, Snapshot, StandardErrors, Totals,
+};
 use crate::symbolize::Frame;
 
 /// Births that a site keeps apart, as the collector does.
@@ -189,6 +191,8 @@ struct Simulated {
 pub struct Simulation {
     pub history: History,
     pub process: ProcessSample,
+    /// Standard errors that each site comes with.
+    pub stderr: StandardErrors,
     interval_s: f64,
     number: u64,
     rng: Rng,
@@ -236,6 +240,7 @@ impl Simulation {
                 hits: 1_000_000,
                 ..Default::default()
             },
+            stderr: StandardErrors::default(),
             interval_s,
             number: 0,
             rng: Rng(seed),
@@ -262,6 +267,7 @@ impl Simulation {
             snapshot.sites.push(SiteSample {
                 site: Arc::clone(&s.site),
                 totals: s.heap.totals,
+                stderr: self.stderr,
                 last_allocation_s: s.heap.last_s,
                 cohorts: s.heap.cohorts(),
                 lifetimes: s.heap.lifetimes,
