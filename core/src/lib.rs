@@ -20,6 +20,7 @@ pub mod maps;
 pub mod output;
 pub mod plugin;
 pub mod process;
+pub mod recording;
 pub mod rules;
 pub mod selfstats;
 pub mod snapshot;

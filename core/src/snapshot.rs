@@ -95,10 +95,10 @@ impl Totals {
 
     /// Adds another site's totals.
     pub fn add(&mut self, other: &Totals) {
-        self.allocated_bytes += other.allocated_bytes;
-        self.allocated_count += other.allocated_count;
-        self.freed_bytes += other.freed_bytes;
-        self.freed_count += other.freed_count;
+        self.allocated_bytes = self.allocated_bytes.saturating_add(other.allocated_bytes);
+        self.allocated_count = self.allocated_count.saturating_add(other.allocated_count);
+        self.freed_bytes = self.freed_bytes.saturating_add(other.freed_bytes);
+        self.freed_count = self.freed_count.saturating_add(other.freed_count);
     }
 }
 

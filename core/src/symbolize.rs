@@ -45,7 +45,7 @@ const PATIENCE: u32 = 10;
 const MAX_RETIRED: usize = 1024;
 
 /// One frame of a call stack.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize)]
 pub struct Frame {
     /// Demangled function name; `None` when nothing is known, then `reason` says why. Hostile text.
     pub function: Option<String>,

@@ -11,7 +11,7 @@ mod site;
 mod trend;
 mod truth;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use context::Report;
 pub use site::heading;
@@ -22,7 +22,8 @@ use crate::finding::Severity;
 use crate::snapshot::SiteKey;
 
 /// What a report says of the run besides its history. `Default` is a run of which nothing is known.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct RunInfo {
     /// Heading of the report.
     pub title: String,
@@ -57,7 +58,8 @@ pub struct RunInfo {
 }
 
 /// One rule of the run.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct RuleStatus {
     /// Name of the rule.
     pub name: String,
@@ -68,7 +70,7 @@ pub struct RuleStatus {
 }
 
 /// What became of a probe set on one target.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PluginState {
     /// All of its required probes are attached.
@@ -81,7 +83,8 @@ pub enum PluginState {
 }
 
 /// One line of the table of probe sets.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct PluginStatus {
     /// Name of the probe set.
     pub probe_set: String,
