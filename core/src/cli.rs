@@ -44,7 +44,8 @@ no target: say what to watch, for example
   memleak -p 1234                   a process by its id
   memleak --name 'nginx*'           processes by name
   memleak --exe '/opt/shop/bin/*'   processes by executable
-  memleak --cgroup system.slice/nginx.service
+  memleak --unit nginx              the processes of a systemd unit
+  memleak --container 3f4e9a        the processes of a container
   memleak -- ./server --port 8080   a command to launch
 or with [[target]] in a file given by --config";
 
@@ -167,7 +168,8 @@ struct TargetArgs {
     /// Watch processes whose name matches, also those that start later
     ///
     /// Glob over the kernel's short name (15 bytes) or the file name of the executable. Quote it, so that the shell
-    /// leaves it alone. --name, --exe and --cgroup narrow each other.
+    /// leaves it alone. --name, --exe, --cgroup, --container and --unit narrow each
+    /// other.
     #[arg(long, help_heading = TARGETS, value_name = "GLOB", value_parser = config::parse_glob)]
     name: Option<String>,
     /// Watch processes whose executable's path matches, also those that start later
@@ -178,6 +180,16 @@ struct TargetArgs {
     /// Path below /sys/fs/cgroup, such as system.slice/nginx.service: a systemd unit or a container.
     #[arg(long, help_heading = TARGETS, value_name = "PATH", value_parser = config::parse_cgroup)]
     cgroup: Option<String>,
+    /// Watch the processes of a container, by its id
+    ///
+    /// The id, at least 4 characters of its beginning, or a glob. Docker, containerd, CRI-O, Podman, LXC.
+    #[arg(long, help_heading = TARGETS, value_name = "ID", value_parser = config::parse_container)]
+    container: Option<String>,
+    /// Watch the processes of a systemd unit, such as nginx.service
+    ///
+    /// Glob; `.service` may be left out.
+    #[arg(long, help_heading = TARGETS, value_name = "GLOB", value_parser = config::parse_glob)]
+    unit: Option<String>,
     /// Launch a command and watch it from its first instruction
     ///
     /// The string is split like a shell does (quotes, backslashes), but no shell is started: no variables, globs or
@@ -360,7 +372,14 @@ impl TargetArgs {
     /// Process ids, the globs together, and the command are a target each.
     fn into_specs(self) -> Vec<TargetSpec> {
         let command = self.command.map_or(self.trailing, |c| c.0);
-        let conditions = TargetSpec { name: self.name, exe: self.exe, cgroup: self.cgroup, ..TargetSpec::default() };
+        let conditions = TargetSpec {
+            name: self.name,
+            exe: self.exe,
+            cgroup: self.cgroup,
+            container: self.container,
+            unit: self.unit,
+            ..TargetSpec::default()
+        };
         let pids = TargetSpec { pid: self.pid, ..TargetSpec::default() };
         let launched = TargetSpec { command, ..TargetSpec::default() };
         let mut specs = vec![pids, conditions, launched];

@@ -15,6 +15,7 @@ pub mod error;
 pub mod finding;
 pub mod governor;
 pub mod history;
+pub mod labels;
 pub mod live;
 pub mod maps;
 pub mod output;

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::labels::Labels;
 use crate::snapshot::Process;
 use crate::sys;
 
@@ -114,6 +115,7 @@ impl ProcessStat {
             comm: self.comm.clone(),
             exe: self.exe.clone(),
             cmdline: self.cmdline.clone(),
+            labels: self.cgroup.as_deref().map(Labels::from_cgroup).unwrap_or_default(),
         }
     }
 }

@@ -8,6 +8,7 @@ use std::sync::{Arc, OnceLock};
 
 use serde::Serialize;
 
+use crate::labels::Labels;
 use crate::symbolize::Frame;
 
 /// What the kernel side counts by: one process instance, one probe set, one call stack.
@@ -38,6 +39,8 @@ pub struct Process {
     pub exe: String,
     /// Command line, arguments joined by spaces. Hostile text.
     pub cmdline: String,
+    /// Container, pod and systemd unit that it was in when it was found.
+    pub labels: Labels,
 }
 
 /// An allocation site: process instance + probe set + call stack. Shared by all snapshots of a run.

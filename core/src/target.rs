@@ -10,6 +10,7 @@ use globset::{GlobBuilder, GlobMatcher};
 
 use crate::config::TargetSpec;
 use crate::error::{Error, ErrorKind, Result};
+use crate::labels::Labels;
 use crate::process::{self, ProcDir, ProcessStat, Stat};
 use crate::snapshot::Process;
 
@@ -22,6 +23,9 @@ struct Conditions {
     exe: Option<GlobMatcher>,
     /// Without the leading and trailing `/`.
     cgroup: Option<String>,
+    /// The id's beginning, and the same as a glob.
+    container: Option<(String, GlobMatcher)>,
+    unit: Option<GlobMatcher>,
     /// False for a target that only launches a command: there is nothing to look for.
     searches: bool,
 }
@@ -108,10 +112,10 @@ impl Conditions {
             let below = c.strip_prefix("/sys/fs/cgroup").unwrap_or(c);
             below.trim_matches('/').to_owned()
         });
-        let searches = !spec.pid.is_empty() || spec.name.is_some() || spec.exe.is_some() || cgroup.is_some();
+        let searches = !spec.pid.is_empty() || spec.searches();
         if !searches && spec.command.is_empty() {
             return Err(Error::config(format!(
-                "failed to use target {number}: it has no condition; give one of pid, name, exe, cgroup, command"
+                "failed to use target {number}: it has no condition; give one of pid, name, exe, cgroup, container, unit, command"
             )));
         }
         if let Some(own) = spec.pid.iter().find(|p| **p == std::process::id()) {
@@ -122,6 +126,8 @@ impl Conditions {
             name: glob("name", &spec.name)?,
             exe: glob("exe", &spec.exe)?,
             cgroup,
+            container: spec.container.clone().zip(glob("container", &spec.container)?),
+            unit: glob("unit", &spec.unit)?,
             searches,
         })
     }
@@ -135,6 +141,19 @@ impl Conditions {
             && self.name.as_ref().is_none_or(|g| g.is_match(facts.comm()) || g.is_match(file_name(facts.exe())))
             && self.exe.as_ref().is_none_or(|g| !facts.exe().is_empty() && g.is_match(facts.exe()))
             && self.cgroup.as_ref().is_none_or(|c| facts.cgroup().is_some_and(|path| is_below(path, c)))
+            && ((self.container.is_none() && self.unit.is_none()) || self.labels_hold(facts))
+    }
+
+    fn labels_hold(&self, facts: &impl Facts) -> bool {
+        let labels = facts.cgroup().map(Labels::from_cgroup).unwrap_or_default();
+        let container = |(start, glob): &(String, GlobMatcher)| {
+            labels.container.as_ref().is_some_and(|id| id.starts_with(start) || glob.is_match(id))
+        };
+        let unit = |glob: &GlobMatcher| {
+            let named = labels.unit.as_deref();
+            named.is_some_and(|u| glob.is_match(u) || u.strip_suffix(".service").is_some_and(|u| glob.is_match(u)))
+        };
+        self.container.as_ref().is_none_or(container) && self.unit.as_ref().is_none_or(unit)
     }
 }
 
@@ -217,7 +236,8 @@ impl Matcher {
             return Ok(found);
         }
         // A process can be moved to another cgroup without any trace in what we remember of it.
-        let may_remember = self.targets.iter().all(|t| t.cgroup.is_none());
+        let may_remember =
+            (self.targets.iter()).all(|t| t.cgroup.is_none() && t.container.is_none() && t.unit.is_none());
         let only_pids = self.targets.iter().all(|t| !t.searches || !t.pids.is_empty());
         let pids = if only_pids {
             self.targets.iter().flat_map(|t| t.pids.iter().copied()).collect::<HashSet<_>>().into_iter().collect()
@@ -316,6 +336,28 @@ mod tests {
         }
         assert!(!meets(|s| s.cgroup = Some("/system.slice/redis".into())));
         assert!(!meets(|s| s.cgroup = Some("/user.slice".into())));
+    }
+
+    /// People name a container by the beginning of its id and a unit without its ending.
+    #[test]
+    fn containers_and_units_are_met_by_what_people_call_them() {
+        for unit in ["redis", "redis.service", "red*"] {
+            assert!(meets(|s| s.unit = Some(unit.into())), "{unit}");
+        }
+        for unit in ["redi", "system", "redis.slice"] {
+            assert!(!meets(|s| s.unit = Some(unit.into())), "{unit}");
+        }
+        assert!(!meets(|s| s.container = Some("????*".into())), "it is in none");
+        let id = "3f4a".repeat(16);
+        let inside = ProcessStat { cgroup: Some(format!("/system.slice/docker-{id}.scope")), ..redis() };
+        let meets = |s: TargetSpec| Matcher::new(&[s]).expect("sound").matches(&inside).is_some();
+        for container in [&id[..], &id[..12], "3f4a3f4a*"] {
+            assert!(meets(spec(|s| s.container = Some(container.into()))), "{container}");
+        }
+        for container in ["4a3f", "3f4a3f4a?"] {
+            assert!(!meets(spec(|s| s.container = Some(container.into()))), "{container}");
+        }
+        assert!(!meets(spec(|s| s.unit = Some("docker*".into()))), "the runtime's scope is not the unit");
     }
 
     /// Conditions narrow each other, and the first target that fits is the one that is told.

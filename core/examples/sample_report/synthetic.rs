@@ -131,6 +131,7 @@ fn process(instance: u32, pid: u32, comm: &str, exe: &str) -> Arc<Process> {
         comm: comm.into(),
         exe: exe.into(),
         cmdline: format!("{exe} --config /etc/app.toml"),
+        labels: memleak_core::labels::Labels::from_cgroup(&format!("/system.slice/{comm}.service")),
     })
 }
 

@@ -82,6 +82,8 @@ fn each_target_flag_becomes_its_target() {
         ("--name 'a*'", spec(|t| t.name = Some("a*".to_owned()))),
         ("--exe '/b/*'", spec(|t| t.exe = Some("/b/*".to_owned()))),
         ("--cgroup /sys/fs/cgroup/c/", spec(|t| t.cgroup = Some("c".to_owned()))),
+        ("--container 3f4a", spec(|t| t.container = Some("3f4a".to_owned()))),
+        ("--unit nginx", spec(|t| t.unit = Some("nginx".to_owned()))),
         ("-c \"x 'y z' -p\"", spec(|t| t.command = vec!["x".to_owned(), "y z".to_owned(), "-p".to_owned()])),
         ("-- x 'y z' --json", spec(|t| t.command = vec!["x".to_owned(), "y z".to_owned(), "--json".to_owned()])),
         (

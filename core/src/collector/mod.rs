@@ -154,13 +154,12 @@ impl Collector {
             trace_events,
             at_entry: c.placement == Placement::Entry,
         })?;
-        let searches = |t: &crate::config::TargetSpec| t.name.is_some() || t.exe.is_some() || t.cgroup.is_some();
         let mut collector = Collector {
             watchdog,
             tracker,
             plugins,
             matcher,
-            closed_set: !config.targets.iter().any(|t| t.pid.is_empty() && searches(t)),
+            closed_set: !config.targets.iter().any(|t| t.pid.is_empty() && t.searches()),
             watched: HashMap::new(),
             known: HashSet::new(),
             launched: Vec::new(),

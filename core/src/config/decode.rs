@@ -24,7 +24,7 @@ pub(super) fn decode(reader: &mut Reader, entries: Entries) -> Config {
         config.targets = nodes.into_iter().filter_map(|node| target(root.reader, node)).collect();
     }
     // Also without a target the keys of one are known, so that one that is misplaced can be named.
-    for key in ["pid", "name", "exe", "cgroup", "command"] {
+    for key in ["pid", "name", "exe", "cgroup", "container", "unit", "command"] {
         root.reader.known.insert(format!("target.{key}"));
     }
     collector(root.section("collector"), &mut config);
@@ -191,16 +191,18 @@ fn target(reader: &mut Reader, node: Node) -> Option<TargetSpec> {
     s.text("name", &mut t.name, parse_glob);
     s.text("exe", &mut t.exe, parse_glob);
     s.text("cgroup", &mut t.cgroup, parse_cgroup);
+    s.text("container", &mut t.container, parse_container);
+    s.text("unit", &mut t.unit, parse_glob);
     t.command = s.read("command", command).unwrap_or_default();
     s.finish();
     if reader.count() > before {
         // Its conditions may be the wrong ones; what is missing shows once they are right.
         return None;
     }
-    let conditions = !t.pid.is_empty() || t.name.is_some() || t.exe.is_some() || t.cgroup.is_some();
+    let conditions = !t.pid.is_empty() || t.searches();
     let text = match (conditions, t.command.is_empty()) {
         (true, true) | (false, false) => return Some(t),
-        (false, true) => "a target needs at least one of pid, name, exe, cgroup or command",
+        (false, true) => "a target needs at least one of pid, name, exe, cgroup, container, unit or command",
         (true, false) => "a target with a command takes no other condition: give them a [[target]] of their own",
     };
     reader.problems.push(Problem { origin, text: text.to_owned() });
@@ -286,6 +288,17 @@ pub fn parse_cgroup(text: &str) -> Result<String, String> {
         return Err(format!("{text:?} is not a plain path below {CGROUP_ROOT}"));
     }
     Ok(path.to_owned())
+}
+
+/// Checks the id of a container, the beginning of one, or a glob over them, and returns it.
+///
+/// # Errors
+/// It is too short to name one container, or a glob that cannot be compiled.
+pub fn parse_container(text: &str) -> Result<String, String> {
+    match text.chars().count() {
+        ..4 => Err(format!("{text:?} is too short: give at least 4 characters of the container's id")),
+        _ => parse_glob(text),
+    }
 }
 
 fn parse_url(url: &str) -> Result<String, String> {

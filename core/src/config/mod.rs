@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::finding::Severity;
 use crate::units::Bytes;
 
-pub use decode::{MAX_PID, parse_cgroup, parse_glob, split_command};
+pub use decode::{MAX_PID, parse_cgroup, parse_container, parse_glob, split_command};
 pub use read::nearest;
 pub use tree::Override;
 
@@ -134,8 +134,19 @@ pub struct TargetSpec {
     pub exe: Option<String>,
     /// Cgroup path below `/sys/fs/cgroup`, with everything below it; without outer slashes.
     pub cgroup: Option<String>,
+    /// Id of a container, the beginning of one, or a glob over them.
+    pub container: Option<String>,
+    /// Glob over the name of the systemd unit; `.service` may be left out.
+    pub unit: Option<String>,
     /// A command to launch and watch from its first instruction.
     pub command: Vec<String>,
+}
+
+impl TargetSpec {
+    /// True when it has a condition that processes which start later can meet.
+    pub fn searches(&self) -> bool {
+        [&self.name, &self.exe, &self.cgroup, &self.container, &self.unit].into_iter().any(Option::is_some)
+    }
 }
 
 /// How the kernel side attaches.

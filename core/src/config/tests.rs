@@ -80,6 +80,8 @@ fn every_key_reaches_its_field() {
         name = "a*"
         exe = "/b/*"
         cgroup = "/sys/fs/cgroup/c/d/"
+        container = "3f4a"
+        unit = "nginx"
         [[target]]
         command = "x 'y z'"
         [collector]
@@ -139,7 +141,14 @@ fn every_key_reaches_its_field() {
         duration: Some(secs(30)),
         targets: vec![
             TargetSpec { pid: vec![7], ..TargetSpec::default() },
-            TargetSpec { name: text("a*"), exe: text("/b/*"), cgroup: text("c/d"), ..TargetSpec::default() },
+            TargetSpec {
+                name: text("a*"),
+                exe: text("/b/*"),
+                cgroup: text("c/d"),
+                container: text("3f4a"),
+                unit: text("nginx"),
+                ..TargetSpec::default()
+            },
             TargetSpec { command: vec!["x".to_owned(), "y z".to_owned()], ..TargetSpec::default() },
         ],
         collector: CollectorSettings {
@@ -269,8 +278,10 @@ fn wrong_values_name_their_place_and_what_would_be_right() {
         ),
         ("[[target]]\ncgroup = \"/\"", "m.toml:2:10: `target.cgroup`: \"/\" is the root of all cgroups"),
         ("[[target]]\ncgroup = \"a/../b\"", "m.toml:2:10: `target.cgroup`: \"a/../b\" is not a plain path"),
+        ("[[target]]\ncontainer = \"3f\"", "m.toml:2:13: `target.container`: \"3f\" is too short"),
+        ("[[target]]\nunit = \"a[\"", "m.toml:2:8: `target.unit`: \"a[\" is not a valid glob"),
         ("[[target]]\ncommand = \"a 'b\"", "m.toml:2:11: `target.command`: a quote in \"a 'b\" is not closed"),
-        ("[[target]]", "m.toml:1:1: a target needs at least one of pid, name, exe, cgroup or command"),
+        ("[[target]]", "m.toml:1:1: a target needs at least one of pid, name, exe, cgroup, container, unit or command"),
         ("[[target]]\npid = 1\ncommand = \"x\"", "m.toml:1:1: a target with a command takes no other condition"),
         ("[target]\npid = 1", "m.toml:1:1: `target`: must be a list of tables: [[target]] with two brackets"),
         ("target = [1]", "m.toml:1:11: `target` must be a list of tables, not of numbers"),

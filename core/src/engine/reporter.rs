@@ -202,7 +202,14 @@ fn view(alert: &Alert) -> AlertView {
 /// A target in words.
 fn describe(target: &TargetSpec) -> String {
     let mut parts: Vec<String> = target.pid.iter().map(|pid| format!("pid {pid}")).collect();
-    for (what, value) in [("name", &target.name), ("exe", &target.exe), ("cgroup", &target.cgroup)] {
+    let conditions = [
+        ("name", &target.name),
+        ("exe", &target.exe),
+        ("cgroup", &target.cgroup),
+        ("container", &target.container),
+        ("unit", &target.unit),
+    ];
+    for (what, value) in conditions {
         parts.extend(value.as_ref().map(|v| format!("{what} {v}")));
     }
     if !target.command.is_empty() {

@@ -17,6 +17,7 @@ use serde::Serialize;
 use crate::alert::{AlertEvent, Status};
 use crate::error::{Error, ErrorKind, Result};
 use crate::finding::Severity;
+use crate::labels::Labels;
 use crate::snapshot::{Losses, Mode};
 use crate::symbolize::Frame;
 use crate::units::format_time_utc;
@@ -69,6 +70,8 @@ pub struct ProcessLine {
     pub comm: String,
     /// Path of the executable. Hostile text.
     pub exe: String,
+    /// Container, pod and systemd unit. Hostile text.
+    pub labels: Labels,
     /// True when it has ended.
     pub ended: bool,
 }
@@ -158,6 +161,7 @@ impl From<&AlertEvent> for AlertLine {
                 pid: site.process.pid,
                 comm: site.process.comm.clone(),
                 exe: site.process.exe.clone(),
+                labels: site.process.labels.clone(),
                 ended: alert.ended,
             },
             site: SiteLine {

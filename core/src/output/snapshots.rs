@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use crate::history::{History, SiteHistory};
+use crate::labels::Labels;
 use crate::snapshot::{Cohort, Losses, Mode, ProcessSample, Sampling, SiteSample, Snapshot, StandardErrors, Totals};
 use crate::symbolize::Frame;
 
@@ -25,6 +26,7 @@ struct ProcessLine<'a> {
     pid: u32,
     comm: &'a str,
     exe: &'a str,
+    labels: &'a Labels,
     alive: bool,
     mode: Mode,
     sampling: Option<Sampling>,
@@ -111,6 +113,7 @@ fn process(p: &ProcessSample) -> ProcessLine<'_> {
         pid: p.process.pid,
         comm: &p.process.comm,
         exe: &p.process.exe,
+        labels: &p.process.labels,
         alive: p.alive,
         mode: p.mode,
         sampling: p.sampling,

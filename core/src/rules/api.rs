@@ -11,6 +11,7 @@ use mlua::{Function, Integer, Lua, MultiValue, Table, UserData, UserDataFields, 
 
 use super::view::{Context, Range, SeriesView, SiteView, Stat, TIME_SLACK_S, View};
 use crate::history::Sample;
+use crate::labels::Labels;
 use crate::snapshot::{LIFETIME_CLASSES, Mode, Site};
 use crate::stats;
 use crate::symbolize::Frame;
@@ -345,6 +346,18 @@ impl UserData for ProcessRef {
         fields.add_field_method_get("comm", |_, this| this.with(|p| p.sample.process.comm.clone()));
         fields.add_field_method_get("exe", |_, this| this.with(|p| p.sample.process.exe.clone()));
         fields.add_field_method_get("cmdline", |_, this| this.with(|p| p.sample.process.cmdline.clone()));
+        let labels: [(&str, fn(&Labels) -> &Option<String>); 5] = [
+            ("container", |l| &l.container),
+            ("runtime", |l| &l.runtime),
+            ("pod", |l| &l.pod),
+            ("unit", |l| &l.unit),
+            ("slice", |l| &l.slice),
+        ];
+        for (name, label) in labels {
+            fields.add_field_method_get(name, move |_, this| {
+                Ok(this.with(|p| label(&p.sample.process.labels).clone())?.flatten())
+            });
+        }
         fields
             .add_field_method_get("rss_bytes", |_, this| Ok(this.with(|p| p.sample.rss_bytes.map(integer))?.flatten()));
         fields.add_field_method_get("hits", |_, this| this.with(|p| integer(p.sample.hits)));

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::*;
 use crate::alert::Alert;
+use crate::labels::Labels;
 use crate::snapshot::{Process, Site, SiteKey, Totals};
 
 const DOCS: &str = include_str!("../../../../docs/alerts.md");
@@ -16,6 +17,13 @@ pub(crate) fn event(rule: &str) -> AlertEvent {
         pid: 4711,
         comm: "</script>\"\n".to_owned(),
         exe: "/tmp/\u{1b}[2J\u{9b}31m\u{202e}x".to_owned(),
+        labels: Labels {
+            container: Some("0a".repeat(32)),
+            runtime: Some("docker".to_owned()),
+            pod: Some("6f2c1f9e-93a1-4ee4-8d1b-1b7b2c0c7a11".to_owned()),
+            unit: Some("x\u{1b}[2J.service".to_owned()),
+            slice: Some("system.slice".to_owned()),
+        },
         ..Process::default()
     };
     let known = Frame {
@@ -109,8 +117,13 @@ fn the_documented_fields_are_exactly_those_written() {
     let documented = documented();
     let example = DOCS.split("```json").nth(1).and_then(|s| s.split("```").next()).unwrap();
     let mut resolved = event("growth");
-    resolved.alert.site =
-        Arc::new(Site { truncated: None, frames: resolved.alert.site.frames.clone(), ..site_copy(&resolved) });
+    let process = Process { labels: Labels::default(), ..Process::clone(&resolved.alert.site.process) };
+    resolved.alert.site = Arc::new(Site {
+        process: Arc::new(process),
+        truncated: None,
+        frames: resolved.alert.site.frames.clone(),
+        ..site_copy(&resolved)
+    });
     let lines = [
         serde_json::to_value(AlertLine::from(&event("growth"))).unwrap(),
         serde_json::to_value(AlertLine::from(&resolved)).unwrap(),

@@ -6,6 +6,7 @@ use super::{AlertLine, FrameLine, ProcessLine, SiteLine};
 use crate::alert::Status;
 use crate::error::{Error, ErrorKind, Result};
 use crate::finding::Severity;
+use crate::labels::Labels;
 use crate::output::templates::Templates;
 use crate::snapshot::{Losses, Mode};
 
@@ -120,7 +121,13 @@ fn sample() -> AlertLine {
         reason: "grew in all 12 snapshots, 24.0 KiB/s".to_owned(),
         mode: Mode::Estimated,
         processes: 2,
-        process: ProcessLine { pid: 4711, comm: "sample \"\\".to_owned(), exe: "/opt/sample".to_owned(), ended: true },
+        process: ProcessLine {
+            pid: 4711,
+            comm: "sample \"\\".to_owned(),
+            exe: "/opt/sample".to_owned(),
+            labels: Labels::default(),
+            ended: true,
+        },
         site: SiteLine {
             id: "9e1c7702ab54d3f0".to_owned(),
             probe_set: "glibc".to_owned(),

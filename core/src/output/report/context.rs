@@ -122,6 +122,13 @@ pub(super) struct ProcessView {
     pub(super) comm: String,
     exe: String,
     cmdline: String,
+    container: Option<String>,
+    runtime: Option<String>,
+    pod: Option<String>,
+    unit: Option<String>,
+    slice: Option<String>,
+    /// All of these in a few words; empty when nothing is known.
+    labels: String,
     alive: bool,
     mode: Mode,
     sites: usize,
@@ -361,12 +368,20 @@ fn processes(history: &History) -> Vec<ProcessView> {
 
 impl ProcessView {
     fn new(p: &ProcessSample, sites: usize, totals: Totals) -> Self {
+        let labels = &p.process.labels;
+        let label = |text: &Option<String>| text.as_deref().map(name);
         ProcessView {
             instance: p.process.instance,
             pid: p.process.pid,
             comm: name(&p.process.comm),
             exe: name(&p.process.exe),
             cmdline: name(&p.process.cmdline),
+            container: label(&labels.container),
+            runtime: label(&labels.runtime),
+            pod: label(&labels.pod),
+            unit: label(&labels.unit),
+            slice: label(&labels.slice),
+            labels: name(&labels.summary()),
             alive: p.alive,
             mode: p.mode,
             sites,

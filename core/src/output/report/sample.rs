@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 use super::{AlertStatus, AlertView, PluginState, PluginStatus, Report, RuleStatus, RunInfo};
 use crate::finding::Severity;
 use crate::history::{Bounds, History};
+use crate::labels::Labels;
 use crate::snapshot::{
     Cohort, LIFETIME_CLASSES, Losses, Mode, Process, ProcessSample, Site, SiteKey, SiteSample, Snapshot, Totals,
 };
@@ -22,6 +23,7 @@ pub(super) fn report() -> Report {
         comm: "server".into(),
         exe: "/opt/server".into(),
         cmdline: "/opt/server --port 80".into(),
+        labels: Labels::from_cgroup(&format!("/system.slice/docker-{}.scope", "0a".repeat(32))),
     });
     // The third has no alert and does not fit into the report.
     let sites = [site(&process, 1, false), site(&process, 2, true), site(&process, 3, false)];

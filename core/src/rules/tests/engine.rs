@@ -9,6 +9,7 @@ use super::shapes;
 use super::support::*;
 use crate::config::RuleSettings;
 use crate::history::History;
+use crate::labels::Labels;
 use crate::rules::{Origin, ParamValue, RuleEngine, finding_id, loss_factor};
 use crate::snapshot::{LIFETIME_CLASSES, Losses, Process, ProcessSample, Site, SiteSample, Snapshot, Totals};
 use crate::symbolize::Frame;
@@ -19,7 +20,8 @@ fn in_dir(dir: &Path) -> RuleSettings {
 
 /// A history of one snapshot with sites 1 to `n`, without frames.
 fn history(n: u64, losses: Losses) -> History {
-    let process = Arc::new(Process { instance: 1, pid: 42, ..Process::default() });
+    let labels = Labels::from_cgroup("/system.slice/shop.service");
+    let process = Arc::new(Process { instance: 1, pid: 42, labels, ..Process::default() });
     let mut snapshot = Snapshot { number: 1, time_s: 1.0, ..Snapshot::default() };
     snapshot.processes.push(ProcessSample {
         process: Arc::clone(&process),
@@ -96,6 +98,20 @@ fn losses_lower_the_confidence() {
     let findings = evaluate(&mut engine, &lossy).findings;
     assert!((findings[0].confidence - 0.8 * 0.95).abs() < 1e-12);
     assert_eq!(findings[0].reason, "lost 10");
+}
+
+/// A rule can look at one service only, and a label that a process has not is nil.
+#[test]
+fn labels_of_the_process_are_seen_by_rules() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let text = "return { name = 'all', description = 'x', evaluate = function(site)
+        local p = site.process
+        local has = tostring(p.container) .. tostring(p.pod) .. tostring(p.runtime)
+        return {severity = 'info', confidence = 0.8, reason = p.unit .. ' in ' .. p.slice .. has} end }";
+    fs::write(dir.path().join("all.lua"), text).expect("rule");
+    let mut engine = RuleEngine::new(&in_dir(dir.path())).expect("rules");
+    let findings = evaluate(&mut engine, &history(1, Losses::default())).findings;
+    assert_eq!(findings[0].reason, "shop.service in system.slicenilnilnil");
 }
 
 /// `[rules.NAME]` changes what the rule sees, and `enabled = false` silences it.
