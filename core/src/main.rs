@@ -8,6 +8,7 @@ use memleak_core::check;
 use memleak_core::cli::{self, Cli, Command, Invocation};
 use memleak_core::engine::{self, Output};
 use memleak_core::stop::Stop;
+use memleak_core::symbolize::worker;
 use memleak_core::{Result, doctor, trace};
 
 /// Nothing found.
@@ -18,6 +19,10 @@ const FINDINGS: u8 = 1;
 const FAILED: u8 = 2;
 
 fn main() -> ExitCode {
+    if worker::is_worker() {
+        worker::serve();
+        return ExitCode::SUCCESS;
+    }
     let result = Cli::parse().resolve().and_then(run);
     ExitCode::from(result.unwrap_or_else(|e| {
         if cli::is_closed_pipe(&e) {

@@ -4,8 +4,8 @@
 //! named after the process has ended, after a deployment has replaced its files, and from outside its container. It
 //! gives a stack two things: an identity that survives restarts ([`Symbolizer::normalize`], [`site_id`]), cheaply and
 //! at once; and names ([`Symbolizer::symbolize`]), when a rule or report shows it. Targets, their files and names are
-//! hostile: reads are bounded, and what cannot be named says why. One gap is known: debug information that was made to
-//! be slow or deeply nested, as opposed to damaged, is only bounded by its size.
+//! hostile: reads are bounded, and what cannot be named says why. Debug information is
+//! read in another process, see [`worker`].
 //!
 //! Text in a [`Frame`] is as it was found, control characters included; whoever prints it escapes it.
 
@@ -27,14 +27,19 @@ use crate::snapshot::{Process, Site};
 pub(crate) mod debug_file;
 mod demangle;
 mod image;
+mod lookup;
 mod module;
 mod perf_map;
 mod site_id;
+mod sources;
 mod vdso;
+pub mod worker;
 
-use module::{Module, Surroundings};
+use module::Module;
 use perf_map::PerfMap;
 pub use site_id::{ModuleName, NormalizedFrame, site_id};
+use sources::Surroundings;
+use worker::Reader;
 
 /// The instance number that stands for the kernel, see [`crate::snapshot::SiteKey`].
 const KERNEL: u32 = 0;
@@ -80,6 +85,9 @@ pub struct Limits {
     pub open_files: usize,
     /// Folders with separate debug information, by build id or path.
     pub debug_dirs: Vec<PathBuf>,
+    /// The program that is started to read debug information, see [`worker`]; `None` reads it in this process, which
+    /// files made to be slow or deeply nested can hang or crash.
+    pub worker: Option<PathBuf>,
 }
 
 impl Default for Limits {
@@ -89,6 +97,7 @@ impl Default for Limits {
             total_bytes: 512 << 20,
             open_files: 400,
             debug_dirs: vec![PathBuf::from("/usr/lib/debug")],
+            worker: None,
         }
     }
 }
@@ -102,6 +111,7 @@ pub struct Symbolizer {
     modules: HashMap<FileId, Weak<RefCell<Module>>>,
     /// The kernel's code in every process; made on first use.
     vdso: Option<std::result::Result<Rc<RefCell<Module>>, String>>,
+    reader: Reader,
     /// Counts questions, to know what was not used for longest.
     clock: u64,
 }
@@ -191,7 +201,8 @@ impl Symbolizer {
 
     /// A symbolizer with limits of your own.
     pub fn with_limits(limits: Limits) -> Self {
-        Symbolizer { limits, ..Self::default() }
+        let reader = Reader::new(limits.worker.as_deref());
+        Symbolizer { limits, reader, ..Self::default() }
     }
 
     /// Reads the memory map of a process and opens the files of its code. Call it as early as the process is known;
@@ -374,7 +385,7 @@ impl Symbolizer {
             max_bytes: self.limits.module_bytes,
         };
         let reopen = || open_mapped(&instance.dir, &mapping).ok();
-        match &*module.answer(mapping.file_offset(address), &around, reopen) {
+        match &*module.answer(mapping.file_offset(address), &around, &mut self.reader, reopen) {
             Ok(functions) => (functions.iter())
                 .map(|f| Frame {
                     function: Some(f.name.clone()),

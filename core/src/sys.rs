@@ -81,3 +81,26 @@ pub(crate) fn sysconf(name: i32) -> i64 {
     // SAFETY: takes and returns plain numbers.
     unsafe { libc::sysconf(name) }
 }
+
+/// Gives up what a process that reads hostile files has no use for: root, new privileges, core files, and memory of its
+/// own beyond `memory` bytes. It ends with its parent. What cannot be given up (not root) is kept.
+pub(crate) fn confine(user: u32, memory: u64) {
+    let limit = |resource, bytes| {
+        let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
+        // SAFETY: `limit` lives over the call.
+        unsafe { libc::setrlimit(resource, &raw const limit) }
+    };
+    limit(libc::RLIMIT_DATA, memory);
+    limit(libc::RLIMIT_CORE, 0);
+    // SAFETY: plain numbers; the list of groups is empty, so its pointer is not read.
+    unsafe {
+        if libc::geteuid() == 0 {
+            libc::setgroups(0, std::ptr::null());
+            libc::setresgid(user, user, user);
+            libc::setresuid(user, user, user);
+        }
+        // After the change of user, which clears it.
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+    }
+}

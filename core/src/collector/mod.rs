@@ -18,7 +18,7 @@ use crate::process::{self, ProcessStat};
 use crate::snapshot::{
     Losses, Mode, Process, ProcessSample, Sampling, Site, SiteKey, SiteSample, Snapshot, StandardErrors, Totals,
 };
-use crate::symbolize::{Symbolizer, site_id};
+use crate::symbolize::{self, Symbolizer, site_id};
 use crate::target::Matcher;
 use crate::watchdog::Watchdog;
 use crate::{Error, ErrorKind, Result};
@@ -163,7 +163,10 @@ impl Collector {
             watched: HashMap::new(),
             known: HashSet::new(),
             launched: Vec::new(),
-            symbolizer: Symbolizer::new(),
+            symbolizer: Symbolizer::with_limits(symbolize::Limits {
+                worker: Some("/proc/self/exe".into()),
+                ..symbolize::Limits::default()
+            }),
             sites: HashMap::new(),
             generations: Generations::new(config.interval.as_secs_f64()),
             libraries: attach::Libraries::default(),

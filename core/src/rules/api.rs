@@ -346,7 +346,8 @@ impl UserData for ProcessRef {
         fields.add_field_method_get("comm", |_, this| this.with(|p| p.sample.process.comm.clone()));
         fields.add_field_method_get("exe", |_, this| this.with(|p| p.sample.process.exe.clone()));
         fields.add_field_method_get("cmdline", |_, this| this.with(|p| p.sample.process.cmdline.clone()));
-        let labels: [(&str, fn(&Labels) -> &Option<String>); 5] = [
+        type Label = fn(&Labels) -> &Option<String>;
+        let labels: [(&str, Label); 5] = [
             ("container", |l| &l.container),
             ("runtime", |l| &l.runtime),
             ("pod", |l| &l.pod),

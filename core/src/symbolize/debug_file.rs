@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use super::image::DebugLink;
 use crate::maps::elf::ElfInfo;
 use crate::maps::reopen_regular;
+use crate::output::text::visible;
 use crate::sys;
 
 /// Longest file whose checksum is computed, in bytes.
@@ -34,7 +35,7 @@ pub(crate) fn for_probes(file: &File, module: &Path, dirs: &[PathBuf]) -> Option
     let info = ElfInfo::read(file).ok()?;
     let link = DebugLink::read(file);
     let (build_id, link) = (info.build_id.as_deref(), link.as_ref());
-    let found = Search { dirs, root: None, module: Some(module), build_id, link }.find()?;
+    let found = Search { dirs, root: None, module: Some(module), build_id, link }.find().0?;
     let (own, meta) = (file.metadata().ok()?, found.file.metadata().ok()?);
     let theirs = meta.uid() == own.uid() && meta.mode() & 0o022 == 0;
     (found.trusted || theirs).then_some(found.file)
@@ -55,13 +56,21 @@ pub(super) struct Search<'a> {
 }
 
 impl Search<'_> {
-    /// The first file that belongs to the module; `None` when there is none.
-    pub(super) fn find(&self) -> Option<DebugFile> {
-        self.candidates().iter().find_map(|path| {
+    /// The first file that belongs to the module, `None` when there is none; and why others were refused, which all have
+    /// the right name.
+    pub(super) fn find(&self) -> (Option<DebugFile>, Vec<String>) {
+        let mut refused = Vec::new();
+        for path in self.candidates() {
             // Ours first: it does not depend on the process, and a build id means the same everywhere.
-            let ours = self.open(None, path);
-            ours.or_else(|| self.root.and_then(|root| self.open(Some(root), path)))
-        })
+            for root in [None, self.root].into_iter().take(1 + usize::from(self.root.is_some())) {
+                let Some((file, trusted)) = open(root, &path) else { continue };
+                match self.belongs(&file) {
+                    Ok(()) => return (Some(DebugFile { file, trusted }), refused),
+                    Err(why) => refused.push(format!("{} {why}", visible(&path.to_string_lossy()))),
+                }
+            }
+        }
+        (None, refused)
     }
 
     fn candidates(&self) -> Vec<PathBuf> {
@@ -81,25 +90,34 @@ impl Search<'_> {
         paths
     }
 
-    fn open(&self, root: Option<&File>, path: &Path) -> Option<DebugFile> {
-        let found = match root {
-            Some(root) => sys::open_in_root(root, path, libc::O_PATH),
-            None => std::fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_CLOEXEC).open(path),
-        };
-        let file = found.and_then(|f| reopen_regular(&f)).ok()?;
-        let meta = file.metadata().ok()?;
-        let trusted = root.is_none() && meta.uid() == 0 && meta.mode() & 0o022 == 0;
-        self.belongs(&file, meta.len()).then_some(DebugFile { file, trusted })
-    }
-
-    /// A file of the right name may be of another build, and its names would be wrong.
-    fn belongs(&self, file: &File, len: u64) -> bool {
+    /// A file of the right name may be of another build, and its names would be wrong; the error says why.
+    fn belongs(&self, file: &File) -> Result<(), String> {
         match (self.build_id, self.link) {
-            (Some(id), _) => ElfInfo::read(file).is_ok_and(|info| info.build_id.as_deref() == Some(id)),
-            (None, Some(link)) => len <= MAX_CHECKED && checksum(file).is_ok_and(|crc| crc == link.crc),
-            (None, None) => false,
+            (Some(wanted), _) => match ElfInfo::read(file) {
+                Ok(ElfInfo { build_id: Some(id), .. }) if id == wanted => Ok(()),
+                Ok(ElfInfo { build_id: Some(id), .. }) => Err(format!("belongs to another build ({id}, not {wanted})")),
+                Ok(_) => Err("has no build id".to_owned()),
+                Err(e) => Err(format!("cannot be read: {e}")),
+            },
+            (None, Some(link)) => match file.metadata() {
+                Ok(meta) if meta.len() > MAX_CHECKED => Err("is too large to be checked".to_owned()),
+                _ if checksum(file).is_ok_and(|crc| crc == link.crc) => Ok(()),
+                _ => Err("is not the file that was linked: its checksum differs".to_owned()),
+            },
+            (None, None) => Err("cannot be checked: the module has no build id".to_owned()),
         }
     }
+}
+
+/// Opens a regular file; the flag says whether only the administrator of this system can have written it.
+fn open(root: Option<&File>, path: &Path) -> Option<(File, bool)> {
+    let found = match root {
+        Some(root) => sys::open_in_root(root, path, libc::O_PATH),
+        None => std::fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_CLOEXEC).open(path),
+    };
+    let file = found.and_then(|f| reopen_regular(&f)).ok()?;
+    let meta = file.metadata().ok()?;
+    Some((file, root.is_none() && meta.uid() == 0 && meta.mode() & 0o022 == 0))
 }
 
 fn checksum(mut file: &File) -> io::Result<u32> {

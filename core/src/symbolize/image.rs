@@ -9,7 +9,9 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::FileExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use lzma_rust2::XzReader;
 use object::elf;
 use object::endian::Endianness;
 use object::pod::Pod;
@@ -34,6 +36,8 @@ const DEBUG: [&[u8]; 10] = [
     b".debug_str",
     b".debug_str_offsets",
 ];
+/// Memory that the decoder of `.gnu_debugdata` may use, in KiB: enough for the largest level of xz.
+const MAX_XZ_KIB: u32 = 128 << 10;
 /// Sections start at multiples of this in the copy; the reader wants its tables aligned.
 const ALIGN: u64 = 16;
 
@@ -46,6 +50,8 @@ pub(super) struct Image {
     pub(super) bytes: u64,
     /// What came along of debug information.
     pub(super) debug: DebugInfo,
+    /// True when the symbol table that strip removes is there.
+    pub(super) symbol_table: bool,
     /// The file with separate debug information that the original names.
     pub(super) link: Option<DebugLink>,
 }
@@ -99,6 +105,59 @@ impl Image {
     pub(super) fn copy(file: &File, max_bytes: u64) -> Result<Self> {
         with_class(file, Copier { max_bytes })
     }
+
+    /// Copies the symbol table that some distributions leave in stripped files, compressed (`.gnu_debugdata`); `None`
+    /// when there is none.
+    ///
+    /// # Errors
+    /// It is broken or larger than `max_bytes`.
+    pub(super) fn mini(file: &File, max_bytes: u64) -> Result<Option<Self>> {
+        let Some(packed) = with_class(file, MiniDebugInfo)? else { return Ok(None) };
+        let unpacked = sys::memory_file().map_err(|e| Error::io("failed to make a file in memory", e))?;
+        let failed = |e| Error::io("failed to decompress .gnu_debugdata", e);
+        let mut to = At { file: &unpacked, at: 0 };
+        // The decoder of hostile data may panic at worst.
+        let decompress = AssertUnwindSafe(|| {
+            let source = XzReader::new_mem_limit(io::BufReader::new(packed.read(file)), false, MAX_XZ_KIB);
+            io::copy(&mut source.take(max_bytes + 1), &mut to)
+        });
+        let len =
+            catch_unwind(decompress).unwrap_or_else(|_| Err(io::ErrorKind::InvalidData.into())).map_err(failed)?;
+        if len > max_bytes {
+            return Err(too_large(max_bytes));
+        }
+        Image::copy(&unpacked, max_bytes).map(Some)
+    }
+}
+
+/// Finds `.gnu_debugdata`.
+struct MiniDebugInfo;
+
+impl ByClass for MiniDebugInfo {
+    type Output = Option<Packed>;
+
+    fn read<H: FileHeader<Endian = Endianness> + Pod>(self, file: &File, header: &H) -> Result<Self::Output> {
+        let endian = header.endian().map_err(|_| malformed("byte order"))?;
+        let sections = Sections::<H::SectionHeader>::read(file, header)?;
+        let found = sections.headers.iter().find(|s| sections.name(endian, s) == b".gnu_debugdata");
+        Ok(found.map(|s| Packed { offset: s.sh_offset(endian).into(), len: s.sh_size(endian).into() }))
+    }
+}
+
+/// Where compressed data lies in a file.
+struct Packed {
+    offset: u64,
+    len: u64,
+}
+
+impl Packed {
+    fn read<'a>(&self, file: &'a File) -> Range<'a> {
+        Range { file, at: self.offset, left: self.len }
+    }
+}
+
+fn too_large(max_bytes: u64) -> Error {
+    Error::new(ErrorKind::Io, format!("failed to read an ELF file: its symbols are larger than {max_bytes} bytes"))
 }
 
 /// One section to copy.
@@ -126,6 +185,7 @@ impl ByClass for Copier {
         }
         let sections = Sections::<H::SectionHeader>::read(file, header)?;
         let symbols = parts::<H>(file, &sections, endian, &SYMBOLS)?;
+        let symbol_table = symbols.iter().any(|p| p.name == b".symtab");
         let mut out = Writer::new(H::is_type_64_sized(), header.e_machine(endian).0, self.max_bytes)?;
         for part in &symbols {
             out.add(file, part)?;
@@ -146,7 +206,7 @@ impl ByClass for Copier {
         }
         let link = debug_link::<H>(file, &sections, endian);
         let (file, bytes) = out.finish()?;
-        Ok(Image { file, bytes, debug, link })
+        Ok(Image { file, bytes, debug, symbol_table, link })
     }
 }
 
@@ -242,10 +302,7 @@ impl Writer {
         let offset = self.at.next_multiple_of(ALIGN);
         let len = part.compressed.map_or(part.len, |(_, len)| len);
         if offset.saturating_add(len) > self.max_bytes {
-            return Err(Error::new(
-                ErrorKind::Io,
-                format!("failed to read an ELF file: its symbols are larger than {} bytes", self.max_bytes),
-            ));
+            return Err(too_large(self.max_bytes));
         }
         let source = Range { file: from, at: part.offset, left: part.len };
         let failed = |e| Error::io("failed to copy a section of an ELF file", e);

@@ -31,9 +31,14 @@ fn without_lines() -> Vec<(&'static str, Option<u32>, bool)> {
     vec![("outer", None, false), ("main", None, false)]
 }
 
+/// As in a run: debug information is read in a worker.
+fn limits() -> Limits {
+    Limits { worker: Some(env!("CARGO_BIN_EXE_memleak").into()), ..Limits::default() }
+}
+
 /// Observes a process as instance 1.
 fn observed(process: &Arc<Process>) -> Symbolizer {
-    let mut symbolizer = Symbolizer::new();
+    let mut symbolizer = Symbolizer::with_limits(limits());
     symbolizer.observe(process).expect("observed");
     symbolizer
 }
@@ -133,31 +138,31 @@ fn separate_debug_information_is_found_by_build_id_and_by_link() {
         symbolizer.observe(&running.process(1)).expect("observed");
         symbolizer.frames(1, &running.ask("stack"))
     };
-    let none = frames_with(&exe, Limits::default());
+    let none = frames_with(&exe, limits());
     assert_eq!(none[0].function, None);
 
     let id = none[0].build_id.clone().expect("build id");
     let by_id = folder.path("debug/.build-id").join(&id[..2]);
     std::fs::create_dir_all(&by_id).expect("folder");
     std::fs::copy(&debug, by_id.join(format!("{}.debug", &id[2..]))).expect("copy");
-    let limits = Limits { debug_dirs: vec![folder.path("debug")], ..Limits::default() };
-    assert_eq!(brief(&frames_with(&exe, limits.clone())), with_lines());
+    let by_id_limits = Limits { debug_dirs: vec![folder.path("debug")], ..limits() };
+    assert_eq!(brief(&frames_with(&exe, by_id_limits.clone())), with_lines());
 
     // A file that anybody may write is copied instead of mapped; the names are the same.
     run(Command::new("chmod").arg("666").arg(by_id.join(format!("{}.debug", &id[2..]))));
-    assert_eq!(brief(&frames_with(&exe, limits.clone())), with_lines());
+    assert_eq!(brief(&frames_with(&exe, by_id_limits.clone())), with_lines());
 
     // Debug information of another build has the wrong names and must not be used.
     let other = folder.program("other", &["-g", "-DSTAY="]);
     std::fs::copy(&other, by_id.join(format!("{}.debug", &id[2..]))).expect("copy");
-    assert_eq!(frames_with(&exe, limits)[0].function, None);
+    assert_eq!(frames_with(&exe, by_id_limits)[0].function, None);
 
     let linked = folder.program("linked", &["-g", "-Wl,--build-id=none"]);
     let debug = folder.path("linked.debug");
     run(Command::new("objcopy").arg("--only-keep-debug").args([&linked, &debug]));
     run(Command::new("strip").arg(&linked));
     run(Command::new("objcopy").arg(format!("--add-gnu-debuglink={}", debug.display())).arg(&linked));
-    let frames = frames_with(&linked, Limits::default());
+    let frames = frames_with(&linked, limits());
     assert_eq!(brief(&frames), with_lines());
     assert_eq!(frames[0].build_id, None);
     // One byte more, and it is not the file that was linked.
@@ -166,7 +171,7 @@ fn separate_debug_information_is_found_by_build_id_and_by_link() {
         .open(&debug)
         .and_then(|mut f| std::io::Write::write_all(&mut f, b"x"))
         .expect("append");
-    assert_eq!(frames_with(&linked, Limits::default())[0].function, None);
+    assert_eq!(frames_with(&linked, limits())[0].function, None);
 }
 
 /// A service is often replaced on disk while it runs, and started from files that are gone at once.
@@ -464,7 +469,7 @@ fn debug_information_beyond_the_bound_costs_only_lines() {
     let mut running = Running::start(&exe, &[]);
     let stack = running.ask("stack");
     let frames_within = |module_bytes| {
-        let mut symbolizer = Symbolizer::with_limits(Limits { module_bytes, ..Limits::default() });
+        let mut symbolizer = Symbolizer::with_limits(Limits { module_bytes, ..limits() });
         symbolizer.observe(&running.process(1)).expect("observed");
         symbolizer.frames(1, &stack[..2])
     };
@@ -481,7 +486,7 @@ fn no_room_for_open_files_costs_nothing_while_the_process_runs() {
     let exe = folder.program("stack", &["-g"]);
     let mut running = Running::start(&exe, &[]);
     let stack = running.ask("stack");
-    let mut symbolizer = Symbolizer::with_limits(Limits { open_files: 0, total_bytes: 0, ..Limits::default() });
+    let mut symbolizer = Symbolizer::with_limits(Limits { open_files: 0, total_bytes: 0, ..limits() });
     symbolizer.observe(&running.process(1)).expect("observed");
     assert_eq!(brief(&symbolizer.frames(1, &stack)), with_lines());
     running.end();
@@ -522,4 +527,148 @@ fn a_process_that_is_gone_is_not_observed() {
         Symbolizer::new().observe(&Arc::new(process)).expect_err("gone").kind(),
         memleak_core::ErrorKind::Target
     );
+}
+
+/// Some distributions leave compressed symbol tables in stripped files: names without any further package.
+#[test]
+fn compressed_symbols_in_a_stripped_file_give_functions() {
+    let folder = Folder::new();
+    let exe = folder.program("stack", &[]);
+    let mini = folder.path("mini");
+    run(Command::new("objcopy").arg("--only-keep-debug").args([&exe, &mini]));
+    run(Command::new("strip").arg("-g").arg(&mini));
+    run(Command::new("strip").arg(&exe));
+    run(Command::new("xz").arg(&mini));
+    let add = |from: &str, to: &str| {
+        let (from, to) = (folder.path(from), folder.path(to));
+        let section = format!(".gnu_debugdata={}", from.display());
+        run(Command::new("objcopy").args(["--add-section", &section]).args([&exe, &to]));
+        to
+    };
+    let frames_of = |exe: &Path, limits: Limits| {
+        let mut running = Running::start(exe, &[]);
+        let mut symbolizer = Symbolizer::with_limits(limits);
+        symbolizer.observe(&running.process(1)).expect("observed");
+        symbolizer.frames(1, &running.ask("stack"))
+    };
+    assert_eq!(brief(&frames_of(&add("mini.xz", "packed"), limits())), without_lines());
+
+    // One that stands for more than the bound, and one that is cut short, cost the names and nothing else.
+    std::fs::write(folder.path("zeros"), vec![0; 4 << 20]).expect("write");
+    run(Command::new("xz").arg(folder.path("zeros")));
+    let small = Limits { module_bytes: 1 << 20, ..limits() };
+    assert_eq!(frames_of(&add("zeros.xz", "bomb"), small)[0].function, None);
+    let sound = std::fs::read(folder.path("mini.xz")).expect("read");
+    std::fs::write(folder.path("cut.xz"), &sound[..sound.len() / 2]).expect("write");
+    assert_eq!(frames_of(&add("cut.xz", "broken"), limits())[0].function, None);
+}
+
+/// A program with debug information made to do harm beside its symbol table.
+fn with_debug_info(folder: &Folder, name: &str, assembly: &str) -> std::path::PathBuf {
+    let source = folder.path(&format!("{name}.s"));
+    std::fs::write(&source, assembly).expect("write");
+    folder.program(name, &["-g0", source.to_str().expect("UTF-8")])
+}
+
+/// Frames of that program, of a sound one asked before and after, and the time that it took.
+fn asked_between_sound_ones(folder: &Folder, exe: &Path) -> (Vec<Frame>, std::time::Duration) {
+    let sound = folder.program("sound", &["-g"]);
+    let (mut one, mut two) = (Running::start(&sound, &[]), Running::start(exe, &[]));
+    let mut symbolizer = Symbolizer::with_limits(limits());
+    symbolizer.observe(&one.process(1)).expect("observed");
+    symbolizer.observe(&two.process(2)).expect("observed");
+    assert_eq!(brief(&symbolizer.frames(1, &one.ask("stack"))), with_lines());
+    let started = std::time::Instant::now();
+    let frames = symbolizer.frames(2, &two.ask("stack"));
+    let took = started.elapsed();
+    let other: Vec<u64> = one.ask("stack").iter().map(|a| a - 1).collect();
+    assert_eq!(symbolizer.frames(1, &other)[0].function.as_deref(), Some("innermost"));
+    (frames, took)
+}
+
+/// A unit over all addresses with one line, and abbreviations 1 (unit), 2 (function by range), 3 (inlined call), 4 (function by list).
+const UNIT: &str = "
+    .section .debug_abbrev
+    .uleb128 1, 0x11; .byte 1; .uleb128 0x10, 0x17, 0x11, 1, 0x12, 7, 0, 0
+    .uleb128 2, 0x2e; .byte 1; .uleb128 3, 8, 0x11, 1, 0x12, 7, 0, 0
+    .uleb128 3, 0x1d; .byte 1; .uleb128 0x31, 0x13, 0x11, 1, 0x12, 7, 0, 0
+    .uleb128 4, 0x2e; .byte 0; .uleb128 3, 8, 0x55, 0x17, 0, 0
+    .byte 0
+    .section .debug_line
+    .long line_end - line
+line:
+    .short 4; .long program - header
+header:
+    .byte 1, 1, 1, 0xfb, 14, 13, 0, 1, 1, 1, 1, 0, 0, 0, 1, 0, 0, 1, 0
+    .asciz \"f.c\"; .byte 0, 0, 0, 0
+program:
+    .byte 0, 9, 2; .quad 1; .byte 1, 2; .uleb128 0x7ffffff0; .byte 0, 1, 1
+line_end:
+    .section .debug_info
+start:
+    .long end - begin
+begin:
+    .short 4; .long 0; .byte 8
+    .uleb128 1; .long 0; .quad 0, 0x7fffffff
+";
+
+/// Calls inlined into each other a million deep overflow the stack of a reader that recurses; the collector must live,
+/// and the symbol table must still name the function.
+#[test]
+fn endlessly_nested_debug_information_costs_only_lines() {
+    let folder = Folder::new();
+    let assembly = format!(
+        "{UNIT}
+function: .uleb128 2; .asciz \"nested\"; .quad 0, 0x7fffffff
+    .rept 1000000
+    .uleb128 3; .long function - start; .quad 0, 0x7fffffff
+    .endr
+    .zero 1000002
+end:
+"
+    );
+    let (frames, took) = asked_between_sound_ones(&folder, &with_debug_info(&folder, "nested", &assembly));
+    assert_eq!(brief(&frames), without_lines());
+    assert!(took.as_secs() < 60, "{took:?}");
+}
+
+/// Functions that share one long list of ranges cost their product: hours, from a file of a few megabytes.
+#[test]
+fn slow_debug_information_is_given_up() {
+    let folder = Folder::new();
+    let assembly = format!(
+        "{UNIT}
+    .rept 200000
+    .uleb128 4; .asciz \"f\"; .long 0
+    .endr
+    .byte 0
+end:
+    .section .debug_ranges
+    .rept 200000
+    .quad 1, 1
+    .endr
+    .quad 0, 0
+"
+    );
+    let (frames, took) = asked_between_sound_ones(&folder, &with_debug_info(&folder, "slow", &assembly));
+    assert_eq!(brief(&frames), without_lines());
+    assert!(took.as_secs() < 60, "{took:?}");
+}
+
+/// Where no second process can be started, names come from the symbol tables, and nothing hostile is read here.
+#[test]
+fn without_a_worker_there_are_functions_and_no_lines() {
+    let folder = Folder::new();
+    let mut running = Running::start(&folder.program("stack", &["-g"]), &[]);
+    for worker in ["/nonexistent/memleak", "/bin/true"] {
+        let mut symbolizer = Symbolizer::with_limits(Limits { worker: Some(worker.into()), ..limits() });
+        symbolizer.observe(&running.process(1)).expect("observed");
+        let frames = symbolizer.frames(1, &running.ask("stack"));
+        if worker == "/bin/true" {
+            // It starts and says nothing.
+            assert!(frames[0].reason.as_deref().is_some_and(|r| r.contains("cannot be read")), "{:?}", frames[0]);
+        } else {
+            assert_eq!(brief(&frames), without_lines());
+        }
+    }
 }
