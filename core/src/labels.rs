@@ -4,10 +4,10 @@
 //! gives no container, never a wrong one: an id must have the form that the runtime gives it. Whoever may make cgroups
 //! chooses their names, so the texts are hostile; their length is bounded by that of the path.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// What a cgroup path says; every field is `None` when it says nothing.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Labels {
     /// Id of the container, the innermost one where they are nested: 64 hexadecimal digits, or the name with LXC and
     /// systemd-nspawn. Hostile text.

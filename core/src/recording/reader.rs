@@ -325,7 +325,7 @@ impl Reader {
     }
 
     fn read_processes(&mut self) -> Result<()> {
-        let rows = self.rows("SELECT instance, pid, start_ticks, comm, exe, cmdline FROM processes", |r| {
+        let rows = self.rows("SELECT instance, pid, start_ticks, comm, exe, cmdline, labels FROM processes", |r| {
             Ok(Process {
                 instance: r.get(0)?,
                 pid: r.get(1)?,
@@ -333,6 +333,8 @@ impl Reader {
                 comm: r.get(3)?,
                 exe: r.get(4)?,
                 cmdline: r.get(5)?,
+                // What cannot be understood is as good as not known.
+                labels: serde_json::from_str(&r.get::<_, String>(6)?).unwrap_or_default(),
             })
         })?;
         self.processes = rows.into_iter().map(|p| (p.instance, Arc::new(p))).collect();

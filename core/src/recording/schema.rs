@@ -21,7 +21,8 @@ const UPGRADES: &[&str] = &["
     CREATE TABLE session (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
     CREATE TABLE hosts (id INTEGER PRIMARY KEY, name TEXT, kernel TEXT, machine TEXT, boot_id TEXT);
     CREATE TABLE processes (
-        instance INTEGER PRIMARY KEY, host INTEGER, pid INTEGER, start_ticks INTEGER, comm TEXT, exe TEXT, cmdline TEXT
+        instance INTEGER PRIMARY KEY, host INTEGER, pid INTEGER, start_ticks INTEGER, comm TEXT, exe TEXT, cmdline TEXT,
+        labels TEXT
     );
     CREATE TABLE modules (id INTEGER PRIMARY KEY, path TEXT, build_id TEXT);
     -- A name for a place in code. `offset` is what a frame has: from the start of the function, or in the file.

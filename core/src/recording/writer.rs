@@ -376,11 +376,11 @@ impl Writer {
     }
 
     fn store_process(&mut self, process: &crate::snapshot::Process) -> Result<()> {
-        let crate::snapshot::Process { instance, pid, start_ticks, comm, exe, cmdline } = process;
+        let crate::snapshot::Process { instance, pid, start_ticks, comm, exe, cmdline, labels } = process;
         self.run_sql(
-            "INSERT OR IGNORE INTO processes (instance, host, pid, start_ticks, comm, exe, cmdline) \
-             VALUES (?, 1, ?, ?, ?, ?, ?)",
-            params![instance, pid, start_ticks.cast_signed(), comm, exe, cmdline],
+            "INSERT OR IGNORE INTO processes (instance, host, pid, start_ticks, comm, exe, cmdline, labels) \
+             VALUES (?, 1, ?, ?, ?, ?, ?, ?)",
+            params![instance, pid, start_ticks.cast_signed(), comm, exe, cmdline, json(labels)?],
         )
         .map(drop)
     }
