@@ -703,6 +703,6 @@ pub(super) fn row(id: u32, sample: &SiteSample) -> Row<'_> {
     Row { id, totals: *totals, last_allocation_s: *last_allocation_s, cohorts, lifetimes }
 }
 
-fn json(run: &RunInfo) -> Result<String> {
-    serde_json::to_string(run).map_err(|e| Error::with_source(ErrorKind::Io, "failed to record the run's facts", e))
+fn json(value: &impl serde::Serialize) -> Result<String> {
+    serde_json::to_string(value).map_err(|e| Error::with_source(ErrorKind::Io, "failed to record the run's facts", e))
 }
