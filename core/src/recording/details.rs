@@ -7,7 +7,7 @@
 use super::codec::{In, damaged, put, put_delta, put_f64, put_section};
 use super::totals::{Change, Decoder as TotalsDecoder};
 use crate::Result;
-use crate::snapshot::{Cohort, LIFETIME_CLASSES, Totals};
+use crate::snapshot::{Cohort, LIFETIME_CLASSES, StandardErrors, Totals};
 
 const BOUNDS: u64 = 1;
 const IDS: u64 = 2;
@@ -15,6 +15,7 @@ const FLAGS: u64 = 3;
 const LAST: u64 = 4;
 const COHORTS: u64 = 5;
 const LIFETIMES: u64 = 6;
+const ERRORS: u64 = 7;
 
 /// The last allocation, as milliseconds before the snapshot.
 const LAST_MS: u8 = 1;
@@ -29,6 +30,9 @@ const LIFETIMES_CHANGED: u8 = 16;
 /// The last of their changes follows from the totals.
 const LIFETIMES_PREDICTED: u8 = 32;
 
+/// Standard errors have changed.
+const ERRORS_CHANGED: u8 = 64;
+
 /// Stands for the snapshot's own time as the end of a cohort, which then need not be written for every snapshot.
 const NOW: f64 = f64::INFINITY;
 
@@ -38,6 +42,7 @@ pub(super) struct Details {
     pub(super) last_allocation_s: f64,
     pub(super) cohorts: Vec<Cohort>,
     pub(super) lifetimes: [u64; LIFETIME_CLASSES],
+    pub(super) stderr: StandardErrors,
 }
 
 impl Details {
@@ -62,6 +67,7 @@ pub(super) struct Row<'a> {
     pub(super) last_allocation_s: f64,
     pub(super) cohorts: &'a [Cohort],
     pub(super) lifetimes: &'a [u64; LIFETIME_CLASSES],
+    pub(super) stderr: StandardErrors,
 }
 
 /// The streams of a blob.
@@ -73,6 +79,7 @@ struct Streams {
     last: Vec<u8>,
     cohorts: Vec<u8>,
     lifetimes: Vec<u8>,
+    errors: Vec<u8>,
 }
 
 impl Streams {
@@ -122,6 +129,7 @@ impl Encoder {
             (LAST, streams.last),
             (COHORTS, streams.cohorts),
             (LIFETIMES, streams.lifetimes),
+            (ERRORS, streams.errors),
         ] {
             put_section(&mut out, tag, &contents);
         }
@@ -147,6 +155,12 @@ fn encode_site(streams: &mut Streams, row: &Row<'_>, totals: &Totals, old: &mut 
     if *row.lifetimes != old.lifetimes {
         flags |= encode_lifetimes(&mut streams.lifetimes, row, totals, &old.lifetimes);
         old.lifetimes = *row.lifetimes;
+    }
+    if row.stderr != old.stderr {
+        put_f64(&mut streams.errors, row.stderr.bytes);
+        put_f64(&mut streams.errors, row.stderr.count);
+        flags |= ERRORS_CHANGED;
+        old.stderr = row.stderr;
     }
     flags
 }
@@ -278,7 +292,8 @@ impl Decoder {
     /// # Errors
     /// The bytes are damaged.
     pub(super) fn apply(&mut self, input: In<'_>, totals: &TotalsDecoder, time_s: f64) -> Result<()> {
-        let [_, mut bound_list, mut ids, mut flags, mut last, mut cohorts, mut lifetimes] = input.sections::<7>()?;
+        let [_, mut bound_list, mut ids, mut flags, mut last, mut cohorts, mut lifetimes, mut errors] =
+            input.sections::<8>()?;
         let mut bounds = Vec::with_capacity(bound_list.left() / 8);
         while !bound_list.is_empty() {
             bounds.push(bound_list.get_f64()?);
@@ -317,6 +332,9 @@ impl Decoder {
             if flag & LIFETIMES_CHANGED != 0 {
                 let freed = new.freed_count.wrapping_sub(old.freed_count);
                 decode_lifetimes(&mut lifetimes, site, (flag & LIFETIMES_PREDICTED != 0).then_some(freed))?;
+            }
+            if flag & ERRORS_CHANGED != 0 {
+                site.stderr = StandardErrors { bytes: errors.get_f64()?, count: errors.get_f64()? };
             }
         }
         // A keyframe resets what is in this list: it must not grow with the snapshots.

@@ -6,7 +6,9 @@ use std::sync::{Arc, OnceLock};
 
 use super::*;
 use crate::finding::Finding;
-use crate::snapshot::{Cohort, LIFETIME_CLASSES, Losses, Mode, Process, ProcessSample, SiteSample, Snapshot};
+use crate::snapshot::{
+    Cohort, LIFETIME_CLASSES, Losses, Mode, Process, ProcessSample, Sampling, SiteSample, Snapshot, StandardErrors,
+};
 use crate::symbolize::Frame;
 
 /// A deterministic source of numbers.
@@ -82,6 +84,7 @@ impl Run {
             last_allocation_s: 0.0,
             cohorts: Vec::new(),
             lifetimes: [0; LIFETIME_CLASSES],
+            stderr: StandardErrors::default(),
         });
     }
 
@@ -114,7 +117,12 @@ impl Run {
             .map(|p| ProcessSample {
                 process: Arc::clone(p),
                 alive: Some(p.instance) != ended,
-                mode: if p.instance.is_multiple_of(2) { Mode::Estimated } else { Mode::Exact },
+                mode: [Mode::Exact, Mode::Estimated, Mode::Sampled][p.instance as usize % 3],
+                sampling: p.instance.is_multiple_of(3).then_some(Sampling {
+                    mean_bytes: 4096,
+                    allocated_bytes: self.number << 12,
+                    allocated_count: self.number,
+                }),
                 hits: self.number * 1000,
                 unmatched_frees: self.number / 2,
                 losses: Losses { events_dropped: self.number / 50, missed_returns: 3, ..Losses::default() },
@@ -147,6 +155,9 @@ impl Run {
         sample.totals.freed_count += died;
         sample.totals.freed_bytes = (sample.totals.freed_bytes + died * size).min(sample.totals.allocated_bytes);
         sample.last_allocation_s = if odd { time_s - 1e-7 } else { (time_s * 1e3).floor() / 1e3 };
+        if born.is_multiple_of(4) {
+            sample.stderr = StandardErrors { bytes: time_s * 7.1, count: time_s.sqrt() };
+        }
         sample.lifetimes[n.below(32) as usize] += died / 2;
         sample.lifetimes[n.below(32) as usize] += died - died / 2 + u64::from(odd);
         match sample.cohorts.last_mut() {
@@ -195,7 +206,12 @@ fn create(limits: Limits) -> (tempfile::TempDir, PathBuf, Writer) {
 /// differs.
 fn text(snapshot: &Snapshot) -> String {
     let sites: Vec<_> = (snapshot.sites.iter())
-        .map(|s| format!("{:?} {:?} {:?} {:?} {:?}", s.site.key, s.totals, s.last_allocation_s, s.cohorts, s.lifetimes))
+        .map(|s| {
+            format!(
+                "{:?} {:?} {:?} {:?} {:?} {:?}",
+                s.site.key, s.stderr, s.totals, s.last_allocation_s, s.cohorts, s.lifetimes
+            )
+        })
         .collect();
     let head = (snapshot.number, snapshot.time_s, snapshot.wall_s, snapshot.collect_cpu_s);
     format!("{head:?} {:?}\n{}", snapshot.processes, sites.join("\n"))

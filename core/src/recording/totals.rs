@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::codec::{In, damaged, put, put_delta, put_section};
 use crate::Result;
-use crate::snapshot::{Losses, Mode, Process, ProcessSample, Totals};
+use crate::snapshot::{Losses, Mode, Process, ProcessSample, Sampling, Totals};
 
 const GONE: u64 = 1;
 const IDS: u64 = 2;
@@ -21,7 +21,7 @@ const PROCESSES: u64 = 7;
 const PROCESSES_GONE: u64 = 8;
 
 /// Numbers in a [`ProcessSample`]; a later version appends.
-const COLUMNS: usize = 21;
+const COLUMNS: usize = 24;
 /// Stands for a number that is not known.
 const UNKNOWN: u64 = u64::MAX;
 
@@ -31,6 +31,7 @@ fn columns(sample: &ProcessSample) -> [u64; COLUMNS] {
         process: _,
         alive,
         mode,
+        sampling,
         hits,
         unmatched_frees,
         losses,
@@ -59,6 +60,7 @@ fn columns(sample: &ProcessSample) -> [u64; COLUMNS] {
         match mode {
             Mode::Exact => 0,
             Mode::Estimated => 1,
+            Mode::Sampled => 2,
         },
         *hits,
         *unmatched_frees,
@@ -79,6 +81,9 @@ fn columns(sample: &ProcessSample) -> [u64; COLUMNS] {
         *partial_ranges,
         *pointers_unreadable,
         *events_dropped,
+        sampling.map_or(UNKNOWN, |s| s.mean_bytes),
+        sampling.map_or(0, |s| s.allocated_bytes),
+        sampling.map_or(0, |s| s.allocated_count),
     ]
 }
 
@@ -88,7 +93,16 @@ fn process_sample(process: &Arc<Process>, c: &[u64; COLUMNS]) -> ProcessSample {
     ProcessSample {
         process: Arc::clone(process),
         alive: c[0] != 0,
-        mode: if c[1] == 0 { Mode::Exact } else { Mode::Estimated },
+        mode: match c[1] {
+            0 => Mode::Exact,
+            1 => Mode::Estimated,
+            _ => Mode::Sampled,
+        },
+        sampling: known(c[21]).map(|mean_bytes| Sampling {
+            mean_bytes,
+            allocated_bytes: c[22],
+            allocated_count: c[23],
+        }),
         hits: c[2],
         unmatched_frees: c[3],
         rss_bytes: known(c[4]),
