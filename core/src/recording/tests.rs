@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::*;
 use crate::finding::Finding;
+use crate::labels::Labels;
 use crate::snapshot::{
     Cohort, LIFETIME_CLASSES, Losses, Mode, Process, ProcessSample, Sampling, SiteSample, Snapshot, StandardErrors,
 };
@@ -44,6 +45,7 @@ impl Run {
             comm: format!("evil\0\u{1b}[31m{instance}"),
             exe: "/usr/bin/\u{202e}x".into(),
             cmdline: "a 'b' \"c\"".into(),
+            labels: Labels { unit: Some("\u{1b}x.service".into()), ..Labels::default() },
         }));
     }
 
