@@ -22,6 +22,7 @@ pub mod output;
 pub mod plugin;
 pub mod process;
 pub mod recording;
+pub mod resymbolize;
 pub mod rules;
 pub mod selfstats;
 pub mod snapshot;

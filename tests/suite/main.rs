@@ -5,8 +5,10 @@
 
 mod bad_input;
 mod cli;
+mod containers;
 mod demo;
 mod governor;
 mod report;
 mod servers;
+mod symbols;
 mod userspace;

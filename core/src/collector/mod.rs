@@ -164,7 +164,7 @@ impl Collector {
             known: HashSet::new(),
             launched: Vec::new(),
             symbolizer: Symbolizer::with_limits(symbolize::Limits {
-                worker: Some("/proc/self/exe".into()),
+                worker: Some(symbolize::worker::OWN_PROGRAM.into()),
                 ..symbolize::Limits::default()
             }),
             sites: HashMap::new(),
