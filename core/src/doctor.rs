@@ -7,7 +7,11 @@ use memleak_probes::Features;
 
 use crate::collector::{Collector, PluginState};
 use crate::config::{Config, TargetSpec};
+use crate::output::filters::{format_count, format_percent};
 use crate::output::text::visible;
+use crate::snapshot::ProcessSample;
+use crate::units::format_bytes;
+use crate::unwind::TableState;
 use crate::{Error, Result};
 
 /// How long a process is counted to predict the overhead.
@@ -123,12 +127,39 @@ fn look_at(config: &Config, pid: u32) -> Result<String> {
         cost * 100.0,
         cpu * 100.0
     );
-    let stacks = second.sites.len();
-    let short = second.sites.iter().filter(|s| s.site.addresses.len() < 3).count();
-    if stacks > 0 {
-        let _ = writeln!(out, "  {short} of {stacks} call stacks have fewer than three frames (no frame pointers)");
-    }
+    stacks(&mut out, &collector, b);
     Ok(out)
+}
+
+/// How far call stacks reach, and which files keep them from reaching further.
+fn stacks(out: &mut String, collector: &Collector, process: &ProcessSample) {
+    let counts = process.stacks;
+    let _ = match counts.complete_share() {
+        Some(share) => writeln!(
+            out,
+            "  {} of {} recorded allocations have a complete call stack",
+            format_percent(share),
+            format_count(counts.taken as f64)
+        ),
+        None if counts.by_tables => writeln!(out, "  no allocation was recorded: call stacks were not tried"),
+        None => writeln!(out, "  call stacks are walked by frame pointers: whether they are complete is not known"),
+    };
+    let (tables, left_out) = collector.unwind_tables(process.process.instance);
+    let (mut ready, mut rows) = (0, 0);
+    for (file, state) in &tables {
+        match state {
+            TableState::Ready(n) => (ready, rows) = (ready + 1, rows + n),
+            TableState::Pending => drop(writeln!(out, "    {}: its unwind table is not ready yet", visible(file))),
+            TableState::Refused(why) => drop(writeln!(out, "    {}: no unwind table: {}", visible(file), visible(why))),
+        }
+    }
+    if ready > 0 {
+        let memory = format_bytes(collector.tracker().unwind_bytes());
+        let _ = writeln!(out, "    unwind tables of {ready} files, {rows} rows, {memory} of kernel memory");
+    }
+    if left_out > 0 {
+        let _ = writeln!(out, "    {left_out} pieces of code had no room: their frames are walked by frame pointers");
+    }
 }
 
 /// Release of the running kernel.

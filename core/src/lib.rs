@@ -33,6 +33,7 @@ mod sys;
 pub mod target;
 pub mod trace;
 pub mod units;
+pub mod unwind;
 pub mod watchdog;
 
 pub use error::{Error, ErrorKind, Result};

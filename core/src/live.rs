@@ -11,10 +11,11 @@ use crate::alert::{Alert, AlertEvent, Status};
 use crate::collector::{Notice, PluginState, PluginStatus};
 use crate::finding::Severity;
 use crate::history::{History, SiteHistory};
+use crate::output::filters::format_percent;
 use crate::output::report::heading;
 use crate::output::text::{clip, visible};
 use crate::selfstats::OwnCost;
-use crate::snapshot::{Mode, Process, Site, Snapshot};
+use crate::snapshot::{Mode, Process, Site, Snapshot, StackCounts};
 use crate::stats::theil_sen_slope;
 use crate::symbolize::Frame;
 use crate::units::{format_bytes, format_duration_s, format_rate};
@@ -79,6 +80,11 @@ impl View<'_> {
         let cost_s: f64 = self.history.processes().map(|p| p.overhead_s).sum();
         if self.snapshot.time_s > 0.0 {
             let _ = write!(line, "  tracing ~{:.1} % of a core (estimate)", cost_s / self.snapshot.time_s * 100.0);
+        }
+        let mut stacks = StackCounts::default();
+        self.snapshot.processes.iter().for_each(|p| stacks.add(&p.stacks));
+        if let Some(share) = stacks.complete_share() {
+            let _ = write!(line, "  complete stacks {}", format_percent(share));
         }
         let _ = write!(line, "  lost {lost}");
         if !self.alerts.is_empty() {

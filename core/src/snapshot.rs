@@ -225,6 +225,31 @@ impl Losses {
     }
 }
 
+/// How far the call stacks of recorded allocations reach.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StackCounts {
+    /// Recorded allocations.
+    pub taken: u64,
+    /// Those of them whose stack reaches the outermost frame, where the program or the thread starts.
+    pub complete: u64,
+    /// False: stacks are walked by frame pointers, and nothing says whether they are complete.
+    pub by_tables: bool,
+}
+
+impl StackCounts {
+    /// Share of complete stacks, 0 to 1; `None` when that is not known, or no stack was taken.
+    pub fn complete_share(&self) -> Option<f64> {
+        (self.by_tables && self.taken > 0).then(|| self.complete as f64 / self.taken as f64)
+    }
+
+    /// Adds another process's.
+    pub fn add(&mut self, other: &StackCounts) {
+        self.taken += other.taken;
+        self.complete += other.complete;
+        self.by_tables |= other.by_tables;
+    }
+}
+
 /// How the numbers of a process were obtained.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -267,6 +292,8 @@ pub struct ProcessSample {
     pub unmatched_frees: u64,
     /// What was lost.
     pub losses: Losses,
+    /// How far its call stacks reach.
+    pub stacks: StackCounts,
     /// Resident set size in bytes (`/proc/PID/statm`); `None` when it cannot be read.
     pub rss_bytes: Option<u64>,
     /// CPU time used by the process so far, seconds; `None` when it cannot be read.

@@ -36,6 +36,8 @@ mod sources;
 mod vdso;
 pub mod worker;
 
+pub(crate) use vdso::image as vdso_image;
+
 use module::Module;
 use perf_map::PerfMap;
 pub use site_id::{ModuleName, NormalizedFrame, site_id};

@@ -85,6 +85,40 @@ struct {
 	__type(value, struct memleak_thread);
 } threads SEC(".maps");
 
+/*
+ * Where a process has code with unwind rows, by instance. Written by the collector, also when the process maps more.
+ * Without an entry stacks are walked by frame pointers.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MEMLEAK_MAX_TARGETS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, u32);
+	__type(value, struct memleak_unwind_map);
+} unwind_maps SEC(".maps");
+
+/* Unwind rows of all files, in pages that exist while they are used. Written by the collector. */
+struct unwind_page_map {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(key_size, sizeof(u32));
+	__uint(value_size, sizeof(struct memleak_unwind_page));
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, MEMLEAK_UNWIND_PAGES);
+	__type(key, u32);
+	__array(values, struct unwind_page_map);
+} unwind_pages SEC(".maps");
+
+/* Rules looked up before, by hash of address and salt; overwritten without locks, see struct memleak_unwind_memo. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, MEMLEAK_UNWIND_CACHE);
+	__type(key, u32);
+	__type(value, struct memleak_unwind_memo);
+} unwind_memos SEC(".maps");
+
 /* Counters by target slot; read by the collector, summed over CPUs. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

@@ -16,6 +16,10 @@
 #define MEMLEAK_CODE_RANGES 4 /* parts of the address space of a process that hold its code */
 #define MEMLEAK_LEAF_CALLS 256 /* calls after which a function that was never seen to nest is taken for a leaf */
 #define MEMLEAK_MAX_DOMAINS 8 /* independent groups of probe sets */
+#define MEMLEAK_UNWIND_SEGMENTS 1024 /* pieces of code with unwind rows per process: a power of two */
+#define MEMLEAK_UNWIND_PAGE_ROWS 65536 /* rows of one page: a power of two */
+#define MEMLEAK_UNWIND_PAGES 512 /* most pages: 256 MiB */
+#define MEMLEAK_UNWIND_CACHE 16384 /* remembered rules: a power of two */
 
 /* What a probed function does with a block. */
 enum memleak_role {
@@ -124,12 +128,80 @@ struct memleak_site {
 	__u64 lifetimes[MEMLEAK_LIFETIME_CLASSES];
 };
 
-/* Why a stack holds fewer frames than there are. */
+/* Why a stack ends where it ends. */
 enum memleak_stack_end {
-	STACK_WALKED = 0, /* the walk ended by itself (outermost frame, or no frame pointer) */
+	STACK_WALKED = 0, /* frame pointers led no further (outermost frame, or no frame pointer) */
 	STACK_CUT = 1, /* the limit of frames was reached */
-	STACK_UNREADABLE = 2, /* the walk failed: only the caller is known */
+	STACK_UNREADABLE = 2, /* the stack could not be read further */
 	STACK_STRAYED = 3, /* the walk came to an address that is no code: a caller has no frame pointer */
+	STACK_COMPLETE = 4, /* the outermost frame: where the program or the thread starts */
+	STACK_NO_TABLE = 5, /* code without unwind rows, and frame pointers led no further */
+	STACK_UNSUPPORTED = 6, /* unwind rows that need more than stack and frame pointer */
+	STACK_TRAMPOLINE = 7, /* another tracer's return probe hides the caller */
+};
+
+/* How to find a caller's frame: low half of memleak_unwind_row.rule. CFA: stack pointer before the call. */
+enum memleak_unwind_cfa {
+	UNWIND_NONE = 0, /* nothing is known of this code */
+	UNWIND_RSP = 1, /* CFA = rsp + 8 * cfa */
+	UNWIND_RBP = 2, /* CFA = rbp + 8 * cfa */
+	UNWIND_RBP_DEREF = 3, /* CFA = *(rbp + 8 * cfa): a frame whose stack was aligned */
+	UNWIND_PLT = 4, /* CFA = rsp + 8, and 8 more behind the stub's push: from byte `cfa` of its 16 on */
+	UNWIND_SIGNAL = 5, /* the kernel's signal frame is on top of the stack */
+	UNWIND_OUTERMOST = 6, /* there is no caller */
+	UNWIND_UNSUPPORTED = 7, /* another rule */
+};
+
+/* Where the caller's rbp is: high half of memleak_unwind_row.rule. */
+enum memleak_unwind_rbp {
+	UNWIND_RBP_SAME = 0 << 4, /* in the register */
+	UNWIND_RBP_AT_CFA = 1 << 4, /* *(CFA + 8 * rbp) */
+	UNWIND_RBP_AT_RBP = 2 << 4, /* *(rbp + 8 * rbp) */
+	UNWIND_RBP_LOST = 3 << 4, /* not known */
+};
+
+/* From this address up to the next row's. */
+struct memleak_unwind_row {
+	__u32 pc; /* counted from the file's first loaded address */
+	__s16 cfa;
+	__u8 rule; /* enum memleak_unwind_cfa | enum memleak_unwind_rbp */
+	__s8 rbp;
+};
+
+/* Rows of one or more tables, each sorted by pc. */
+struct memleak_unwind_page {
+	struct memleak_unwind_row rows[MEMLEAK_UNWIND_PAGE_ROWS];
+};
+
+/* Code of a process whose rows lie in one page: addresses start .. start + size, rows first .. first + count. */
+struct memleak_unwind_segment {
+	__u64 start;
+	__u32 size;
+	__u32 pc; /* what `start` is in the rows' terms */
+	__u16 page;
+	__u16 first;
+	__u32 count;
+};
+
+/* All such code of a process, by address; what is not used starts at 2^63 - 1. Key of `unwind_maps`: instance. */
+struct memleak_unwind_map {
+	__u64 salt; /* random, another one after each change: keeps what is remembered of rules apart */
+	struct memleak_unwind_segment segments[MEMLEAK_UNWIND_SEGMENTS];
+};
+
+/* A rule that was looked up before. Valid when check ^ rule is the address ^ the map's salt: written without locks. */
+struct memleak_unwind_memo {
+	__u64 check;
+	__u64 rule; /* cfa, rule and rbp of the row, in the upper half */
+};
+
+/* Registers of a frame. */
+struct memleak_unwind_regs {
+	__u64 ip;
+	__u64 sp;
+	__u64 bp;
+	__u64 exact; /* 1: the frame was interrupted at ip; 0: ip is the address behind a call */
+	__u64 salt; /* of the process's unwind map */
 };
 
 /* A call stack: addresses[start .. start + count], innermost first. */
@@ -150,6 +222,8 @@ struct memleak_thread {
 	__u64 stack_hash;
 	struct memleak_block old;
 	__u64 until_sample; /* bytes to the next point of the sampler, plus 1; 0: not drawn yet */
+	__u64 caller; /* return address, which a return probe may hide on the stack */
+	struct memleak_unwind_regs regs; /* of the frame that unwinding has come to */
 	__u32 filtered; /* below min_size or not sampled: do not record */
 	__u32 function; /* index of the pending function */
 	__u32 window; /* in which it was entered */

@@ -13,6 +13,7 @@
 #include <bpf/bpf_tracing.h>
 #include <bpf/bpf_core_read.h>
 #include "compat.bpf.h"
+#include "unwind.bpf.h"
 #include <stddef.h>
 
 char LICENSE[] SEC("license") = "GPL";
@@ -24,12 +25,15 @@ struct memleak_kept_types {
 	enum memleak_sampler sampler;
 	enum memleak_function_flags function_flags;
 	enum memleak_stack_end stack_end;
+	enum memleak_unwind_cfa unwind_cfa;
+	enum memleak_unwind_rbp unwind_rbp;
 	enum memleak_counter counter;
 	enum memleak_process_event_kind process_event_kind;
 	enum memleak_event_kind event_kind;
 	struct memleak_share share;
 	struct memleak_process_event process_event;
 	struct memleak_event event;
+	struct memleak_unwind_row unwind_row;
 } kept_types;
 
 /* Nested calls of one allocator stay within this distance below the outermost one; beyond it is another stack. */
@@ -96,20 +100,35 @@ static __always_inline u64 requested_size(struct pt_regs *ctx, const struct meml
 	return saturating_product(size, argument(ctx, function->times_arg));
 }
 
-/*
- * The stack at a function's entry. The walk starts at the function itself, whose frame is not set up yet, and on most
- * kernels leaves out its caller; the caller's address is on top of the stack (x86-64) or in the link register.
- */
-static __always_inline void walk(struct pt_regs *ctx, u64 sp, struct memleak_stack *stack, u32 name, u32 slot)
+/* Where the function that was just entered will return to; 0 when it is not known. */
+static __always_inline u64 caller_of(struct pt_regs *ctx, struct memleak_actor *actor, u64 sp)
 {
 	u64 caller = return_address(ctx, sp);
+
+	/* A tail call from a function whose return is probed. */
+	if (is_return_trampoline(caller))
+		caller = unwind_trampoline(actor->pid_tgid, sp);
+	return caller;
+}
+
+/*
+ * The stack at a function's entry, by unwind tables where the process has them, else by frame pointers. That walk
+ * starts at the function itself, whose frame is not set up yet, and on most kernels leaves out its caller; the caller's
+ * address is on top of the stack (x86-64) or in the link register.
+ */
+static __always_inline void walk(struct pt_regs *ctx, struct memleak_actor *actor, struct memleak_thread *thread,
+				 u64 sp, u64 caller, u32 name, bool loop)
+{
+	struct memleak_stack *stack = &thread->stack;
 	u32 bytes = max_frames * sizeof(u64);
 	long got;
 	u32 n;
 
+	stack->name = name;
+	if (unwind(ctx, actor, thread, sp, caller, loop))
+		return;
 	if (bytes > MEMLEAK_MAX_FRAMES * sizeof(u64))
 		bytes = MEMLEAK_MAX_FRAMES * sizeof(u64);
-	stack->name = name;
 	stack->start = 0;
 	stack->end = STACK_WALKED;
 	got = bpf_get_stack(ctx, stack->addresses, bytes, BPF_F_USER_STACK);
@@ -118,7 +137,7 @@ static __always_inline void walk(struct pt_regs *ctx, u64 sp, struct memleak_sta
 		stack->addresses[0] = caller;
 		stack->count = caller ? 1 : 0;
 		if (!caller)
-			count(slot, COUNTER_STACKS_FAILED);
+			count(actor->slot, COUNTER_STACKS_FAILED);
 		return;
 	}
 	n = (u32)got / 8;
@@ -228,10 +247,11 @@ static __always_inline bool may_skip(const struct memleak_actor *actor, const st
 
 /* In a trace, frees show the stack that freed; otherwise nobody needs it. */
 static __always_inline u64 stack_of_free(struct pt_regs *ctx, struct memleak_actor *actor,
-					 const struct memleak_function *function)
+					 const struct memleak_function *function, bool loop)
 {
 	struct memleak_site_key key = { .instance = actor->instance, .probe_set = function->probe_set };
 	struct memleak_thread *thread;
+	u64 sp = PT_REGS_SP(ctx) + function->sp_offset;
 
 	if (!trace_events)
 		return 0;
@@ -239,14 +259,14 @@ static __always_inline u64 stack_of_free(struct pt_regs *ctx, struct memleak_act
 	/* A pending call's stack is still needed for what it hands out. */
 	if (!thread || thread->sp)
 		return 0;
-	walk(ctx, PT_REGS_SP(ctx) + function->sp_offset, &thread->stack, function->name, actor->slot);
+	walk(ctx, actor, thread, sp, caller_of(ctx, actor, sp), function->name, loop);
 	key.stack = hash_stack(actor->target, &thread->stack);
 	bpf_map_update_elem(&stacks, &key, &thread->stack, BPF_NOEXIST);
 	return key.stack;
 }
 
-/* `session`: SKIP is heeded. */
-static __always_inline int on_enter(struct pt_regs *ctx, bool session)
+/* `session`: SKIP is heeded; `loop`: the kernel has bpf_loop(). */
+static __always_inline int on_enter(struct pt_regs *ctx, bool session, bool loop)
 {
 	struct memleak_function *function;
 	struct memleak_actor actor;
@@ -263,7 +283,7 @@ static __always_inline int on_enter(struct pt_regs *ctx, bool session)
 	if (function->role == ROLE_FREE) {
 		if (block)
 			track_free(&actor, function, block, requested_size(ctx, function),
-				   stack_of_free(ctx, &actor, function));
+				   stack_of_free(ctx, &actor, function, loop));
 		return SKIP;
 	}
 	sp = PT_REGS_SP(ctx) + function->sp_offset;
@@ -306,8 +326,9 @@ static __always_inline int on_enter(struct pt_regs *ctx, bool session)
 		count_allocation(actor.slot, thread->size);
 		return SKIP;
 	}
+	thread->caller = caller_of(ctx, &actor, sp);
 	if (!thread->filtered) {
-		walk(ctx, sp, &thread->stack, function->name, actor.slot);
+		walk(ctx, &actor, thread, sp, thread->caller, function->name, loop);
 		thread->stack_hash = hash_stack(actor.target, &thread->stack);
 	}
 	thread->sp = sp;
@@ -391,13 +412,13 @@ static __always_inline int on_return(struct pt_regs *ctx)
 SEC("uprobe.session")
 int alloc_session(struct pt_regs *ctx)
 {
-	return session_is_return(ctx) ? on_return(ctx) : on_enter(ctx, true);
+	return session_is_return(ctx) ? on_return(ctx) : on_enter(ctx, true, true);
 }
 
 SEC("uprobe.multi")
 int alloc_multi_enter(struct pt_regs *ctx)
 {
-	on_enter(ctx, false);
+	on_enter(ctx, false, true);
 	return 0;
 }
 
@@ -410,7 +431,7 @@ int alloc_multi_return(struct pt_regs *ctx)
 SEC("uprobe")
 int alloc_perf_enter(struct pt_regs *ctx)
 {
-	on_enter(ctx, false);
+	on_enter(ctx, false, false);
 	return 0;
 }
 

@@ -12,6 +12,7 @@
 //! tracker    load, add a process, attach, forget
 //! reader     totals, stacks and counters in batches
 //! calibration what a hit costs here
+//! unwind     unwind tables: rows in pages, and which code of a process has them
 //! events     exec, exit, fork, load; every allocation and free for `trace`
 //! ```
 
@@ -28,6 +29,7 @@ mod skeleton;
 mod spec;
 pub mod tracker;
 mod types;
+pub mod unwind;
 
 pub use error::{Error, ErrorKind, Result};
 pub use events::{Event, EventKind, ProcessEvent};

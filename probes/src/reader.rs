@@ -65,17 +65,25 @@ pub struct SiteTotals {
     pub lifetimes: [u64; LIFETIME_CLASSES],
 }
 
-/// Why a stack may have had more frames.
+/// Why a stack ends where it ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StackEnd {
-    /// The walk ended by itself.
+    /// Frame pointers led no further.
     Walked,
     /// The limit of frames was reached.
     Cut,
-    /// Only the caller could be read.
+    /// The stack could not be read further.
     Unreadable,
-    /// A caller has no frame pointer.
+    /// The walk came to an address that is no code.
     Strayed,
+    /// The outermost frame: where the program or the thread starts.
+    Complete,
+    /// Code without unwind tables, and frame pointers led no further.
+    NoTable,
+    /// An unwind rule that needs more than stack and frame pointer.
+    Unsupported,
+    /// Another tracer's return probe hides the caller.
+    Trampoline,
 }
 
 /// A call stack.
@@ -211,6 +219,10 @@ pub(crate) fn read_stack(map: &dyn MapCore, key: SiteKey) -> Result<Option<Stack
             stack_end::STACK_CUT => StackEnd::Cut,
             stack_end::STACK_UNREADABLE => StackEnd::Unreadable,
             stack_end::STACK_STRAYED => StackEnd::Strayed,
+            stack_end::STACK_COMPLETE => StackEnd::Complete,
+            stack_end::STACK_NO_TABLE => StackEnd::NoTable,
+            stack_end::STACK_UNSUPPORTED => StackEnd::Unsupported,
+            stack_end::STACK_TRAMPOLINE => StackEnd::Trampoline,
             _ => StackEnd::Walked,
         },
         name: raw.name,

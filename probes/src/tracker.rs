@@ -15,6 +15,7 @@ use crate::features::{Backend, Features};
 use crate::reader::{self, Block, Counters, SiteKey, SiteTotals, Stack};
 use crate::skeleton::userspace_alloc::UserspaceAllocSkel;
 use crate::types::{CODE_RANGES, MAX_TARGETS, bytes_of, memleak_range, memleak_target};
+use crate::unwind::{Code, Row, TableId, UnwindTables};
 use crate::{Error, ErrorKind, Result, calibration};
 
 mod attach;
@@ -82,6 +83,7 @@ pub struct Tracker {
     /// Functions that were set up before, by file, probe set and symbol: their index and whether they return.
     functions: HashMap<(FileId, u32, String, u64), u32>,
     symbols: HashMap<(FileId, u32), Symbols>,
+    unwind: UnwindTables,
     cohort: u32,
     cost_per_hit_ns: f64,
 }
@@ -121,6 +123,7 @@ impl Tracker {
             next_function: 0,
             functions: HashMap::new(),
             symbols: HashMap::new(),
+            unwind: UnwindTables::default(),
             cohort: 0,
             cost_per_hit_ns: 0.0,
         };
@@ -222,6 +225,37 @@ impl Tracker {
         self.write_target(instance)
     }
 
+    /// Puts an unwind table into the kernel; `rows` are sorted by address.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Limit`] when there is no room, or the kernel refuses.
+    pub fn add_unwind_table(&mut self, rows: &[Row]) -> Result<TableId> {
+        self.unwind.add(&self.skel.maps.unwind_pages, rows)
+    }
+
+    /// Removes an unwind table that no process uses any more.
+    pub fn remove_unwind_table(&mut self, id: TableId) {
+        self.unwind.remove(&self.skel.maps.unwind_pages, id);
+    }
+
+    /// Bytes of kernel memory that unwind tables take.
+    pub fn unwind_bytes(&self) -> u64 {
+        self.unwind.bytes()
+    }
+
+    /// Has the stacks of a process unwound by tables from now on: `code`, sorted by address, is what has one. Returns
+    /// how many pieces of code had no room; their frames are walked by frame pointers.
+    ///
+    /// # Errors
+    /// When the map refuses.
+    pub fn set_unwind_code(&mut self, instance: u32, code: &[Code]) -> Result<usize> {
+        let (map, left_out) = self.unwind.map_of(code, open::seed());
+        (self.skel.maps.unwind_maps)
+            .update(&instance.to_ne_bytes(), bytes_of(&*map), MapFlags::ANY)
+            .map_err(|e| Error::bpf("say which code has unwind tables", &e))?;
+        Ok(left_out)
+    }
+
     fn write_target(&mut self, instance: u32) -> Result<()> {
         let Some(target) = self.targets.get(&instance) else { return Ok(()) };
         let value = memleak_target {
@@ -261,6 +295,8 @@ impl Tracker {
             self.free_slots.push(target.slot);
         }
         let maps = &self.skel.maps;
+        // It has none when its stacks were walked by frame pointers.
+        let _ = maps.unwind_maps.delete(&instance.to_ne_bytes());
         reader::forget(&maps.blocks, &maps.sites, &maps.stacks, instance)
     }
 

@@ -4,7 +4,8 @@ pub(crate) use crate::skeleton::userspace_alloc::types::{
     memleak_block, memleak_block_bits, memleak_block_key, memleak_cohort, memleak_counter, memleak_counters,
     memleak_event, memleak_event_kind, memleak_function, memleak_function_flags, memleak_process_event,
     memleak_process_event_kind, memleak_range, memleak_role, memleak_sampler, memleak_share, memleak_site,
-    memleak_site_key, memleak_stack, memleak_stack_end, memleak_target,
+    memleak_site_key, memleak_stack, memleak_stack_end, memleak_target, memleak_unwind_cfa, memleak_unwind_map,
+    memleak_unwind_rbp, memleak_unwind_row, memleak_unwind_segment,
 };
 
 /// Birth generations that a site tells apart.
@@ -62,6 +63,9 @@ plain! {
     memleak_site_key: 8 + 2 * 4,
     memleak_stack: 4 * 4 + 8 * (MAX_FRAMES + 1),
     memleak_target: 4 * 4 + 8 + 16 * CODE_RANGES,
+    memleak_unwind_row: 4 + 2 + 2,
+    memleak_unwind_segment: 8 + 2 * 4 + 2 * 2 + 4,
+    memleak_unwind_map: 8 + 1024 * 24,
 }
 
 /// The bytes of a plain value.

@@ -111,6 +111,8 @@ pub struct SiteView {
     pub outstanding_count_stderr: f64,
     /// Call stack, innermost frame first.
     pub frames: Vec<FrameView>,
+    /// Why the stack ends early.
+    pub truncated: Option<String>,
 }
 
 impl SiteView {
@@ -161,6 +163,8 @@ pub struct ProcessView {
     pub windows_discarded: u64,
     /// Seconds for which windows were open.
     pub open_s: f64,
+    /// Share of complete stacks, 0 to 1.
+    pub complete_stacks: Option<f64>,
     /// What was lost, by kind.
     pub losses: std::collections::BTreeMap<String, u64>,
 }

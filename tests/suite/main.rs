@@ -10,5 +10,6 @@ mod demo;
 mod governor;
 mod report;
 mod servers;
+mod stacks;
 mod symbols;
 mod userspace;

@@ -76,6 +76,11 @@ impl Collector {
         if let Err(e) = self.tracker.set_code(instance, &code) {
             tracing::debug!(pid = process.pid, "call stacks are not cut where they leave the code: {e}");
         }
+        if let Some(unwinder) = &mut self.unwinder {
+            unwinder.observe(instance, &maps, &dir);
+            // Once probes are attached, stacks are taken.
+            unwinder.wait(&mut self.tracker, instance, None);
+        }
         let mut files: Vec<&Mapping> = Vec::new();
         for mapping in maps.iter() {
             let same = |m: &&Mapping| (m.dev, m.inode) == (mapping.dev, mapping.inode);

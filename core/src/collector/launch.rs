@@ -11,12 +11,16 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitStatus};
 use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
-use super::Collector;
+use super::{Collector, Life};
 use crate::{Error, ErrorKind, Result};
 
 /// The dynamic linker calls its hook before and after mapping the libraries that a program names.
 const LOADS_AT_START: u32 = 2;
+
+/// How long a command waits for the tables by which its stacks are unwound.
+const WAIT_FOR_TABLES: Duration = Duration::from_secs(2);
 
 /// A command that runs.
 pub(super) struct Launched {
@@ -77,8 +81,13 @@ impl Collector {
         Ok(())
     }
 
-    /// Lets a launched process go on after a stop.
-    pub(super) fn go_on(&self, pid: u32) {
+    /// Lets a launched process go on after a stop, when the tables for its stacks are there.
+    pub(super) fn go_on(&mut self, pid: u32) {
+        let instance =
+            self.watched.iter().find(|(_, w)| w.life == Life::Running && w.process.pid == pid).map(|(i, _)| *i);
+        if let (Some(unwinder), Some(instance)) = (&mut self.unwinder, instance) {
+            unwinder.wait(&mut self.tracker, instance, Some(WAIT_FOR_TABLES));
+        }
         if let Some(launched) = self.launched.iter().find(|l| l.pid == pid) {
             send_signal(&launched.pidfd, libc::SIGCONT);
         }

@@ -10,16 +10,19 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use memleak_probes::{ErrorKind as ProbeErrorKind, ProcessEvent, SiteTotals, StackEnd, Tracker};
 
-use crate::config::{Backend, BudgetSettings, Config, Placement};
+use crate::config::{Backend, BudgetSettings, Config, Placement, Stacks};
 use crate::governor::Governor;
 use crate::live;
 use crate::plugin::{self, Plugin};
 use crate::process::{self, ProcessStat};
 use crate::snapshot::{
-    Losses, Mode, Process, ProcessSample, Sampling, Site, SiteKey, SiteSample, Snapshot, StandardErrors, Totals,
+    Losses, Mode, Process, ProcessSample, Sampling, Site, SiteKey, SiteSample, Snapshot, StackCounts, StandardErrors,
+    Totals,
 };
 use crate::symbolize::{self, Symbolizer, site_id};
 use crate::target::Matcher;
+use crate::unwind::cache::Cache;
+use crate::unwind::{TableState, Unwinder};
 use crate::watchdog::Watchdog;
 use crate::{Error, ErrorKind, Result};
 
@@ -67,6 +70,8 @@ struct Watched {
 /// A site and what is needed to read its cohorts.
 struct KnownSite {
     site: Arc<Site>,
+    /// Its stack reaches the outermost frame.
+    complete: bool,
     cohorts: SiteCohorts,
 }
 
@@ -108,8 +113,12 @@ pub struct Collector {
     launched: Vec<Launched>,
     symbolizer: Symbolizer,
     sites: HashMap<SiteKey, KnownSite>,
+    /// Instances with new stacks that ended in code of which nothing is known.
+    unclear: HashSet<u32>,
     generations: Generations,
     libraries: attach::Libraries,
+    /// Without it stacks are walked by frame pointers.
+    unwinder: Option<Unwinder>,
     notices: Vec<Notice>,
     budget: BudgetSettings,
     /// CPU seconds per second that tracing all targets may cost.
@@ -168,8 +177,13 @@ impl Collector {
                 ..symbolize::Limits::default()
             }),
             sites: HashMap::new(),
+            unclear: HashSet::new(),
             generations: Generations::new(config.interval.as_secs_f64()),
             libraries: attach::Libraries::default(),
+            unwinder: match c.stacks {
+                Stacks::Auto => Unwinder::start(c.unwind_cache.folder().map(Cache::new))?,
+                Stacks::FramePointers => None,
+            },
             notices: Vec::new(),
             // A trace is asked for in order to see everything.
             budget: BudgetSettings { share: c.budget.share.filter(|_| !trace_events), ..c.budget },
@@ -194,6 +208,12 @@ impl Collector {
     /// The kernel side, for `trace` and `doctor`.
     pub fn tracker(&self) -> &Tracker {
         &self.tracker
+    }
+
+    /// Name and unwind table of every mapped file of a process, and how many pieces of its code had no room; empty when
+    /// stacks are walked by frame pointers.
+    pub fn unwind_tables(&self, instance: u32) -> (Vec<(String, TableState)>, usize) {
+        self.unwinder.as_ref().map_or((Vec::new(), 0), |unwinder| unwinder.tables_of(instance))
     }
 
     /// Fills the site's frames, unless that has been done.
@@ -261,6 +281,9 @@ impl Collector {
     pub fn poll(&mut self, timeout: Duration) -> Result<()> {
         self.tracker.poll(timeout.min(self.until_governed()))?;
         self.govern()?;
+        if let Some(unwinder) = &mut self.unwinder {
+            unwinder.apply(&mut self.tracker);
+        }
         while let Some(event) = self.tracker.next_process_event() {
             match event {
                 ProcessEvent::Exit { instance, .. } => self.end(instance),
@@ -438,7 +461,15 @@ impl Collector {
             self.tracker.next_cohort();
         }
         sites.sort_by_key(|s| (std::cmp::Reverse(s.totals.outstanding_bytes()), s.site.key));
-        let processes = self.process_samples()?;
+        let mut processes = self.process_samples()?;
+        for process in &mut processes {
+            process.stacks = self.stacks_of(process.process.instance, &sites);
+        }
+        for instance in std::mem::take(&mut self.unclear) {
+            if self.watched.get(&instance).is_some_and(|w| w.life == Life::Running) {
+                self.attach_to(instance);
+            }
+        }
         self.forget_ended(&sites)?;
         self.snapshots += 1;
         let collect_cpu_s = thread_cpu_s() - cpu_before;
@@ -453,22 +484,33 @@ impl Collector {
         if let Some(known) = self.sites.get(&key) {
             return Ok(Arc::clone(&known.site));
         }
-        let site = self.new_site(key)?;
-        self.sites.insert(key, KnownSite { site: Arc::clone(&site), cohorts: SiteCohorts::default() });
+        let (site, end) = self.new_site(key)?;
+        if matches!(end, Some(StackEnd::NoTable | StackEnd::Strayed)) {
+            // The process may have mapped code that nobody told us of.
+            self.unclear.insert(key.instance);
+        }
+        let complete = end == Some(StackEnd::Complete);
+        self.sites.insert(key, KnownSite { site: Arc::clone(&site), complete, cohorts: SiteCohorts::default() });
         Ok(site)
     }
 
-    fn new_site(&mut self, key: SiteKey) -> Result<Arc<Site>> {
+    fn new_site(&mut self, key: SiteKey) -> Result<(Arc<Site>, Option<StackEnd>)> {
         let raw = memleak_probes::SiteKey { instance: key.instance, probe_set: key.probe_set, stack: key.stack };
         let stack = self.tracker.take_stack(raw)?;
         let process = self.watched.get(&key.instance).map(|w| Arc::clone(&w.process)).unwrap_or_default();
+        let end = stack.as_ref().map(|stack| stack.end);
         let (addresses, truncated, function) = match stack {
             Some(stack) => {
                 let why = match stack.end {
-                    StackEnd::Walked => None,
+                    StackEnd::Complete => None,
+                    StackEnd::Walked if self.unwinder.is_none() => None,
+                    StackEnd::Walked => Some("it was taken before the unwind tables were ready"),
                     StackEnd::Cut => Some("the limit of frames was reached (collector.max_frames)"),
                     StackEnd::Strayed => Some("a caller was built without frame pointers"),
-                    StackEnd::Unreadable => Some("the stack could not be walked beyond the caller"),
+                    StackEnd::Unreadable => Some("the stack could not be read further"),
+                    StackEnd::NoTable => Some("a caller has neither unwind information nor a frame pointer"),
+                    StackEnd::Unsupported => Some("a caller's unwind information needs more than the stack"),
+                    StackEnd::Trampoline => Some("a return probe of another tracer hides the caller"),
                 };
                 (stack.addresses, why, self.tracker.function_name(stack.name).to_owned())
             }
@@ -477,7 +519,7 @@ impl Collector {
         let probe_set: Arc<str> = self.probe_set_name(key.probe_set).into();
         let frames = self.symbolizer.normalize(key.instance, &addresses);
         let id = site_id(&process.exe, &probe_set, &function, &frames);
-        Ok(Arc::new(Site {
+        let site = Arc::new(Site {
             key,
             id,
             process,
@@ -486,7 +528,20 @@ impl Collector {
             addresses,
             truncated: truncated.map(Arc::from),
             frames: std::sync::OnceLock::new(),
-        }))
+        });
+        Ok((site, end))
+    }
+
+    /// How many recorded allocations of a process have a stack that reaches the outermost frame.
+    fn stacks_of(&self, instance: u32, sites: &[SiteSample]) -> StackCounts {
+        let mut counts = StackCounts { by_tables: self.unwinder.is_some(), ..StackCounts::default() };
+        for sample in sites.iter().filter(|s| s.site.key.instance == instance) {
+            counts.taken += sample.totals.allocated_count;
+            if self.sites.get(&sample.site.key).is_some_and(|known| known.complete) {
+                counts.complete += sample.totals.allocated_count;
+            }
+        }
+        counts
     }
 
     fn process_samples(&mut self) -> Result<Vec<ProcessSample>> {
@@ -500,6 +555,7 @@ impl Collector {
             }
             samples.push(ProcessSample {
                 process: Arc::clone(&watched.process),
+                stacks: StackCounts::default(),
                 alive,
                 mode: match (watched.governor.is_exact(), sample_bytes) {
                     (true, 0) => Mode::Exact,
@@ -549,6 +605,9 @@ impl Collector {
                 self.symbolizer.symbolize(&sample.site);
             }
             self.symbolizer.purge(instance);
+            if let Some(unwinder) = &mut self.unwinder {
+                unwinder.forget(instance);
+            }
             self.tracker.forget(instance)?;
             self.watched.remove(&instance);
             self.sites.retain(|key, _| key.instance != instance);

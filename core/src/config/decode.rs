@@ -1,10 +1,11 @@
 //! The keys: which there are, their types and ranges, and where their values go.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::read::{Reader, Section, boolean, size, string, wrong_type};
 use super::tree::{Entries, Node, Problem, Value};
-use super::{Backend, Config, Placement, TargetSpec, WebhookSettings};
+use super::{Backend, Config, Placement, Stacks, TargetSpec, UnwindCache, WebhookSettings};
 use crate::units::{Bytes, format_duration, parse_duration};
 
 const MS: Duration = Duration::from_millis(1);
@@ -73,6 +74,10 @@ fn collector(mut s: Section<'_>, config: &mut Config) {
         c.sample_bytes = mean;
     }
     s.choice("placement", &[("best", Placement::Best), ("entry", Placement::Entry)], &mut c.placement);
+    s.choice("stacks", &[("auto", Stacks::Auto), ("frame-pointers", Stacks::FramePointers)], &mut c.stacks);
+    if let Some(cache) = s.read("unwind_cache", unwind_cache) {
+        c.unwind_cache = cache;
+    }
     let b = &mut c.budget;
     if let Some(share) =
         s.read("budget", |node| if string(node) == Ok("off") { Ok(None) } else { percent(node).map(Some) })
@@ -99,6 +104,15 @@ fn collector(mut s: Section<'_>, config: &mut Config) {
     }
     s.integer("max_window_hits", 1_000..=u64::MAX, &mut b.max_window_hits);
     s.finish();
+}
+
+fn unwind_cache(node: &Node) -> Result<UnwindCache, String> {
+    Ok(match string(node)? {
+        "auto" => UnwindCache::Auto,
+        "off" => UnwindCache::Off,
+        "" => return Err("\"\" is no folder: give one, \"auto\", or \"off\" to keep nothing on disk".to_owned()),
+        folder => UnwindCache::Folder(PathBuf::from(folder)),
+    })
 }
 
 /// A part of something: a string such as "5%", more than 0 and at most 100 %.

@@ -182,6 +182,10 @@ pub struct CollectorSettings {
     pub min_size: Bytes,
     /// Mean bytes between two allocations that are recorded; 0 records all.
     pub sample_bytes: Bytes,
+    /// How call stacks are taken.
+    pub stacks: Stacks,
+    /// Where unwind tables are kept on disk.
+    pub unwind_cache: UnwindCache,
     /// Which instruction of a function is probed.
     pub placement: Placement,
     /// What tracing may cost.
@@ -198,6 +202,8 @@ impl Default for CollectorSettings {
             max_frames: 64,
             min_size: Bytes(0),
             sample_bytes: Bytes(0),
+            stacks: Stacks::default(),
+            unwind_cache: UnwindCache::default(),
             placement: Placement::default(),
             budget: BudgetSettings::default(),
         }
@@ -227,6 +233,39 @@ impl Default for BudgetSettings {
             total: 0.05,
             max_window: Duration::from_millis(200),
             max_window_hits: 5_000_000,
+        }
+    }
+}
+
+/// How call stacks are taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Stacks {
+    /// By unwind tables; code without one by frame pointers.
+    #[default]
+    Auto,
+    /// By frame pointers alone: to compare.
+    FramePointers,
+}
+
+/// Where unwind tables are kept on disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum UnwindCache {
+    /// `/var/cache/memleak` for root, else below the user's cache folder.
+    #[default]
+    Auto,
+    /// Nowhere.
+    Off,
+    /// In this folder.
+    Folder(PathBuf),
+}
+
+impl UnwindCache {
+    /// The folder; `None` keeps nothing.
+    pub fn folder(&self) -> Option<PathBuf> {
+        match self {
+            UnwindCache::Auto => crate::unwind::cache::Cache::default_folder(),
+            UnwindCache::Off => None,
+            UnwindCache::Folder(folder) => Some(folder.clone()),
         }
     }
 }

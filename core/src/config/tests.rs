@@ -93,6 +93,8 @@ fn every_key_reaches_its_field() {
         min_size = 15
         sample_bytes = "16KiB"
         placement = "entry"
+        stacks = "frame-pointers"
+        unwind_cache = "u"
         budget = "6%"
         budget_floor = "7 %"
         total_budget = "8.5%"
@@ -160,6 +162,8 @@ fn every_key_reaches_its_field() {
             min_size: Bytes(15),
             sample_bytes: Bytes(16 << 10),
             placement: Placement::Entry,
+            stacks: Stacks::FramePointers,
+            unwind_cache: UnwindCache::Folder("u".into()),
             budget: BudgetSettings {
                 share: Some(0.06),
                 floor: 0.07,
@@ -256,6 +260,11 @@ fn wrong_values_name_their_place_and_what_would_be_right() {
             "[collector]\nbackend = \"sesion\"",
             "m.toml:2:11: `collector.backend`: \"sesion\" is none of auto, session, multi, perf, perf-plain; did you mean \"session\"?",
         ),
+        (
+            "[collector]\nstacks = \"dwarf\"",
+            "m.toml:2:10: `collector.stacks`: \"dwarf\" is none of auto, frame-pointers",
+        ),
+        ("[collector]\nunwind_cache = \"\"", "m.toml:2:16: `collector.unwind_cache`: \"\" is no folder: give one"),
         (
             "[alerts]\nmin_severity = \"fatal\"",
             "m.toml:2:16: `alerts.min_severity`: \"fatal\" is none of info, warning, critical",

@@ -39,6 +39,7 @@ struct ProcessLine<'a> {
     windows: u64,
     windows_discarded: u64,
     open_s: f64,
+    complete_stacks: Option<f64>,
     losses: Losses,
 }
 
@@ -126,6 +127,7 @@ fn process(p: &ProcessSample) -> ProcessLine<'_> {
         windows: p.windows,
         windows_discarded: p.windows_discarded,
         open_s: p.open_s,
+        complete_stacks: p.stacks.complete_share(),
         losses: p.losses,
     }
 }

@@ -8,7 +8,8 @@ use super::*;
 use crate::finding::Finding;
 use crate::labels::Labels;
 use crate::snapshot::{
-    Cohort, LIFETIME_CLASSES, Losses, Mode, Process, ProcessSample, Sampling, SiteSample, Snapshot, StandardErrors,
+    Cohort, LIFETIME_CLASSES, Losses, Mode, Process, ProcessSample, Sampling, SiteSample, Snapshot, StackCounts,
+    StandardErrors,
 };
 use crate::symbolize::Frame;
 
@@ -136,6 +137,7 @@ impl Run {
                 windows: self.number,
                 windows_discarded: self.number / 3,
                 open_s: self.number as f64 * 0.2,
+                stacks: StackCounts { taken: self.number, complete: self.number / 2, by_tables: alive_before },
             })
             .collect();
         let mut sites = self.samples.clone();

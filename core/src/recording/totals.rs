@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::codec::{In, damaged, put, put_delta, put_section};
 use crate::Result;
-use crate::snapshot::{Losses, Mode, Process, ProcessSample, Sampling, Totals};
+use crate::snapshot::{Losses, Mode, Process, ProcessSample, Sampling, StackCounts, Totals};
 
 const GONE: u64 = 1;
 const IDS: u64 = 2;
@@ -21,7 +21,7 @@ const PROCESSES: u64 = 7;
 const PROCESSES_GONE: u64 = 8;
 
 /// Numbers in a [`ProcessSample`]; a later version appends.
-const COLUMNS: usize = 24;
+const COLUMNS: usize = 27;
 /// Stands for a number that is not known.
 const UNKNOWN: u64 = u64::MAX;
 
@@ -35,6 +35,7 @@ fn columns(sample: &ProcessSample) -> [u64; COLUMNS] {
         hits,
         unmatched_frees,
         losses,
+        stacks: StackCounts { taken, complete, by_tables },
         rss_bytes,
         cpu_s,
         overhead_s,
@@ -84,6 +85,9 @@ fn columns(sample: &ProcessSample) -> [u64; COLUMNS] {
         sampling.map_or(UNKNOWN, |s| s.mean_bytes),
         sampling.map_or(0, |s| s.allocated_bytes),
         sampling.map_or(0, |s| s.allocated_count),
+        *taken,
+        *complete,
+        u64::from(*by_tables),
     ]
 }
 
@@ -103,6 +107,7 @@ fn process_sample(process: &Arc<Process>, c: &[u64; COLUMNS]) -> ProcessSample {
             allocated_bytes: c[22],
             allocated_count: c[23],
         }),
+        stacks: StackCounts { taken: c[24], complete: c[25], by_tables: c[26] != 0 },
         hits: c[2],
         unmatched_frees: c[3],
         rss_bytes: known(c[4]),

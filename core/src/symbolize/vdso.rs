@@ -2,6 +2,7 @@
 //! ours serves for theirs, also after they have ended.
 
 use std::cell::RefCell;
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 
@@ -19,6 +20,14 @@ const MAX_BYTES: u64 = 1 << 20;
 /// # Errors
 /// When this process has none, or its memory cannot be read.
 pub(super) fn module() -> Result<Rc<RefCell<Module>>> {
+    Module::new(image()?, true).map(RefCell::new).map(Rc::new)
+}
+
+/// Our own as a file.
+///
+/// # Errors
+/// As [`module`].
+pub(crate) fn image() -> Result<File> {
     let dir = ProcDir::open(std::process::id())?;
     let maps = Maps::read(&dir)?;
     let is_vdso = |m: &&Mapping| matches!(&m.backing, Backing::Special(name) if **name == *"[vdso]");
@@ -30,5 +39,5 @@ pub(super) fn module() -> Result<Rc<RefCell<Module>>> {
     memory.read_exact_at(&mut data, mapping.start).map_err(failed)?;
     let file = sys::memory_file().map_err(failed)?;
     file.write_all_at(&data, 0).map_err(failed)?;
-    Module::new(file, true).map(RefCell::new).map(Rc::new)
+    Ok(file)
 }

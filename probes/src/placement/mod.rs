@@ -64,7 +64,7 @@ pub enum Reason {
     NoCode,
     /// The bytes are no instruction, or the function ends in the middle of one.
     Undecodable,
-    /// An argument is overwritten first.
+    /// An argument, or the caller's frame pointer, is overwritten first.
     Clobbered,
     /// The return address is no longer where it was at the entry, and the return is to be probed.
     StackMoved,
@@ -86,7 +86,7 @@ impl fmt::Display for Reason {
             Reason::Asked => "the entry was asked for",
             Reason::NoCode => "the symbol has no size",
             Reason::Undecodable => "its code cannot be decoded",
-            Reason::Clobbered => "it overwrites an argument first",
+            Reason::Clobbered => "it overwrites an argument or the frame pointer first",
             Reason::StackMoved => "it moves the return address first",
             Reason::BlockEnded => "it calls or returns first",
             Reason::LoopsBack => "a loop leads back to the place",

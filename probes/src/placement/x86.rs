@@ -66,7 +66,9 @@ pub(super) fn place(code: &[u8], needs: Needs) -> Placement {
         }
         let written = info.info(&instruction).used_registers().iter().any(|used| {
             let register = used.register().full_register();
-            writes(used.access()) && (0..6).any(|n| needs.arguments & (1 << n) != 0 && register == ARGUMENTS[n])
+            let is_argument = || (0..6).any(|n| needs.arguments & (1 << n) != 0 && register == ARGUMENTS[n]);
+            // The stack of the caller is unwound from its rbp.
+            writes(used.access()) && (register == Register::RBP || is_argument())
         });
         if written {
             break Reason::Clobbered;
@@ -253,6 +255,15 @@ mod tests {
             0x04, 0x00, 0x00, 0x77, 0x29,
         ];
         assert_eq!(place(&mimalloc_2_0_malloc, MALLOC), Placement::entry(Reason::Clobbered));
+    }
+
+    /// The caller's frame is found by its rbp: behind `mov %rsp,%rbp` it would be looked for in the wrong place.
+    #[test]
+    fn a_changed_frame_pointer_ends_the_search() {
+        let code = [0x48, 0x89, 0xe5, 0x74, 0x02, 0xc3];
+        assert_eq!(place(&code, MALLOC), Placement::entry(Reason::Clobbered));
+        let saved_before = [0x48, 0x89, 0xf0, 0x55, 0x48, 0x89, 0xe5, 0x74, 0x02, 0xc3];
+        assert_eq!(place(&saved_before, MALLOC), Placement::emulated(3, 0));
     }
 
     /// Functions of binaries with control-flow protection start with `endbr64`.

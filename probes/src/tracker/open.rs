@@ -54,7 +54,7 @@ fn pid_namespace() -> (u64, u64) {
 }
 
 /// A random number; not secret enough for keys, enough to keep targets from guessing.
-fn seed() -> u64 {
+pub(super) fn seed() -> u64 {
     use std::hash::{BuildHasher, Hasher};
     std::collections::hash_map::RandomState::new().build_hasher().finish()
 }

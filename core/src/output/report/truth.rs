@@ -6,7 +6,7 @@ use super::site::SiteView;
 use super::{PluginState, RunInfo};
 use crate::history::History;
 use crate::output::filters::{format_count, format_percent};
-use crate::snapshot::{Losses, Mode};
+use crate::snapshot::{Losses, Mode, StackCounts};
 
 /// The report's statement about its own numbers.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -21,6 +21,8 @@ pub struct Truth {
     pub losses_total: u64,
     /// The kinds of loss that occurred, most frequent first.
     pub losses: Vec<Loss>,
+    /// Share of the recorded allocations whose stack reaches the outermost frame, 0 to 1; `None` when not known.
+    pub complete_stacks: Option<f64>,
     /// Sites whose stack is known to end early.
     pub truncated_sites: usize,
     /// Why stacks end early, most frequent first.
@@ -57,9 +59,11 @@ impl Truth {
     /// The statement about `history`; `sites` are those of the report.
     pub(super) fn new(history: &History, sites: &[SiteView], run: &RunInfo) -> Truth {
         let mut losses = Losses::default();
+        let mut stacks = StackCounts::default();
         let (mut exact, mut sampled, mut estimated, mut unmatched) = (0_usize, 0_usize, 0_usize, 0_u64);
         for p in history.processes() {
             losses.add(&p.losses);
+            stacks.add(&p.stacks);
             unmatched += p.unmatched_frees;
             match p.mode {
                 Mode::Exact => exact += 1,
@@ -90,6 +94,7 @@ impl Truth {
             headline: headline(mode, losses_total, allocations),
             losses_total,
             losses: explained(&losses),
+            complete_stacks: stacks.complete_share(),
             truncated_sites: truncated_reasons.iter().map(|r| r.sites).sum(),
             truncated_reasons,
             unnamed_sites: sites.iter().filter(|s| s.frames.iter().all(|f| f.function.is_none())).count(),

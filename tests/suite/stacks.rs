@@ -1,0 +1,164 @@
+//! Call stacks of programs without frame pointers: complete, and the same as a debugger's.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+
+use memleak_tests::{Feature, Memleak, SiteView, Snapshot, needs, output_within, program_path};
+
+/// Runs a command under memleak to its end; returns the last snapshot.
+fn run(settings: &[&str], command: &[&str]) -> Snapshot {
+    let mut args: Vec<&str> = settings.iter().flat_map(|s| ["--set", s]).collect();
+    args.push("--");
+    args.extend(command);
+    let outcome = Memleak::launch(&args).outcome();
+    outcome.snapshots.into_iter().next_back().unwrap_or_else(|| panic!("no snapshot: {}", outcome.stderr))
+}
+
+fn path(name: &str) -> String {
+    program_path(name).expect("it was asked for").to_str().expect("a plain path").to_owned()
+}
+
+/// Return addresses of a stack; inlined calls share the address of the call they are part of. Of those in the plugin
+/// only the offset in the page, see `stacks.gdb.py`.
+fn addresses(site: &SiteView) -> Vec<u64> {
+    let in_plugin = |module: &Option<String>| module.as_ref().is_some_and(|m| m.ends_with("libplugin.so"));
+    (site.frames.iter().filter(|frame| !frame.inlined))
+        .map(|frame| if in_plugin(&frame.module) { frame.address & 0xfff } else { frame.address })
+        .collect()
+}
+
+// A debugger stops at the same calls and knows all registers: both must see the same frames.
+#[test]
+fn stacks_are_those_that_gdb_sees() {
+    needs!(Feature::Bpf, Feature::Program("stacks"), Feature::Command("gdb"), Feature::Command("setarch"));
+    let (program, plugin) = (path("stacks"), path("libplugin.so"));
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("programs/stacks.gdb.py");
+    let mut gdb = Command::new("gdb");
+    gdb.args(["-nx", "-q", "-batch", "-x"]).arg(script).args(["--args", &program, &plugin, "shapes", "300"]);
+    let (_, stdout, stderr) = output_within(&mut gdb);
+    let mut expected: BTreeMap<Vec<u64>, u64> = BTreeMap::new();
+    for line in stdout.lines().filter_map(|line| line.strip_prefix("stack ")) {
+        *expected.entry(serde_json::from_str(line).expect("a list of addresses")).or_default() += 1;
+    }
+    let events: u64 = expected.values().sum();
+    assert!(events >= 200, "{events} events; gdb said:\n{stderr}");
+
+    // gdb switches address randomization off, too.
+    let snapshot = run(&[], &["setarch", "-R", &program, &plugin, "shapes", "300"]);
+    let mut found: BTreeMap<Vec<u64>, u64> = BTreeMap::new();
+    for site in snapshot.sites.iter().filter(|site| site.passes("work") || site.passes("thread")) {
+        assert_eq!(site.truncated, None, "{site:?}");
+        *found.entry(addresses(site)).or_default() += site.counts.allocated_count;
+    }
+    // What one side sees and the other does not, event by event; of those, frames that agree.
+    let only = |a: &BTreeMap<Vec<u64>, u64>, b: &BTreeMap<Vec<u64>, u64>| -> Vec<(Vec<u64>, u64)> {
+        let less = |(stack, n): (&Vec<u64>, &u64)| (stack.clone(), n.saturating_sub(*b.get(stack).unwrap_or(&0)));
+        a.iter().map(less).filter(|(_, n)| *n > 0).collect()
+    };
+    let (missing, extra) = (only(&expected, &found), only(&found, &expected));
+    let frames = |list: &[(Vec<u64>, u64)]| list.iter().map(|(stack, n)| stack.len() as u64 * n).sum::<u64>();
+    let all: Vec<_> = expected.iter().map(|(stack, n)| (stack.clone(), *n)).collect();
+    eprintln!("{events} events, {} stacks, {} frames; not the same: {}", all.len(), frames(&all), frames(&missing));
+    assert!(
+        frames(&missing) * 100 <= frames(&all) && frames(&extra) * 100 <= frames(&all),
+        "only gdb: {missing:x?}\nonly memleak: {extra:x?}"
+    );
+}
+
+// What is cut off must say so, and it must not cost the frames that tell sites apart.
+#[test]
+fn deep_recursion_is_cut_off_and_said() {
+    needs!(Feature::Bpf, Feature::Program("stacks"));
+    for (frames, settings) in [(64, &[][..]), (127, &["collector.max_frames=127"])] {
+        let snapshot = run(settings, &[&path("stacks"), &path("libplugin.so"), "deep", "10000"]);
+        let site = snapshot.sites.iter().find(|site| site.passes("recurse")).expect("the recursion allocates");
+        assert_eq!(addresses(site).len(), frames, "{site:?}");
+        assert_eq!(site.truncated.as_deref(), Some("the limit of frames was reached (collector.max_frames)"));
+        assert_eq!(site.counts.allocated_count, 1);
+    }
+}
+
+// Exactly as deep as the limit is not cut off: main and what comes before it are there.
+#[test]
+fn a_stack_within_the_limit_is_complete() {
+    needs!(Feature::Bpf, Feature::Program("stacks"));
+    let snapshot = run(&["collector.max_frames=127"], &[&path("stacks"), &path("libplugin.so"), "deep", "100"]);
+    let site = snapshot.sites.iter().find(|site| site.passes("recurse")).expect("the recursion allocates");
+    assert_eq!(site.truncated, None, "{site:?}");
+    assert!(site.passes("dig") && site.passes("main") && site.passes("_start"), "{site:?}");
+    // recurse(100) to recurse(0), take, dig, main, two of the C library, _start.
+    assert_eq!(addresses(site).len(), 101 + 6, "{site:?}");
+}
+
+// Kernels before 6.6 have other programs, without bpf_loop(); they must walk as far.
+#[test]
+fn every_backend_unwinds_completely() {
+    needs!(Feature::Bpf, Feature::Program("stacks"));
+    let mut stacks = Vec::new();
+    for backend in ["session", "multi", "perf", "perf-plain"] {
+        let setting = format!("collector.backend={backend}");
+        let command = ["setarch", "-R", &path("stacks"), &path("libplugin.so"), "shapes", "60"];
+        let snapshot = run(&[&setting], &command);
+        let mut found: BTreeMap<Vec<u64>, u64> = BTreeMap::new();
+        for site in snapshot.sites.iter().filter(|site| site.passes("work")) {
+            assert_eq!(site.truncated, None, "{backend}: {site:?}");
+            *found.entry(addresses(site)).or_default() += site.counts.allocated_count;
+        }
+        assert!(found.len() > 20, "{backend}: {} stacks", found.len());
+        stacks.push(found);
+    }
+    assert!(stacks.windows(2).all(|pair| pair[0] == pair[1]), "{stacks:x?}");
+}
+
+// The setting is for comparisons: without frame pointers in the program it shows the difference.
+#[test]
+fn frame_pointers_alone_end_early() {
+    needs!(Feature::Bpf, Feature::Program("stacks"));
+    let command = [&*path("stacks"), &path("libplugin.so"), "deep", "20"];
+    let snapshot = run(&["collector.stacks=frame-pointers"], &command);
+    assert!(!snapshot.sites.iter().any(|site| site.passes("main") && site.passes("recurse")), "{:?}", snapshot.sites);
+    assert!(snapshot.processes.iter().all(|process| process.complete_stacks.is_none()));
+}
+
+/// Runs a program of the distribution; nearly all of its stacks must be complete.
+fn is_complete(command: &[&str], least: u64) {
+    let snapshot = run(&[], command);
+    let process = snapshot.processes.last().expect("it was watched");
+    let share = process.complete_stacks.expect("stacks were taken");
+    eprintln!("{}: {:.2} % of {} stacks are complete", command[0], share * 100.0, snapshot.totals.allocated_count);
+    let ends: Vec<_> = snapshot.sites.iter().filter(|s| s.truncated.is_some()).take(5).collect();
+    assert!(share >= 0.98, "{share}: {ends:#?}");
+    assert!(snapshot.totals.allocated_count >= least, "{} allocations", snapshot.totals.allocated_count);
+}
+
+// A program whose allocations come from deep within a parser, a compiler and a virtual machine.
+#[test]
+fn sqlite_has_complete_stacks() {
+    needs!(Feature::Bpf, Feature::Command("sqlite3"));
+    let sql = ".output /dev/null\n create table t(a, b); create index i on t(b); \
+        with recursive n(x) as (select 1 union all select x + 1 from n where x < 2000) \
+        insert into t select x, hex(randomblob(40)) from n; \
+        select count(*), max(b), group_concat(a) from t where b like '%AB%' group by a % 7 order by 2;";
+    is_complete(&["sqlite3", ":memory:", sql], 200);
+}
+
+// An interpreter and the extension modules that it loads while it runs. The tables of a module come a moment after it is
+// loaded: most of the work lies behind that.
+#[test]
+fn python_has_complete_stacks() {
+    needs!(Feature::Bpf, Feature::Command("python3"));
+    let code = "import json, re, sqlite3, ssl\n\
+        d = {'k%d' % i: list(range(i % 50)) for i in range(500)}\n\
+        for i in range(120): json.loads(json.dumps(d)); re.findall('k[0-9]+', str(d)); [bytes(600 + n) for n in range(900)]";
+    is_complete(&["/usr/bin/python3", "-c", code], 1000);
+}
+
+// Perl allocates everything with malloc.
+#[test]
+fn perl_has_complete_stacks() {
+    needs!(Feature::Bpf, Feature::Command("perl"));
+    let code = "for my $n (1..5) { my %h; $h{\"k$_\"} = [ 'x' x ($_ % 300), $_ ] for 1..1000; my $s = join(',', sort keys %h); \
+        my @m = ($s =~ /(k\\d+)/g); }";
+    is_complete(&["perl", "-e", code], 5000);
+}
