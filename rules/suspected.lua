@@ -17,6 +17,8 @@
 --   warning 0.42: suspected, not proven: 212 of 212 sampled blocks (100 % +- 1 %) from 14 periods were not seen to be
 --   freed, while the process grows by 1.2 MiB/s; about 1.1 MiB/s of it may be this site's (estimate)
 
+local grow = require("lib.grow")
+
 -- Sums of surviving bytes by process id, over the sites of processes that are watched through windows.
 local function surviving_bytes(sites)
   local sums = {}
@@ -47,15 +49,17 @@ local function evaluate_site(site, p, total)
   local fraction = survivors / sampled
   local error = 1.96 * math.sqrt(math.max(fraction * (1 - fraction), 1 / sampled) / sampled)
   local severity = site.age_s < p.settle and "info" or "warning"
+  local doubt
+  severity, doubt = grow.after_scan(site, severity, "")
   return {
     site = site,
     severity = severity,
     confidence = 0.5 * math.min(1, cohorts / (2 * p.min_cohorts)) * (severity == "info" and 0.5 or 1),
     reason = string.format(
       "suspected, not proven: %s of %s sampled blocks (%s +- %s) from %d periods were not seen to be freed, while the "
-        .. "process grows by %s; about %s of it may be this site's (estimate)",
+        .. "process grows by %s; about %s of it may be this site's (estimate)%s",
       units.count(survivors), units.count(sampled), units.percent(fraction), units.percent(error), cohorts,
-      units.rate(growth), units.rate(growth * share)
+      units.rate(growth), units.rate(growth * share), doubt
     ),
   }
 end

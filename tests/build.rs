@@ -53,6 +53,7 @@ const BUILDS: &[Build] = &[
     gcc("exit", "programs/exit.c", &[]),
     gcc("leaker", "programs/leaker.c", &[]),
     gcc("busy", "programs/busy.c", &[]),
+    gcc("shapes", "programs/shapes.c", &[]),
     gcc("early", "programs/early.c", &[]),
     gcc("dlopen", "programs/dlopen.c", &["-ldl"]),
     gcc("sampled", "programs/sampled.c", &[]),

@@ -252,6 +252,17 @@ pub fn notice_line(notice: &Notice) -> String {
             visible(&process.comm)
         ),
         Notice::Ended(process) => format!("ended {} {}", process.pid, visible(&process.comm)),
+        Notice::Scanned { process, cost } => format!(
+            "{} {}: {} scans of {} in {} told what it can still reach",
+            process.pid,
+            visible(&process.comm),
+            cost.scans,
+            format_bytes(cost.read_bytes / u64::from(cost.scans.max(1))),
+            format_duration_s(cost.wall_s)
+        ),
+        Notice::NotScanned { process, reason } => {
+            format!("{} {}: {}", process.pid, visible(&process.comm), visible(reason))
+        }
         Notice::Failed { pid, reason } => format!("failed to watch process {pid}: {}", visible(reason)),
     }
 }

@@ -32,7 +32,7 @@ mod types;
 pub use error::{Error, ErrorKind, Result};
 pub use events::{Event, EventKind, ProcessEvent};
 pub use features::{Backend, Features};
-pub use reader::{Block, Counters, SiteKey, SiteTotals, Stack, StackEnd};
+pub use reader::{Block, BlockReader, Counters, SiteKey, SiteTotals, Stack, StackEnd};
 pub use sampler::MAX_SAMPLE_BYTES;
 pub use spec::{Attached, FunctionSpec, Library, ProbeSetSpec, Returns, Role, Size};
 pub use tracker::{Settings, Tracker};

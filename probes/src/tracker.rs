@@ -12,7 +12,7 @@ use libbpf_rs::{Link, MapCore, MapFlags, ProgramMut};
 use crate::elf::Symbols;
 use crate::events::{Event, ProcessEvent, Rings};
 use crate::features::{Backend, Features};
-use crate::reader::{self, Block, Counters, SiteKey, SiteTotals, Stack};
+use crate::reader::{self, Block, BlockReader, Counters, SiteKey, SiteTotals, Stack};
 use crate::skeleton::userspace_alloc::UserspaceAllocSkel;
 use crate::types::{CODE_RANGES, MAX_TARGETS, bytes_of, memleak_range, memleak_target};
 use crate::{Error, ErrorKind, Result, calibration};
@@ -270,6 +270,14 @@ impl Tracker {
     /// When the map cannot be read.
     pub fn read_blocks(&self, instance: u32) -> Result<Vec<Block>> {
         reader::read_blocks(&self.skel.maps.blocks, instance)
+    }
+
+    /// A look at outstanding allocations for another thread.
+    ///
+    /// # Errors
+    /// No more files can be opened.
+    pub fn block_reader(&self) -> Result<BlockReader> {
+        BlockReader::new(&self.skel.maps.blocks, self.domains.len() as u32)
     }
 
     /// Takes blocks off the books of a process whose probes are detached ([`Tracker::close_window`]): as freed, or, if

@@ -44,6 +44,20 @@ function M.replaces_old(site, window)
   return not rss or rss < window:slope() / 2
 end
 
+-- Severity and doubt of a finding about growth after a look at whether the process can still reach the blocks: what is
+-- lost is no longer in doubt, what is reachable is left to `reachable_growth`.
+function M.after_scan(site, severity, doubt)
+  local reach = site.reachability
+  if not reach then
+    return severity, doubt
+  elseif reach.verdict == "definite" then
+    return "critical", string.format("; the process can no longer reach %s of its blocks", units.count(reach.lost_count))
+  elseif reach.verdict == "reachable" then
+    return "info", "; the process still refers to its blocks" .. (reach.way and ": " .. reach.way or "")
+  end
+  return severity, doubt
+end
+
 -- "2.1 MiB/s, 7.4 GiB an hour"; per hour is what people plan with.
 function M.speed(slope)
   return string.format("%s, %s an hour", units.rate(slope), units.bytes(slope * 3600))

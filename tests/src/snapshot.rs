@@ -109,6 +109,36 @@ pub struct SiteView {
     pub outstanding_count_stderr: f64,
     /// Call stack, innermost frame first.
     pub frames: Vec<FrameView>,
+    /// What scans of the process's memory say; `None` before there was one.
+    pub reachability: Option<Reachability>,
+}
+
+/// What scans say of a site.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Reachability {
+    /// `definite`, `possible`, `reachable` or `unknown`.
+    pub verdict: String,
+    /// Blocks that nothing refers to.
+    pub lost: Tally,
+    /// Blocks that only lost blocks refer to.
+    pub indirectly_lost: Tally,
+    /// Blocks that can be reached.
+    pub reachable: Tally,
+    /// Blocks that were called lost.
+    pub called_lost: u64,
+    /// Of these, those that were freed later.
+    pub refuted: u64,
+    /// From a root to one of the blocks.
+    pub way: Option<String>,
+}
+
+/// Blocks and their bytes.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct Tally {
+    /// Blocks.
+    pub blocks: u64,
+    /// Their bytes.
+    pub bytes: u64,
 }
 
 impl SiteView {

@@ -7,6 +7,7 @@ mod bad_input;
 mod cli;
 mod demo;
 mod governor;
+mod reachability;
 mod report;
 mod servers;
 mod userspace;

@@ -202,6 +202,7 @@ impl Plan {
             // Only the newest state of a site is kept, so only the last snapshot needs these.
             cohorts: if last { self.cohorts(t, end, totals) } else { Vec::new() },
             lifetimes: if last { self.shape.lifetimes(freed_count) } else { [0; LIFETIME_CLASSES] },
+            reachability: None,
         }
     }
 

@@ -15,6 +15,7 @@ use crate::governor::Governor;
 use crate::live;
 use crate::plugin::{self, Plugin};
 use crate::process::{self, ProcessStat};
+use crate::reachability::scanner::Cost;
 use crate::snapshot::{
     Losses, Mode, Process, ProcessSample, Sampling, Site, SiteKey, SiteSample, Snapshot, StandardErrors, Totals,
 };
@@ -26,6 +27,7 @@ use crate::{Error, ErrorKind, Result};
 mod attach;
 mod cohorts;
 mod launch;
+mod scans;
 mod windows;
 
 pub use attach::{PluginState, PluginStatus};
@@ -84,6 +86,20 @@ pub enum Notice {
         /// True: everything is traced again. False: it is watched through windows.
         exact: bool,
     },
+    /// The memory of a process has been scanned for references.
+    Scanned {
+        /// The process.
+        process: Arc<Process>,
+        /// What it took.
+        cost: Cost,
+    },
+    /// The memory of a process could not be scanned.
+    NotScanned {
+        /// The process.
+        process: Arc<Process>,
+        /// Why.
+        reason: String,
+    },
     /// A process cannot be watched.
     Failed {
         /// Its process id.
@@ -111,6 +127,7 @@ pub struct Collector {
     generations: Generations,
     libraries: attach::Libraries,
     notices: Vec<Notice>,
+    scans: scans::Scans,
     budget: BudgetSettings,
     /// CPU seconds per second that tracing all targets may cost.
     total_budget: f64,
@@ -171,6 +188,7 @@ impl Collector {
             generations: Generations::new(config.interval.as_secs_f64()),
             libraries: attach::Libraries::default(),
             notices: Vec::new(),
+            scans: scans::Scans::new(config.reachability.clone()),
             // A trace is asked for in order to see everything.
             budget: BudgetSettings { share: c.budget.share.filter(|_| !trace_events), ..c.budget },
             total_budget: c.budget.total * std::thread::available_parallelism().map_or(1.0, |n| n.get() as f64),
@@ -406,6 +424,8 @@ impl Collector {
     /// When the maps cannot be read.
     pub fn snapshot(&mut self) -> Result<Snapshot> {
         let cpu_before = thread_cpu_s();
+        self.take_scans()?;
+        self.check_refutations()?;
         let mut raw = self.tracker.read_sites()?;
         let time_s = self.now_s();
         let wall_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
@@ -424,6 +444,7 @@ impl Collector {
                     last_allocation_s: age_ns as f64 / 1e9,
                     cohorts: known.cohorts.read(&self.generations, totals, time_s),
                     lifetimes: totals.lifetimes,
+                    reachability: self.scans.of(key),
                 });
             }
         }
@@ -549,6 +570,7 @@ impl Collector {
                 self.symbolizer.symbolize(&sample.site);
             }
             self.symbolizer.purge(instance);
+            self.scans.forget(instance);
             self.tracker.forget(instance)?;
             self.watched.remove(&instance);
             self.sites.retain(|key, _| key.instance != instance);

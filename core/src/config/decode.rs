@@ -39,6 +39,7 @@ pub(super) fn decode(reader: &mut Reader, entries: Entries) -> Config {
     let mut live = root.section("live");
     live.integer("sites", 0..=1_000_000, &mut config.live.sites);
     live.finish();
+    reachability(root.section("reachability"), &mut config);
     root.finish();
     config
 }
@@ -116,6 +117,19 @@ fn set_percent(s: &mut Section<'_>, key: &str, out: &mut f64) {
     if let Some(value) = s.read(key, percent) {
         *out = value;
     }
+}
+
+fn reachability(mut s: Section<'_>, config: &mut Config) {
+    let r = &mut config.reachability;
+    s.boolean("automatic", &mut r.automatic);
+    s.duration("every", 1000 * MS..=DAY, &mut r.every);
+    set_percent(&mut s, "core_share", &mut r.core_share);
+    s.bytes("max_memory", Bytes(1 << 20)..=Bytes(1 << 50), &mut r.max_memory);
+    s.integer("scans", 2..=100, &mut r.limits.scans);
+    s.integer("min_lost", 1..=u64::MAX, &mut r.limits.min_lost);
+    set_percent(&mut s, "min_fraction", &mut r.limits.min_fraction);
+    r.limits.most_scans = r.limits.most_scans.max(r.limits.scans);
+    s.finish();
 }
 
 fn history(mut s: Section<'_>, config: &mut Config) {

@@ -47,6 +47,8 @@ pub struct Config {
     pub templates_dir: Option<PathBuf>,
     /// The live view.
     pub live: LiveSettings,
+    /// Scans that tell leaks from caches.
+    pub reachability: ReachabilitySettings,
 }
 
 impl Default for Config {
@@ -63,6 +65,7 @@ impl Default for Config {
             report: ReportSettings::default(),
             templates_dir: None,
             live: LiveSettings::default(),
+            reachability: ReachabilitySettings::default(),
         }
     }
 }
@@ -356,5 +359,32 @@ pub struct LiveSettings {
 impl Default for LiveSettings {
     fn default() -> Self {
         LiveSettings { sites: 10 }
+    }
+}
+
+/// Scans that tell leaks from caches.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ReachabilitySettings {
+    /// Scan a process by itself when a rule suspects one of its sites.
+    pub automatic: bool,
+    /// Shortest time between the automatic scans of a process.
+    pub every: Duration,
+    /// Part of one core that a scan may use, above 0 to 1.
+    pub core_share: f64,
+    /// Processes with more writable memory are not scanned.
+    pub max_memory: Bytes,
+    /// How many scans make a series, and when a loss is definite.
+    pub limits: crate::reachability::Limits,
+}
+
+impl Default for ReachabilitySettings {
+    fn default() -> Self {
+        ReachabilitySettings {
+            automatic: true,
+            every: Duration::from_secs(60),
+            core_share: 0.5,
+            max_memory: Bytes(64 << 30),
+            limits: crate::reachability::Limits::default(),
+        }
     }
 }

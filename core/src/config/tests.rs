@@ -130,6 +130,14 @@ fn every_key_reaches_its_field() {
         dir = "d"
         [live]
         sites = 26
+        [reachability]
+        automatic = false
+        every = "27s"
+        core_share = "28%"
+        max_memory = "29MiB"
+        scans = 30
+        min_lost = 31
+        min_fraction = "32%"
         "#,
     )
     .unwrap();
@@ -193,6 +201,13 @@ fn every_key_reaches_its_field() {
         report: ReportSettings { path: Some("o".into()), every: Some(secs(24)), max_sites: 25, title: text("i") },
         templates_dir: Some("d".into()),
         live: LiveSettings { sites: 26 },
+        reachability: ReachabilitySettings {
+            automatic: false,
+            every: secs(27),
+            core_share: 0.28,
+            max_memory: Bytes(29 << 20),
+            limits: crate::reachability::Limits { scans: 30, most_scans: 30, min_lost: 31, min_fraction: 0.32 },
+        },
     };
     assert_eq!(config, expected);
 }

@@ -201,6 +201,7 @@ mod tests {
                 last_allocation_s: t as f64,
                 cohorts: Vec::new(),
                 lifetimes: [0; LIFETIME_CLASSES],
+                reachability: None,
             };
             history.push(&Snapshot {
                 number: t,

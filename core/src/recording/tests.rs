@@ -86,6 +86,7 @@ impl Run {
             last_allocation_s: 0.0,
             cohorts: Vec::new(),
             lifetimes: [0; LIFETIME_CLASSES],
+            reachability: None,
             stderr: StandardErrors::default(),
         });
     }

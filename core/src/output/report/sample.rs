@@ -125,6 +125,7 @@ fn snapshot(number: u32, process: &Arc<Process>, sites: &[Arc<Site>]) -> Snapsho
         last_allocation_s: time_s,
         cohorts: vec![cohort],
         lifetimes,
+        reachability: None,
     };
     Snapshot {
         number: n,

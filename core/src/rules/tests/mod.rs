@@ -5,5 +5,6 @@ mod hostile;
 mod readme;
 mod reload;
 mod shapes;
+mod reachability;
 mod shipped;
 mod support;
