@@ -27,7 +27,7 @@ local grow = require("lib.grow")
 
 local function evaluate(site, p)
   -- Through windows frees are not seen: what looks outstanding may be gone. That is for `suspected`.
-  if site.outstanding_bytes < p.min_bytes or site.mode == "estimated" then
+  if site.mode == "estimated" then
     return nil
   end
   local series = site.series
@@ -100,5 +100,6 @@ return {
     critical_time = "5min",
     critical_rate = "64KiB/min",
   },
+  min_outstanding = "min_bytes",
   evaluate = evaluate,
 }

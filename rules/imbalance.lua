@@ -20,7 +20,7 @@ local grow = require("lib.grow")
 
 local function evaluate(site, p)
   -- Through windows frees are not seen: what looks outstanding may be gone. That is for `suspected`.
-  if site.outstanding_bytes < p.min_bytes or site.mode == "estimated" then
+  if site.mode == "estimated" then
     return nil
   end
   local series = site.series
@@ -73,5 +73,6 @@ return {
     min_bytes = "512KiB",
     max_level_off = 0.5,
   },
+  min_outstanding = "min_bytes",
   evaluate = evaluate,
 }

@@ -23,7 +23,7 @@ local grow = require("lib.grow")
 
 local function evaluate(site, p)
   -- Through windows frees are not seen: what looks outstanding may be gone. That is for `suspected`.
-  if site.outstanding_bytes < p.min_bytes or site.mode == "estimated" then
+  if site.mode == "estimated" then
     return nil
   end
   local series = site.series
@@ -93,5 +93,6 @@ return {
     max_decay = 0.3,
     max_level_off = 0.4,
   },
+  min_outstanding = "min_bytes",
   evaluate = evaluate,
 }

@@ -64,7 +64,19 @@ local function evaluate_site(site, p, total)
   }
 end
 
+local function is_windowed(processes)
+  for _, process in ipairs(processes) do
+    if process.mode == "estimated" then
+      return true
+    end
+  end
+  return false
+end
+
 local function evaluate_snapshot(snapshot, p)
+  if not is_windowed(snapshot.processes) then
+    return nil
+  end
   local totals = surviving_bytes(snapshot.sites)
   local findings = {}
   for _, site in ipairs(snapshot.sites) do

@@ -12,7 +12,7 @@
 -- Sample finding
 --   warning 1.00: holds 2.3 GiB in 1,204 blocks, more than 2.0 GiB
 
-local function evaluate(site, p)
+local function evaluate_site(site, p)
   -- Through windows only a part of the blocks is seen.
   if site.mode == "estimated" then
     return nil
@@ -29,6 +29,7 @@ local function evaluate(site, p)
     return nil
   end
   return {
+    site = site,
     severity = over >= p.critical and "critical" or "warning",
     confidence = site.mode == "exact" and 1 or 0.95,
     reason = string.format(
@@ -36,6 +37,18 @@ local function evaluate(site, p)
       limit
     ),
   }
+end
+
+-- For all sites at once: without a threshold, as it comes, there is nothing to look at.
+local function evaluate_snapshot(snapshot, p)
+  if p.max_bytes == 0 and p.max_count == 0 then
+    return nil
+  end
+  local findings = {}
+  for _, site in ipairs(snapshot.sites) do
+    findings[#findings + 1] = evaluate_site(site, p)
+  end
+  return findings
 end
 
 return {
@@ -46,5 +59,5 @@ return {
     max_count = 0,
     critical = 4,
   },
-  evaluate = evaluate,
+  evaluate_snapshot = evaluate_snapshot,
 }

@@ -293,6 +293,9 @@ function start() {
   });
   byId("more").addEventListener("click", showMore);
   for (const link of document.querySelectorAll("a[data-site]")) {
+    // The data may have got names after the page was written, see `memleak symbolize`.
+    const site = data.sites[Number(link.dataset.site)], name = link.querySelector("bdi");
+    if (site && name) name.textContent = headingOf(site).name.slice(0, 160);
     link.addEventListener("click", (event) => {
       event.preventDefault();
       reveal(Number(link.dataset.site));

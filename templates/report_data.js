@@ -49,10 +49,10 @@ const fileName = (path) => path.slice(path.lastIndexOf("/") + 1);
 
 /** A frame by number as an object; name and place as in the context of templates. */
 function frameOf(number) {
-  const [fn, moduleIndex, offsetIndex, fileIndex, line, inlined, reason] = data.frames[number];
+  const [fn, moduleIndex, offsetIndex, fileIndex, line, inlined, reason, build] = data.frames[number];
   const named = fn >= 0, module = text(moduleIndex), offset = text(offsetIndex), file = text(fileIndex);
   return {
-    named, module, offset, file, line, inlined: inlined === 1, reason: text(reason),
+    named, module, offset, file, line, inlined: inlined === 1, reason: text(reason), build: text(build),
     name: named ? text(fn) : module ? `${fileName(module)}+${offset}` : offset,
     place: file ? (line > 0 ? `${file}:${line}` : file) : named ? fileName(module) : "",
   };

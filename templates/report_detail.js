@@ -54,6 +54,8 @@ function stackOf(site) {
     // With a source file the module's name is enough; with a function the offset counts from its start and stands there.
     if (frame.module) where.push(frame.file ? fileName(frame.module) : frame.named ? frame.module : `${frame.module}+${frame.offset}`);
     if (frame.reason) where.push(frame.reason);
+    // With it, whoever has the symbols can name the place.
+    if (!frame.named && frame.build) where.push(`build id ${frame.build}`);
     return el("li", { className: i === site.head ? "head" : "" },
       el("div", { className: "fn" }, el("bdi", {}, frame.name),
         frame.named && !frame.inlined ? el("span", { className: "muted" }, `+${frame.offset}`) : null,

@@ -112,6 +112,23 @@ enum Subcommands {
         #[command(flatten)]
         settings: SettingsArgs,
     },
+    /// Put function names and lines into a report, from debug files
+    ///
+    /// For a report that was written where there were no symbols: it knows every place in code by build id and address.
+    /// Takes an HTML report, lines of `memleak --json`, or alerts. Needs no privileges.
+    Symbolize {
+        /// Report, or file with lines of JSON
+        #[arg(value_name = "REPORT")]
+        report: PathBuf,
+        /// Folder with debug files; repeatable [default: /usr/lib/debug]
+        ///
+        /// Files are found by build id: at .build-id/ab/cdef.debug, or anywhere below the folder.
+        #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+        debug_dir: Vec<PathBuf>,
+        /// Where the result is written; in place of the report if not given
+        #[arg(short, long, value_name = "OUT", value_hint = ValueHint::FilePath)]
+        out: Option<PathBuf>,
+    },
     /// Print a completion script for a shell
     Completions {
         /// Shell to complete for
@@ -271,6 +288,15 @@ pub enum Command {
         /// As JSON lines.
         json: bool,
     },
+    /// Put names into a report.
+    Symbolize {
+        /// The report.
+        report: PathBuf,
+        /// Folders with debug files; at least one.
+        debug_dirs: Vec<PathBuf>,
+        /// Where the result is written.
+        out: PathBuf,
+    },
     /// Print a completion script.
     Completions(Shell),
     /// Print the manual page of memleak, or of one of its subcommands.
@@ -314,6 +340,12 @@ impl Cli {
                     settings.resolve(Command::Trace { json }, config.file, duration.as_slice(), read_file)?;
                 resolved.config.targets = vec![TargetSpec { pid, ..TargetSpec::default() }];
                 Ok(resolved)
+            }
+            Some(Subcommands::Symbolize { report, debug_dir, out }) => {
+                let out = out.unwrap_or_else(|| report.clone());
+                let usual = debug_dir.is_empty().then(|| PathBuf::from("/usr/lib/debug"));
+                let debug_dirs = debug_dir.into_iter().chain(usual).collect();
+                Ok(plain(Command::Symbolize { report, debug_dirs, out }))
             }
             Some(Subcommands::Completions { shell }) => Ok(plain(Command::Completions(shell))),
             Some(Subcommands::Man { subcommand }) => Ok(plain(Command::Man(subcommand))),

@@ -23,6 +23,7 @@ pub mod plugin;
 pub mod process;
 pub mod reachability;
 pub mod recording;
+pub mod resymbolize;
 pub mod rules;
 pub mod selfstats;
 pub mod snapshot;

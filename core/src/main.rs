@@ -8,8 +8,9 @@ use memleak_core::check;
 use memleak_core::cli::{self, Cli, Command, Invocation};
 use memleak_core::engine::{self, Output};
 use memleak_core::stop::Stop;
+use memleak_core::symbolize::offline::DebugFolders;
 use memleak_core::symbolize::worker;
-use memleak_core::{Result, doctor, trace};
+use memleak_core::{Result, doctor, resymbolize, trace};
 
 /// Nothing found.
 const CLEAN: u8 = 0;
@@ -55,6 +56,11 @@ fn run(invocation: Invocation) -> Result<u8> {
             Ok(if good { CLEAN } else { FAILED })
         }
         Command::Trace { json } => trace::run(&config, json, &Stop::listen()?).map(|()| CLEAN),
+        Command::Symbolize { report, debug_dirs, out } => {
+            let mut folders = DebugFolders::new(debug_dirs, worker::OWN_PROGRAM.as_ref())?;
+            let summary = resymbolize::symbolize(&report, &mut folders, &out)?;
+            cli::print(&summary.to_string()).map(|()| CLEAN)
+        }
         Command::Completions(shell) => cli::write_completions(shell, &mut io::stdout()).map(|()| CLEAN),
         Command::Man(subcommand) => cli::write_man(subcommand.as_deref(), &mut io::stdout()).map(|()| CLEAN),
     }

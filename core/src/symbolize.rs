@@ -29,6 +29,7 @@ mod demangle;
 mod image;
 mod lookup;
 mod module;
+pub mod offline;
 mod perf_map;
 mod site_id;
 mod sources;
@@ -71,6 +72,9 @@ pub struct Frame {
     pub address: u64,
     /// Build id of the module, hexadecimal.
     pub build_id: Option<String>,
+    /// Return address in the module's own terms, as addr2line(1) takes it; `None` without a file. With the build id it
+    /// names the place for whoever has the symbols.
+    pub file_address: Option<u64>,
 }
 
 /// Bounds of a [`Symbolizer`].
@@ -378,6 +382,7 @@ impl Symbolizer {
         self.clock += 1;
         module.used = self.clock;
         frame.build_id = module.build_id().map(str::to_owned);
+        frame.file_address = module.address_of(mapping.file_offset(address));
         let around = Surroundings {
             path: path.as_deref(),
             root: instance.root.as_ref(),

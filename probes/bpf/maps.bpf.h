@@ -67,7 +67,7 @@ struct {
 	__type(value, struct memleak_site);
 } sites SEC(".maps");
 
-/* Call stacks, written before their site; read once per new site. Full: COUNTER_STACKS_FULL. */
+/* Call stacks, written before their site; taken out by the collector once per new site. Full: COUNTER_STACKS_FULL. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 1);

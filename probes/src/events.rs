@@ -72,7 +72,7 @@ pub struct Event {
     pub size: u64,
     /// Frees: nanoseconds since the allocation. Allocations: 0.
     pub lifetime_ns: u64,
-    /// Key of the stack of this call, see [`crate::Tracker::read_stack`].
+    /// Key of the stack of this call, see [`crate::Tracker::take_stack`].
     pub site: SiteKey,
     /// Number of the name of the function that was called, see [`crate::Tracker::function_name`]; no name for an implicit
     /// free.

@@ -254,6 +254,11 @@ pub(crate) fn read_stack(map: &dyn MapCore, key: SiteKey) -> Result<Option<Stack
     }))
 }
 
+/// Removes one stack, if it is there.
+pub(crate) fn remove_stack(map: &dyn MapCore, key: SiteKey) {
+    let _ = map.delete(bytes_of(&key.to_raw()));
+}
+
 /// Counters of one slot, summed over all CPUs.
 pub(crate) fn read_counters(map: &dyn MapCore, slot: u32) -> Result<Counters> {
     let per_cpu = map

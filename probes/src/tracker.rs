@@ -306,12 +306,17 @@ impl Tracker {
         reader::read_sites(&self.skel.maps.sites, self.settings.sample_bytes)
     }
 
-    /// The call stack of a site; `None` when there was no room for it.
+    /// Takes the call stack of a site out of the kernel's memory, which has one for each new site only; `None` when there
+    /// was no room for it. A trace keeps its stacks: any later event may name them again.
     ///
     /// # Errors
     /// When the map cannot be read.
-    pub fn read_stack(&self, key: SiteKey) -> Result<Option<Stack>> {
-        reader::read_stack(&self.skel.maps.stacks, key)
+    pub fn take_stack(&self, key: SiteKey) -> Result<Option<Stack>> {
+        let stack = reader::read_stack(&self.skel.maps.stacks, key)?;
+        if !self.settings.trace_events {
+            reader::remove_stack(&self.skel.maps.stacks, key);
+        }
+        Ok(stack)
     }
 
     /// Counters of a watched process; zero when it is not known.

@@ -24,6 +24,8 @@ pub enum Feature {
     CgroupV2,
     /// A mount namespace of one's own.
     MountNamespace,
+    /// User, pid and mount namespaces of one's own, as rootless containers have them.
+    UserNamespace,
 }
 
 /// The first of `features` that is missing, as a sentence; `None` when all are there.
@@ -43,6 +45,11 @@ pub fn missing(features: &[Feature]) -> Option<String> {
             .is_none()
             .then(|| format!("{name} was not built: its compiler is not installed (tests/setup.sh test installs it)")),
         Feature::CgroupV2 => cgroup_missing(),
+        Feature::UserNamespace => {
+            let unshare = ["--user", "--map-root-user", "--mount", "--pid", "--fork", "true"];
+            let works = Command::new("unshare").args(unshare).stderr(Stdio::null()).status();
+            (!works.is_ok_and(|s| s.success())).then(|| "no user namespace can be made".to_owned())
+        }
         Feature::MountNamespace => {
             let works = Command::new("unshare").args(["--mount", "true"]).stderr(Stdio::null()).status();
             (!works.is_ok_and(|s| s.success())).then(|| "no mount namespace can be made (root is needed)".to_owned())

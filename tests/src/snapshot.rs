@@ -87,6 +87,8 @@ pub struct FrameView {
     /// True for an inlined call.
     #[serde(default)]
     pub inlined: bool,
+    /// Return address.
+    pub address: u64,
 }
 
 /// One allocation site.
@@ -171,6 +173,8 @@ pub struct ProcessView {
     pub pid: u32,
     /// Short name.
     pub comm: String,
+    /// Container, runtime, pod, unit and slice, those that are known.
+    pub labels: std::collections::BTreeMap<String, Option<String>>,
     /// False once it has exited or called exec.
     pub alive: bool,
     /// `exact`, `sampled` or `estimated`.

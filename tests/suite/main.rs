@@ -5,9 +5,11 @@
 
 mod bad_input;
 mod cli;
+mod containers;
 mod demo;
 mod governor;
 mod reachability;
 mod report;
 mod servers;
+mod symbols;
 mod userspace;

@@ -162,6 +162,7 @@ fn frame(text: &str, module: &str, number: u64) -> Frame {
         reason: None,
         address,
         build_id,
+        file_address: Some(0x2000 + number * 0x140),
     }
 }
 

@@ -181,7 +181,7 @@ impl Collector {
             known: HashSet::new(),
             launched: Vec::new(),
             symbolizer: Symbolizer::with_limits(symbolize::Limits {
-                worker: Some("/proc/self/exe".into()),
+                worker: Some(symbolize::worker::OWN_PROGRAM.into()),
                 ..symbolize::Limits::default()
             }),
             sites: HashMap::new(),
@@ -481,7 +481,7 @@ impl Collector {
 
     fn new_site(&mut self, key: SiteKey) -> Result<Arc<Site>> {
         let raw = memleak_probes::SiteKey { instance: key.instance, probe_set: key.probe_set, stack: key.stack };
-        let stack = self.tracker.read_stack(raw)?;
+        let stack = self.tracker.take_stack(raw)?;
         let process = self.watched.get(&key.instance).map(|w| Arc::clone(&w.process)).unwrap_or_default();
         let (addresses, truncated, function) = match stack {
             Some(stack) => {

@@ -120,6 +120,8 @@ pub struct FrameLine {
     pub address: String,
     /// Build id of the module.
     pub build_id: Option<String>,
+    /// Return address in the module's own terms, hexadecimal.
+    pub file_address: Option<String>,
 }
 
 impl From<&Frame> for FrameLine {
@@ -134,6 +136,7 @@ impl From<&Frame> for FrameLine {
             reason: f.reason.clone(),
             address: format!("{:#x}", f.address),
             build_id: f.build_id.clone(),
+            file_address: f.file_address.map(|a| format!("{a:#x}")),
         }
     }
 }

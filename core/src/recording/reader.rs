@@ -458,7 +458,7 @@ impl Reader {
     }
 
     fn read_frames(&self) -> Result<HashMap<u64, Frame>> {
-        let sql = "SELECT id, module, function, offset, file, line, inlined, reason FROM frames";
+        let sql = "SELECT id, module, function, offset, file, line, inlined, reason, file_address FROM frames";
         let rows = self.rows(sql, |r| {
             let module: Option<i64> = r.get(1)?;
             let (path, build_id) = module.and_then(|m| self.modules.get(&m).cloned()).unwrap_or_default();
@@ -472,6 +472,7 @@ impl Reader {
                 reason: r.get(7)?,
                 address: 0,
                 build_id,
+                file_address: r.get::<_, Option<i64>>(8)?.map(i64::cast_unsigned),
             };
             Ok((r.get::<_, i64>(0)?.cast_unsigned(), frame))
         })?;

@@ -28,7 +28,7 @@ const UPGRADES: &[&str] = &["
     -- A name for a place in code. `offset` is what a frame has: from the start of the function, or in the file.
     CREATE TABLE frames (
         id INTEGER PRIMARY KEY, module INTEGER, function TEXT, offset INTEGER, file TEXT, line INTEGER, inlined INTEGER,
-        reason TEXT
+        reason TEXT, file_address INTEGER
     );
     -- locations: module and file offset of every return address, innermost first. frames: their names once known.
     CREATE TABLE stacks (id INTEGER PRIMARY KEY, locations BLOB, frames BLOB);

@@ -67,6 +67,7 @@ impl Run {
                 reason: None,
                 address: *a,
                 build_id: Some("abcd".into()),
+                file_address: Some(a % 4096),
             };
             [frame("inner", true), frame("outer", false)]
         });

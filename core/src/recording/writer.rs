@@ -520,10 +520,21 @@ impl Writer {
             (None, None) => None,
             (path, build_id) => Some(self.module(path, build_id)?),
         };
-        let Frame { function, module: _, offset, file, line, inlined, reason, address: _, build_id: _ } = frame;
+        let Frame { function, module: _, offset, file, line, inlined, reason, address: _, build_id: _, file_address } =
+            frame;
         let id = self.run_sql(
-            "INSERT INTO frames (module, function, offset, file, line, inlined, reason) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            params![module, function, offset.cast_signed(), file, line, inlined, reason],
+            "INSERT INTO frames (module, function, offset, file, line, inlined, reason, file_address) \
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            params![
+                module,
+                function,
+                offset.cast_signed(),
+                file,
+                line,
+                inlined,
+                reason,
+                file_address.map(u64::cast_signed)
+            ],
         )?;
         self.caches.frames.insert(key, id);
         Ok(id)

@@ -102,11 +102,7 @@ impl UserData for SiteRef {
             lua.create_string(name.as_bytes())
         });
         fields.add_field_method_get("mode", |_, this| {
-            this.with(|_, s| match s.process.as_ref().map_or(Mode::Exact, |p| p.sample.mode) {
-                Mode::Exact => "exact",
-                Mode::Sampled => "sampled",
-                Mode::Estimated => "estimated",
-            })
+            this.with(|_, s| mode(s.process.as_ref().map_or(Mode::Exact, |p| p.sample.mode)))
         });
         fields.add_field_method_get("truncated", |_, this| {
             this.with(|_, s| s.site().truncated.as_ref().map(|why| why.to_string()))
@@ -149,6 +145,14 @@ impl UserData for SiteRef {
             }
             Ok(table)
         });
+    }
+}
+
+fn mode(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Exact => "exact",
+        Mode::Sampled => "sampled",
+        Mode::Estimated => "estimated",
     }
 }
 
@@ -372,6 +376,7 @@ impl ProcessRef {
 impl UserData for ProcessRef {
     fn add_fields<F: UserDataFields<Self>>(fields: &mut F) {
         fields.add_field_method_get("pid", |_, this| this.with(|p| p.sample.process.pid));
+        fields.add_field_method_get("mode", |_, this| this.with(|p| mode(p.sample.mode)));
         fields.add_field_method_get("comm", |_, this| this.with(|p| p.sample.process.comm.clone()));
         fields.add_field_method_get("exe", |_, this| this.with(|p| p.sample.process.exe.clone()));
         fields.add_field_method_get("cmdline", |_, this| this.with(|p| p.sample.process.cmdline.clone()));

@@ -9,7 +9,7 @@ use mlua::{Function, IntoLuaMulti, Table, Value};
 
 use super::api::{self, SiteRef, SnapshotRef, Symbolize};
 use super::error::RuleError;
-use super::params::{self, ParamInfo, hint};
+use super::params::{self, ParamInfo, ParamValue, hint};
 use super::sandbox::{Libraries, Limits, Sandbox};
 use super::source::{LuaFile, Origin};
 use super::view::Context;
@@ -25,7 +25,8 @@ const MAX_FINDINGS: usize = 100_000;
 /// Longest name of a rule, in bytes.
 const MAX_NAME: usize = 64;
 /// Keys that a rule file may return.
-const KEYS: [&str; 6] = ["name", "description", "params", "evaluate", "evaluate_snapshot", "suppress"];
+const KEYS: [&str; 7] =
+    ["name", "description", "params", "min_outstanding", "evaluate", "evaluate_snapshot", "suppress"];
 /// Keys of a finding.
 const RESULT_KEYS: [&str; 4] = ["severity", "confidence", "reason", "site"];
 
@@ -72,6 +73,8 @@ pub(super) struct Rule {
     pub(super) file: LuaFile,
     sandbox: Sandbox,
     params: Table,
+    /// `evaluate` is not called for sites with fewer outstanding bytes.
+    min_outstanding: u64,
     evaluate: Option<Entry>,
     evaluate_snapshot: Option<Entry>,
     suppress: Option<Entry>,
@@ -108,8 +111,12 @@ impl Rule {
         if evaluate.is_none() && evaluate_snapshot.is_none() && suppress.is_none() {
             return Err(broken("the table has none of evaluate, evaluate_snapshot and suppress".to_owned()));
         }
-        let params = params::to_lua(&sandbox.lua, &info.params).map_err(|e| broken(e.to_string()))?;
-        Ok(Rule { info: Arc::new(info), file: file.clone(), sandbox, params, evaluate, evaluate_snapshot, suppress })
+        let min_outstanding = least_bytes(&table, &info.params).map_err(broken)?;
+        let params = params::to_lua(&sandbox.lua, &info.params)
+            .map_err(|e| fail(RuleError::new(&info.name, file, None, e.to_string())))?;
+        let info = Arc::new(info);
+        let file = file.clone();
+        Ok(Rule { info, file, sandbox, params, min_outstanding, evaluate, evaluate_snapshot, suppress })
     }
 
     /// Runs the file: the state and the table that it returns.
@@ -293,7 +300,9 @@ impl Run<'_> {
         let epoch = self.context.epoch();
         let outstanding = self.context.with(epoch, |view| {
             // A site with nothing outstanding holds no leak; most sites of a busy process are such sites.
-            let held = |s: &super::view::SiteView| s.totals.outstanding_count() > 0;
+            let least = self.rule.min_outstanding;
+            let held =
+                |s: &super::view::SiteView| s.totals.outstanding_count() > 0 && s.totals.outstanding_bytes() >= least;
             view.sites.iter().enumerate().filter(|(_, s)| held(s)).map(|(i, _)| i).collect::<Vec<_>>()
         });
         for index in outstanding.unwrap_or_default() {
@@ -351,6 +360,23 @@ impl Run<'_> {
         let epoch = self.context.epoch();
         let site = site.and_then(|i| self.context.with(epoch, |v| v.sites.get(i).map(|s| Arc::clone(s.site()))));
         self.error = Some(RuleError { site: site.flatten(), ..error(self.rule) });
+    }
+}
+
+/// The value of the parameter that `min_outstanding` names; 0 without it.
+fn least_bytes(table: &Table, params: &[ParamInfo]) -> Result<u64, String> {
+    let name = match table.raw_get::<Value>("min_outstanding") {
+        Ok(Value::Nil) => return Ok(0),
+        Ok(Value::String(name)) => name.to_string_lossy(),
+        _ => return Err("min_outstanding must be the name of a parameter, in quotes".to_owned()),
+    };
+    match params.iter().find(|p| p.name == name).map(|p| &p.value) {
+        Some(ParamValue::Bytes(bytes)) => Ok(*bytes),
+        Some(_) => Err(format!("min_outstanding names the parameter {name}, which is no size")),
+        None => {
+            let names = params.iter().map(|p| p.name.as_str());
+            Err(format!("min_outstanding names no parameter: '{name}'; {}", hint(&name, names)))
+        }
     }
 }
 

@@ -40,6 +40,12 @@ impl Module {
         self.info.build_id.as_deref()
     }
 
+    /// Address, in the file's own terms, of a return address given by its offset in the file.
+    pub(super) fn address_of(&self, return_offset: u64) -> Option<u64> {
+        // The call may be the last instruction of what is loaded.
+        self.info.address_of(return_offset.checked_sub(1)?)?.checked_add(1)
+    }
+
     /// True when the file is held open.
     pub(super) fn is_kept(&self) -> bool {
         self.file.is_some()

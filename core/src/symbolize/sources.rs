@@ -88,6 +88,14 @@ impl Layer {
         Image::copy(&found.file, around.max_bytes).ok().map(Layer::copy)
     }
 
+    /// Looks up in a file that was given by hand.
+    ///
+    /// # Errors
+    /// It is no sound ELF file, or its symbol tables alone are larger than `max_bytes`.
+    pub(super) fn of_file(file: File, max_bytes: u64) -> crate::Result<Self> {
+        Image::copy(&file, max_bytes).map(Layer::copy)
+    }
+
     /// Looks an address up, in the file's own terms. Debug information that cannot be read is given up for good: what
     /// is left are the symbol tables.
     pub(super) fn look_up(&mut self, address: u64, around: &Surroundings<'_>, reader: &mut Reader) -> Answer {

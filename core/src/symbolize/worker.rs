@@ -31,6 +31,8 @@ use crate::sys;
 
 /// The name that the program is started under as a worker (`argv[0]`).
 pub const NAME: &str = "memleak-symbolizer";
+/// This program, to be started as a worker.
+pub const OWN_PROGRAM: &str = "/proc/self/exe";
 /// CPU time that one question may take, seconds.
 const MAX_CPU_S: f64 = 3.0;
 /// Time that one question may take however busy the machine is.

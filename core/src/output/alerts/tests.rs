@@ -34,6 +34,7 @@ pub(crate) fn event(rule: &str) -> AlertEvent {
         line: Some(58),
         address: u64::MAX,
         build_id: Some("8c1f".to_owned()),
+        file_address: Some(0x14ff),
         ..Frame::default()
     };
     let unknown = Frame { reason: Some("no symbols".to_owned()), ..Frame::default() };

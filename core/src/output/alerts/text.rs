@@ -105,6 +105,7 @@ fn sample() -> AlertLine {
         reason: None,
         address: "0x55d0c2a014ff".to_owned(),
         build_id: Some("8c1f0d6e".to_owned()),
+        file_address: Some("0x14ff".to_owned()),
     };
     let unknown =
         FrameLine { function: None, file: None, line: None, reason: Some("no symbols".to_owned()), ..frame.clone() };

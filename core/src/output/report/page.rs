@@ -29,6 +29,9 @@ const MAX_POINTS: usize = 500;
 /// Ticks per second in an encoded series.
 const TICKS_PER_S: f64 = 100.0;
 
+/// Numbers of a frame.
+const FRAME: usize = 9;
+
 /// Data of the page. Indexes are into `strings`, `frames`, `processes` or `alerts`; -1 is *none*.
 #[derive(Debug, Serialize)]
 pub(super) struct Page {
@@ -39,8 +42,8 @@ pub(super) struct Page {
     /// Since when the total grows without a break.
     growing_since_s: Option<f64>,
     strings: Vec<String>,
-    /// `[function, module, offset, file, line, inlined, reason]`, strings by index.
-    frames: Vec<[i64; 7]>,
+    /// `[function, module, offset, file, line, inlined, reason, build_id, file_address]`, strings by index.
+    frames: Vec<[i64; FRAME]>,
     processes: Vec<PageProcess>,
     alerts: Vec<PageAlert>,
     sites: Vec<PageSite>,
@@ -192,8 +195,8 @@ impl PageSite {
 struct Names {
     strings: Vec<String>,
     string_numbers: HashMap<String, i64>,
-    frames: Vec<[i64; 7]>,
-    frame_numbers: HashMap<[i64; 7], usize>,
+    frames: Vec<[i64; FRAME]>,
+    frame_numbers: HashMap<[i64; FRAME], usize>,
     periods: Vec<Vec<(f64, f64)>>,
 }
 
@@ -223,6 +226,8 @@ impl Names {
             f.line.map_or(-1, i64::from),
             i64::from(f.inlined),
             self.optional(f.reason.as_deref()),
+            self.optional(f.build_id.as_deref()),
+            f.file_address.and_then(|a| i64::try_from(a).ok()).unwrap_or(-1),
         ];
         let frames = &mut self.frames;
         *self.frame_numbers.entry(frame).or_insert_with(|| {

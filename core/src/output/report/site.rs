@@ -77,6 +77,11 @@ pub(super) struct FrameView {
     pub(super) name: String,
     /// Where it is: source file and line, else the file name of the module; empty when neither is known.
     pub(super) place: String,
+    /// For the page, so that it can be symbolized later.
+    #[serde(skip)]
+    pub(super) build_id: Option<String>,
+    #[serde(skip)]
+    pub(super) file_address: Option<u64>,
 }
 
 impl SiteView {
@@ -165,6 +170,8 @@ impl FrameView {
             reason: frame.reason.as_deref().map(name),
             name: shown,
             place,
+            build_id: frame.build_id.as_deref().map(name),
+            file_address: frame.file_address,
         }
     }
 

@@ -79,6 +79,21 @@ fn shipped_rules_describe_themselves() {
     }
 }
 
+/// Sites that are too small for a rule are passed over, by the value that holds: that of the settings.
+#[test]
+fn a_rule_sees_only_sites_that_are_large_enough_for_it() {
+    let dir = tempfile::tempdir().expect("folder");
+    let text = "return { name = 'n', description = 'x', params = { size = '300B' }, min_outstanding = 'size', \
+                evaluate = function() return { severity = 'info', confidence = 1, reason = 'seen' } end }";
+    fs::write(dir.path().join("n.lua"), text).expect("rule file");
+    for (size, expected) in [("", 3), ("n.size = \"500B\"", 1), ("n.size = \"0B\"", 5)] {
+        let settings = RuleSettings { dir: Some(dir.path().into()), ..settings(size) };
+        let evaluation = evaluate(&mut RuleEngine::new(&settings).expect("rule"), &history(5, Losses::default()));
+        let seen = evaluation.findings.iter().filter(|f| &*f.rule == "n").count();
+        assert_eq!(seen, expected, "{size}: {:?}", evaluation.errors);
+    }
+}
+
 /// The id is part of the alert format: it must stay the same for ever.
 #[test]
 fn finding_ids_never_change() {
@@ -160,6 +175,14 @@ fn check_reports_every_problem() {
     rule("j.lua", "while true do end");
     rule("k.lua", "return { name = 'k', evaluate = function() end }");
     rule("l.lua", "\u{1b}Lua");
+    let least = |name: &str| {
+        let rule =
+            format!("name = 'n', description = 'x', params = {{ size = '1KiB', n = 1 }}, min_outstanding = {name}");
+        format!("return {{ {rule}, evaluate = function() end }}")
+    };
+    rule("n.lua", &least("'siz'"));
+    rule("o.lua", &least("'n'"));
+    rule("p.lua", &least("1024"));
     rule(".hidden.lua", "not lua");
     rule("readme.txt", "not lua");
     fs::create_dir(dir.path().join("m.lua")).expect("folder");
@@ -178,6 +201,9 @@ fn check_reports_every_problem() {
         ("j.lua:1", "more than 1000000 instructions"),
         ("k.lua", "the table needs description, a text"),
         ("l.lua", ""),
+        ("n.lua", "min_outstanding names no parameter: 'siz'; did you mean size?"),
+        ("o.lua", "min_outstanding names the parameter n, which is no size"),
+        ("p.lua", "min_outstanding must be the name of a parameter"),
     ];
     assert_eq!(errors.len(), expected.len(), "{errors:#?}");
     for (error, (place, why)) in errors.iter().zip(expected) {
