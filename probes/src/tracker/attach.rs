@@ -134,7 +134,7 @@ impl Tracker {
                     continue;
                 }
                 let best = || placement::place(&function.code, needs(&spec));
-                let placement = if self.settings.at_entry { Placement::ENTRY } else { best() };
+                let placement = if self.settings.at_entry { placement::entry(&function.code) } else { best() };
                 let at = function.offset + placement.offset;
                 let index = self.function_index(id, set, &spec, placement)?;
                 let (returns, symbol) = (spec.role != Role::Free, spec.symbol.clone());
@@ -224,20 +224,21 @@ impl Tracker {
         result
     }
 
-    /// Attaches a probe set at the entry of functions whose file offsets are known, in the set's order.
+    /// Attaches a probe set at the entry of functions whose file offsets are known, in the set's order, and of which is
+    /// known whether the kernel emulates their first instruction.
     pub(crate) fn attach_at(
         &mut self,
         instance: u32,
         set: &ProbeSetSpec,
         library: &Library,
-        at: &[usize],
+        at: &[(usize, bool)],
     ) -> Result<()> {
         let id = file_id(&library.path)?;
         let mut probes = Vec::new();
-        for (spec, offset) in set.functions.iter().zip(at) {
-            let index = self.function_index(id, set, spec, Placement::ENTRY)?;
+        for (spec, &(offset, emulated)) in set.functions.iter().zip(at) {
+            let index = self.function_index(id, set, spec, Placement { emulated, ..Placement::ENTRY })?;
             let symbol = spec.symbol.clone();
-            let (function, returns) = (*offset as u64, spec.role != Role::Free);
+            let (function, returns) = (offset as u64, spec.role != Role::Free);
             probes.push(Probe { function, offset: function, index, returns, symbol });
         }
         self.keep(instance, (id, set.number), set, library, probes)
@@ -275,6 +276,9 @@ impl Tracker {
         }
         if set.functions.iter().any(|f| f.range) {
             function_flags.0 |= flags::FUNCTION_UNSAMPLED.0;
+        }
+        if !at.emulated {
+            function_flags.0 |= flags::FUNCTION_STEPPED.0;
         }
         let function = memleak_function {
             probe_set: set.number,
