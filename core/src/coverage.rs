@@ -97,6 +97,11 @@ pub struct Coverage {
     pub share: Option<f64>,
 }
 
+/// The explained part of a growth; `None` when that is not known or the growth is too small to say.
+pub fn share(growth_bytes: u64, explained_bytes: Option<u64>) -> Option<f64> {
+    explained_bytes.filter(|_| growth_bytes >= LEAST_GROWTH).map(|e| e as f64 / growth_bytes as f64)
+}
+
 impl Coverage {
     /// Divides the growth up. `outstanding_bytes` at the sites of memory; `None` through windows. `untraced_bytes` as
     /// [`untraced_bytes`] says.
@@ -118,7 +123,7 @@ impl Coverage {
             explained_bytes: explained,
             mapped_bytes: mapped,
             other_bytes: explained.zip(mapped).map(|(explained, mapped)| growth - explained - mapped),
-            share: explained.filter(|_| growth >= LEAST_GROWTH).map(|e| e as f64 / growth as f64),
+            share: share(growth, explained),
         }
     }
 

@@ -107,6 +107,10 @@ fn look_at(config: &Config, pid: u32) -> Result<String> {
             };
         }
     }
+    let _ = writeln!(
+        out,
+        "  children that it forks inherit the breakpoints; those that are no targets are released within a second"
+    );
     collector.require_attached()?;
     let first = collector.snapshot()?;
     let mut waited = collector.now_s();

@@ -24,6 +24,7 @@ use crate::watchdog::Watchdog;
 use crate::{Error, ErrorKind, Result};
 
 mod attach;
+mod children;
 mod cohorts;
 mod coverage;
 mod launch;
@@ -119,6 +120,10 @@ pub struct Collector {
     /// Pid and start of every process that is watched or has been refused.
     known: HashSet<(u32, u64)>,
     launched: Vec<Launched>,
+    /// Forked by watched processes and not watched, as far as they may have breakpoints.
+    children: Vec<children::Child>,
+    /// When children may be released again, seconds.
+    next_release_s: f64,
     symbolizer: Symbolizer,
     sites: HashMap<SiteKey, KnownSite>,
     generations: Generations,
@@ -184,6 +189,8 @@ impl Collector {
             watched: HashMap::new(),
             known: HashSet::new(),
             launched: Vec::new(),
+            children: Vec::new(),
+            next_release_s: 0.0,
             symbolizer: Symbolizer::with_limits(symbolize::Limits {
                 worker: Some(symbolize::worker::OWN_PROGRAM.into()),
                 ..symbolize::Limits::default()
@@ -286,6 +293,7 @@ impl Collector {
             match event {
                 ProcessEvent::Exit { instance, .. } => self.end(instance),
                 ProcessEvent::Exec { pid, instance } => {
+                    self.forget_child(pid);
                     let followed = instance.and_then(|i| self.followed_target(i));
                     if let Some(instance) = instance {
                         self.end(instance);
@@ -295,10 +303,12 @@ impl Collector {
                 ProcessEvent::Fork { instance, child, .. } => {
                     let followed = self.followed_target(instance);
                     self.started_program(child, followed);
+                    self.note_child(instance, child);
                 }
                 ProcessEvent::Load { instance, .. } => self.loaded(instance),
             }
         }
+        self.release_children();
         self.reap();
         Ok(())
     }

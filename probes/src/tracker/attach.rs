@@ -330,6 +330,34 @@ impl Tracker {
         at as u32
     }
 
+    /// Takes the breakpoints out of the children that a process has forked. They inherit them and pay for each hit although
+    /// nobody counts it, because the kernel looks for processes in which no probe is wanted only when one is detached: so
+    /// one more, which does nothing, is attached to the process itself and detached again. Perf events need no help: the
+    /// kernel removes their breakpoints from a child at the first hit. Does nothing while no probe is attached.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn release_children(&self, instance: u32) -> Result<()> {
+        let Some(target) = self.targets.get(&instance).filter(|t| t.attached) else { return Ok(()) };
+        let (prog, session) = match self.backend {
+            Backend::Session => (&self.skel.progs.alloc_session, true),
+            Backend::Multi => (&self.skel.progs.alloc_multi_enter, false),
+            Backend::Perf | Backend::PerfPlain => return Ok(()),
+        };
+        for plan in target.plans.values().filter(|p| !p.links.is_empty()) {
+            let opts = UprobeMultiOpts {
+                offsets: plan.probes.iter().map(|p| offset(p.offset)).collect::<Result<_>>()?,
+                // No function has this index: the program returns at once.
+                cookies: vec![u64::from(u32::MAX); plan.probes.len()],
+                session,
+                ..UprobeMultiOpts::default()
+            };
+            let link = prog.attach_uprobe_multi_with_opts(target.pid.cast_signed(), plan.path(), "", opts);
+            drop(link.map_err(|e| Error::bpf(format!("release the children of process {}", target.pid), &e))?);
+        }
+        Ok(())
+    }
+
     /// Attaches all probes of one library, the way the backend does it.
     fn attach_probes(&self, pid: i32, plan: &Plan) -> Result<Vec<Link>> {
         let failed = |e: &libbpf_rs::Error| Error::bpf(format!("attach to {} in process {pid}", plan.name), e);
