@@ -276,7 +276,7 @@ impl Encoder {
             if old == Some(*columns) {
                 continue;
             }
-            let old = old.unwrap_or_default();
+            let old = old.unwrap_or([0; COLUMNS]);
             put(&mut changed, u64::from(*instance));
             let differs = |i: &usize| old[*i] != columns[*i];
             put(&mut changed, (0..COLUMNS).filter(differs).fold(0, |mask, i| mask | 1 << i));
