@@ -122,8 +122,8 @@ fn slow_down_beyond_the_cap_stops_all_tracing_for_a_while() {
     let mut program = Program::start("jump");
     let pid = program.pid();
     // So much is in the purse that half a second of full tracing would be paid for.
-    let settings = ["budget=50%", "budget_floor=50%"].map(|s| format!("collector.{s}"));
-    let mut memleak = Memleak::watch_with(pid, &["--set", &settings[0], "--set", &settings[1]]);
+    let settings = ["budget=50%", "budget_floor=50%", "total_budget=100%"].map(|s| format!("--set=collector.{s}"));
+    let mut memleak = Memleak::watch_with(pid, &settings);
     std::thread::sleep(Duration::from_secs(2));
     assert!(is_attached(pid), "traced exactly before");
     program.go();
