@@ -125,6 +125,7 @@ impl Engine<'_> {
         self.follow_processes();
         let snapshot = self.collector.snapshot()?;
         self.history.push(&snapshot);
+        self.reporter.note_snapshot(&snapshot);
         let collector = &mut self.collector;
         let evaluation = self.rules.evaluate(&self.history, &mut |site| collector.symbolize(site));
         self.reporter.note_rule_errors(&evaluation.errors);

@@ -9,6 +9,7 @@ pub mod check;
 pub mod cli;
 pub mod collector;
 pub mod config;
+pub mod coverage;
 pub mod doctor;
 pub mod engine;
 pub mod error;

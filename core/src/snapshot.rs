@@ -8,6 +8,8 @@ use std::sync::{Arc, OnceLock};
 
 use serde::Serialize;
 
+use crate::coverage::Coverage;
+use crate::governor::StopReason;
 use crate::labels::Labels;
 use crate::reachability::roots::Root;
 use crate::reachability::{SiteVerdict, Verdict};
@@ -360,6 +362,10 @@ pub struct ProcessSample {
     pub losses: Losses,
     /// Resident set size in bytes (`/proc/PID/statm`); `None` when it cannot be read.
     pub rss_bytes: Option<u64>,
+    /// The part of it that is no file's (`RssAnon`), which is what leaks grow; `None` when it cannot be read.
+    pub rss_anon_bytes: Option<u64>,
+    /// How much of its growth the sites explain; `None` when that cannot be read.
+    pub coverage: Option<Coverage>,
     /// CPU time used by the process so far, seconds; `None` when it cannot be read.
     pub cpu_s: Option<f64>,
     /// Estimated CPU time that tracing has cost the process so far, seconds (hits x calibrated cost per hit).
@@ -372,6 +378,12 @@ pub struct ProcessSample {
     pub windows_discarded: u64,
     /// Time for which windows were open, seconds.
     pub open_s: f64,
+    /// Longest window that it may get, seconds; `None` without a budget.
+    pub window_s: Option<f64>,
+    /// Hard stops so far: tracing took too much, or could not be kept within its bounds.
+    pub hard_stops: u64,
+    /// Why nothing is attached now; `None` unless a hard stop is being sat out.
+    pub stopped: Option<StopReason>,
 }
 
 /// Everything that is outstanding at one instant.

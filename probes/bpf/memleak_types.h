@@ -27,6 +27,7 @@ enum memleak_role {
 enum memleak_function_flags {
 	FUNCTION_RANGE = 1, /* the block is an address range: it may be freed in parts (munmap) */
 	FUNCTION_UNSAMPLED = 2, /* hands out such ranges: all are recorded, for a part of a sampled one means nothing */
+	FUNCTION_STEPPED = 4, /* the kernel single-steps the instruction under its entry probe */
 };
 
 /* One probed function: what its arguments mean. Its index is the attach cookie. */
@@ -178,6 +179,7 @@ enum memleak_counter {
 	COUNTER_EVENTS_DROPPED,
 	COUNTER_ALLOCATED_COUNT, /* with sampling: blocks handed out, recorded or not */
 	COUNTER_ALLOCATED_BYTES, /* the same in bytes */
+	COUNTER_HITS_STEPPED, /* of the hits: entries whose instruction the kernel single-steps */
 	COUNTER_MAX = 16,
 };
 

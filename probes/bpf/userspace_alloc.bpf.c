@@ -257,6 +257,8 @@ static __always_inline int on_enter(struct pt_regs *ctx, bool session)
 	function = function_of(ctx, &index);
 	if (!function || !find_actor(&actor))
 		return SKIP;
+	if (function->flags & FUNCTION_STEPPED)
+		count(actor.slot, COUNTER_HITS_STEPPED);
 	actor.domain = function->domain;
 	if (function->block_arg >= 0)
 		block = argument(ctx, function->block_arg);

@@ -29,6 +29,7 @@ mod spec;
 pub mod tracker;
 mod types;
 
+pub use calibration::Prices;
 pub use error::{Error, ErrorKind, Result};
 pub use events::{Event, EventKind, ProcessEvent};
 pub use features::{Backend, Features};

@@ -125,8 +125,12 @@ impl BlockReader {
     ///
     /// # Errors
     /// The map cannot be read.
-    pub fn for_each(&self, instance: u32, visit: impl FnMut(Block)) -> Result<()> {
-        for_each_block(&self.map, instance, visit)
+    pub fn for_each(&self, instance: u32, mut visit: impl FnMut(Block)) -> Result<()> {
+        for_each_block(&self.map, |owner, block| {
+            if owner == instance {
+                visit(block);
+            }
+        })
     }
 
     /// Whether the block that was allocated at an address at a time is still outstanding.
@@ -184,6 +188,7 @@ fn low(word: u64, kept: bits) -> u64 {
 #[allow(missing_docs)] // each is documented at enum memleak_counter in bpf/memleak_types.h
 pub struct Counters {
     pub hits: u64,
+    pub hits_stepped: u64,
     pub unmatched_frees: u64,
     pub outstanding_full: u64,
     pub sites_full: u64,
@@ -274,6 +279,7 @@ pub(crate) fn read_counters(map: &dyn MapCore, slot: u32) -> Result<Counters> {
     let get = |c: counter| sum[c.0 as usize];
     Ok(Counters {
         hits: get(counter::COUNTER_HITS),
+        hits_stepped: get(counter::COUNTER_HITS_STEPPED),
         unmatched_frees: get(counter::COUNTER_UNMATCHED_FREES),
         outstanding_full: get(counter::COUNTER_OUTSTANDING_FULL),
         sites_full: get(counter::COUNTER_SITES_FULL),
@@ -297,27 +303,31 @@ pub(crate) fn reset_counters(map: &dyn MapCore, slot: u32) -> Result<()> {
     map.update_percpu(&slot.to_ne_bytes(), &zero, MapFlags::ANY).map_err(|e| Error::bpf("reset counters", &e))
 }
 
+/// Outstanding allocations of all instances, in no order. Costs O(outstanding allocations).
+pub(crate) fn for_each_block(map: &dyn MapCore, mut visit: impl FnMut(u32, Block)) -> Result<()> {
+    for_each::<memleak_block_key, memleak_block>(map, |key, block| {
+        let found = Block {
+            address: key.address,
+            size: block.size(),
+            birth_ns: block.birth_ns(),
+            domain: key.domain,
+            probe_set: block.probe_set(),
+            stack: block.stack,
+        };
+        visit(key.instance, found);
+    })
+}
+
 /// Outstanding allocations of an instance, by address. Costs O(outstanding allocations of all instances).
 pub(crate) fn read_blocks(map: &dyn MapCore, instance: u32) -> Result<Vec<Block>> {
     let mut out = Vec::new();
-    for_each_block(map, instance, |block| out.push(block))?;
+    for_each_block(map, |owner, block| {
+        if owner == instance {
+            out.push(block);
+        }
+    })?;
     out.sort_unstable_by_key(|b| (b.address, b.domain));
     Ok(out)
-}
-
-fn for_each_block(map: &dyn MapCore, instance: u32, mut visit: impl FnMut(Block)) -> Result<()> {
-    for_each::<memleak_block_key, memleak_block>(map, |key, block| {
-        if key.instance == instance {
-            visit(Block {
-                address: key.address,
-                size: block.size(),
-                birth_ns: block.birth_ns(),
-                domain: key.domain,
-                probe_set: block.probe_set(),
-                stack: block.stack,
-            });
-        }
-    })
 }
 
 /// Takes blocks off the books of an instance that no probe is attached to: as freed (`ended`), or as if they had never

@@ -9,13 +9,14 @@ use std::time::Duration;
 use libbpf_rs::skel::OpenSkel;
 use libbpf_rs::{Link, MapCore, MapFlags, ProgramMut};
 
+use crate::calibration::{self, Prices};
 use crate::elf::Symbols;
 use crate::events::{Event, ProcessEvent, Rings};
 use crate::features::{Backend, Features};
 use crate::reader::{self, Block, BlockReader, Counters, SiteKey, SiteTotals, Stack};
 use crate::skeleton::userspace_alloc::UserspaceAllocSkel;
 use crate::types::{CODE_RANGES, MAX_TARGETS, bytes_of, memleak_range, memleak_target};
-use crate::{Error, ErrorKind, Result, calibration};
+use crate::{Error, ErrorKind, Result};
 
 mod attach;
 mod open;
@@ -83,7 +84,7 @@ pub struct Tracker {
     functions: HashMap<(FileId, u32, String, u64), u32>,
     symbols: HashMap<(FileId, u32), Symbols>,
     cohort: u32,
-    cost_per_hit_ns: f64,
+    prices: Prices,
 }
 
 impl Tracker {
@@ -122,17 +123,16 @@ impl Tracker {
             functions: HashMap::new(),
             symbols: HashMap::new(),
             cohort: 0,
-            cost_per_hit_ns: 0.0,
+            prices: Prices::default(),
         };
-        tracker.cost_per_hit_ns = calibration::measure(&mut tracker)?;
+        tracker.prices = calibration::measure(&mut tracker)?;
         tracker.rings.discard()?;
         Ok(tracker)
     }
 
-    /// Nanoseconds that one hit of a well-placed probe (an entry or a return) costs the target, as measured when the
-    /// programs were loaded.
-    pub fn cost_per_hit_ns(&self) -> f64 {
-        self.cost_per_hit_ns
+    /// What hits cost the target, as measured when the programs were loaded.
+    pub fn prices(&self) -> Prices {
+        self.prices
     }
 
     /// Mean bytes between two allocations that are recorded; 0: all are.
@@ -278,6 +278,14 @@ impl Tracker {
     /// No more files can be opened.
     pub fn block_reader(&self) -> Result<BlockReader> {
         BlockReader::new(&self.skel.maps.blocks, self.domains.len() as u32)
+    }
+
+    /// Shows every outstanding allocation of all instances to `visit`, in no order.
+    ///
+    /// # Errors
+    /// When the map cannot be read.
+    pub fn for_each_block(&self, visit: impl FnMut(u32, Block)) -> Result<()> {
+        reader::for_each_block(&self.skel.maps.blocks, visit)
     }
 
     /// Takes blocks off the books of a process whose probes are detached ([`Tracker::close_window`]): as freed, or, if

@@ -166,6 +166,21 @@ pub struct SamplingView {
     pub allocated_count: u64,
 }
 
+/// How much of a process's growth its sites explain, in bytes.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct Coverage {
+    /// Growth of the resident anonymous memory.
+    pub growth_bytes: i64,
+    /// The part that is outstanding at sites.
+    pub explained_bytes: Option<u64>,
+    /// At most this much of the rest is in mappings without traced blocks.
+    pub mapped_bytes: Option<u64>,
+    /// What is left.
+    pub other_bytes: Option<u64>,
+    /// The explained part, 0 to 1.
+    pub share: Option<f64>,
+}
+
 /// One watched process.
 #[derive(Clone, Debug, Deserialize)]
 pub struct ProcessView {
@@ -191,6 +206,14 @@ pub struct ProcessView {
     pub windows_discarded: u64,
     /// Seconds for which windows were open.
     pub open_s: f64,
+    /// How often all tracing was stopped for a while.
+    pub hard_stops: u64,
+    /// Why nothing is attached now.
+    pub stopped: Option<String>,
+    /// Resident anonymous memory.
+    pub rss_anon_bytes: Option<u64>,
+    /// How much of the growth the sites explain.
+    pub coverage: Option<Coverage>,
     /// What was lost, by kind.
     pub losses: std::collections::BTreeMap<String, u64>,
 }

@@ -6,6 +6,7 @@
 mod bad_input;
 mod cli;
 mod containers;
+mod coverage;
 mod demo;
 mod governor;
 mod reachability;

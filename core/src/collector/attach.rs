@@ -125,11 +125,14 @@ impl Collector {
         let facts = self.libraries.facts(id, &file, &library, &self.plugins);
         let debug = facts.debug.as_ref();
         library.debug = debug.map(|debug| PathBuf::from(format!("/proc/self/fd/{}", debug.as_raw_fd())));
+        let replaced = matches!(mapping.backing, Backing::File { deleted: true, .. });
+        let note = if replaced { " (replaced or deleted on disk: the file that is mapped is probed)" } else { "" };
+        let shown = format!("{name}{note}");
         for plugin in providers(&self.plugins, name, &facts.names) {
             let state = match self.tracker.attach(instance, &plugin.spec, &library) {
                 Ok(functions) if functions.is_empty() => continue, // was attached before
-                Ok(functions) => PluginState::Attached { file: name.to_owned(), functions },
-                Err(e) => PluginState::Failed { file: name.to_owned(), reason: e.to_string() },
+                Ok(functions) => PluginState::Attached { file: shown.clone(), functions },
+                Err(e) => PluginState::Failed { file: shown.clone(), reason: e.to_string() },
             };
             found.push(PluginStatus { probe_set: plugin.spec.name.as_str().into(), state });
         }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use memleak_probes::{ErrorKind as ProbeErrorKind, ProcessEvent, SiteTotals, StackEnd, Tracker};
 
 use crate::config::{Backend, BudgetSettings, Config, Placement};
-use crate::governor::Governor;
+use crate::governor::{Governor, StopReason};
 use crate::live;
 use crate::plugin::{self, Plugin};
 use crate::process::{self, ProcessStat};
@@ -25,7 +25,9 @@ use crate::watchdog::Watchdog;
 use crate::{Error, ErrorKind, Result};
 
 mod attach;
+mod children;
 mod cohorts;
+mod coverage;
 mod launch;
 mod scans;
 mod windows;
@@ -52,6 +54,8 @@ enum Life {
 struct Watched {
     process: Arc<Process>,
     life: Life,
+    /// Number of the target that it meets, from 0.
+    target: usize,
     /// Its forked children are watched too: it descends from a launched command.
     followed: bool,
     status: Vec<PluginStatus>,
@@ -61,6 +65,7 @@ struct Watched {
     /// Events of the dynamic linker since a launch; see [`launch`].
     loads: u32,
     usage: process::Usage,
+    growth: coverage::Growth,
     governor: Governor,
     /// When the last window was opened, CLOCK_MONOTONIC.
     window_opened_ns: u64,
@@ -100,6 +105,15 @@ pub enum Notice {
         /// Why.
         reason: String,
     },
+    /// All tracing of a process was stopped at once, and is not tried again before the cool-down is over.
+    Stopped {
+        /// The process.
+        process: Arc<Process>,
+        /// Why.
+        why: StopReason,
+        /// How long, seconds.
+        cool_down_s: f64,
+    },
     /// A process cannot be watched.
     Failed {
         /// Its process id.
@@ -122,15 +136,22 @@ pub struct Collector {
     /// Pid and start of every process that is watched or has been refused.
     known: HashSet<(u32, u64)>,
     launched: Vec<Launched>,
+    /// Forked by watched processes and not watched, as far as they may have breakpoints.
+    children: Vec<children::Child>,
+    /// When children may be released again, seconds.
+    next_release_s: f64,
     symbolizer: Symbolizer,
     sites: HashMap<SiteKey, KnownSite>,
     generations: Generations,
     libraries: attach::Libraries,
     notices: Vec<Notice>,
     scans: scans::Scans,
-    budget: BudgetSettings,
+    /// What tracing may cost, by target.
+    budgets: Vec<BudgetSettings>,
     /// CPU seconds per second that tracing all targets may cost.
     total_budget: f64,
+    /// When mappings may be looked at again, seconds.
+    next_look_s: f64,
     next_instance: u32,
     snapshots: u64,
     started: Instant,
@@ -152,7 +173,12 @@ impl Collector {
         matcher.check_pids()?;
         let c = &config.collector;
         // Before anything is loaded: the helper must not hold what it is to see closed.
-        let watchdog = c.budget.share.filter(|_| !trace_events).map(|_| Watchdog::start()).transpose()?;
+        let budgets: Vec<BudgetSettings> = (config.targets.iter())
+            .map(|target| c.budget.of(target))
+            // A trace is asked for in order to see everything.
+            .map(|budget| BudgetSettings { share: budget.share.filter(|_| !trace_events), ..budget })
+            .collect();
+        let watchdog = budgets.iter().any(|b| b.share.is_some()).then(Watchdog::start).transpose()?;
         let tracker = Tracker::load(memleak_probes::Settings {
             backend: match c.backend {
                 Backend::Auto => None,
@@ -180,6 +206,8 @@ impl Collector {
             watched: HashMap::new(),
             known: HashSet::new(),
             launched: Vec::new(),
+            children: Vec::new(),
+            next_release_s: 0.0,
             symbolizer: Symbolizer::with_limits(symbolize::Limits {
                 worker: Some(symbolize::worker::OWN_PROGRAM.into()),
                 ..symbolize::Limits::default()
@@ -189,16 +217,16 @@ impl Collector {
             libraries: attach::Libraries::default(),
             notices: Vec::new(),
             scans: scans::Scans::new(config.reachability.clone()),
-            // A trace is asked for in order to see everything.
-            budget: BudgetSettings { share: c.budget.share.filter(|_| !trace_events), ..c.budget },
+            budgets,
             total_budget: c.budget.total * std::thread::available_parallelism().map_or(1.0, |n| n.get() as f64),
+            next_look_s: 0.0,
             next_instance: 1,
             snapshots: 0,
             started: Instant::now(),
             started_ns: monotonic_ns(),
         };
-        for target in config.targets.iter().filter(|t| !t.command.is_empty()) {
-            collector.launch(&target.command)?;
+        for (number, target) in config.targets.iter().enumerate().filter(|(_, t)| !t.command.is_empty()) {
+            collector.launch(&target.command, number)?;
         }
         collector.scan()?;
         Ok(collector)
@@ -283,19 +311,22 @@ impl Collector {
             match event {
                 ProcessEvent::Exit { instance, .. } => self.end(instance),
                 ProcessEvent::Exec { pid, instance } => {
-                    let followed = instance.and_then(|i| self.watched.get(&i)).is_some_and(|w| w.followed);
+                    self.forget_child(pid);
+                    let followed = instance.and_then(|i| self.followed_target(i));
                     if let Some(instance) = instance {
                         self.end(instance);
                     }
                     self.started_program(pid, followed);
                 }
                 ProcessEvent::Fork { instance, child, .. } => {
-                    let followed = self.watched.get(&instance).is_some_and(|w| w.followed);
+                    let followed = self.followed_target(instance);
                     self.started_program(child, followed);
+                    self.note_child(instance, child);
                 }
                 ProcessEvent::Load { instance, .. } => self.loaded(instance),
             }
         }
+        self.release_children();
         self.reap();
         Ok(())
     }
@@ -305,8 +336,8 @@ impl Collector {
     /// # Errors
     /// When /proc cannot be read.
     pub fn scan(&mut self) -> Result<()> {
-        for process in self.matcher.scan(&self.known)? {
-            self.watch(process.pid, false);
+        for (process, target) in self.matcher.scan(&self.known)? {
+            self.watch(process.pid, target, false);
         }
         // Events of exits can be lost when their ring buffer is full.
         let gone: Vec<u32> = (self.watched.iter())
@@ -327,23 +358,28 @@ impl Collector {
         Ok(())
     }
 
-    /// A process runs a new program, or is a new child.
-    fn started_program(&mut self, pid: u32, followed: bool) {
-        let launched = self.launched.iter().any(|l| l.pid == pid);
-        if launched || followed {
-            self.watch(pid, true);
+    /// The target of an instance whose children are watched too.
+    fn followed_target(&self, instance: u32) -> Option<usize> {
+        self.watched.get(&instance).filter(|w| w.followed).map(|w| w.target)
+    }
+
+    /// A process runs a new program, or is a new child; `followed` is the target that it belongs to by descent.
+    fn started_program(&mut self, pid: u32, followed: Option<usize>) {
+        let launched = self.launched.iter().find(|l| l.pid == pid).map(|l| l.target);
+        if let Some(target) = launched.or(followed) {
+            self.watch(pid, target, true);
         } else if let Ok(stat) = ProcessStat::read(pid)
-            && self.matcher.matches(&stat).is_some()
+            && let Some(target) = self.matcher.matches(&stat)
         {
-            self.watch(pid, false);
+            self.watch(pid, target, false);
         }
-        if launched {
+        if launched.is_some() {
             self.go_on(pid);
         }
     }
 
-    /// Starts watching a process.
-    fn watch(&mut self, pid: u32, followed: bool) {
+    /// Starts watching a process that meets a target.
+    fn watch(&mut self, pid: u32, target: usize, followed: bool) {
         let fail = |reason: String| Notice::Failed { pid, reason };
         let stat = match ProcessStat::read(pid) {
             Ok(stat) => stat,
@@ -367,6 +403,7 @@ impl Collector {
         self.next_instance += 1;
         self.known.insert((pid, stat.start_ticks));
         let process = Arc::new(stat.to_process(instance));
+        let Some(budget) = self.budgets.get(target).copied() else { return };
         if let Err(e) = self.symbolizer.observe(&process) {
             tracing::debug!(pid, "mappings not read: {e:#}");
         }
@@ -375,13 +412,15 @@ impl Collector {
             Watched {
                 process: Arc::clone(&process),
                 life: Life::Running,
+                target,
                 followed,
                 status: Vec::new(),
                 announced: false,
                 since_s: self.now_s(),
                 loads: 0,
-                usage: process::Usage { rss_bytes: stat.rss_bytes, cpu_s: stat.cpu_s },
-                governor: Governor::new(self.budget, self.tracker.cost_per_hit_ns() / 1e9, u64::from(instance)),
+                usage: process::Usage { rss_bytes: stat.rss_bytes, anon_bytes: None, cpu_s: stat.cpu_s },
+                growth: coverage::Growth::default(),
+                governor: Governor::new(budget, u64::from(instance)),
                 window_opened_ns: 0,
             },
         );
@@ -389,8 +428,11 @@ impl Collector {
         // A program that is just starting may have mapped more before the first pass got to its dynamic linker, whose
         // loads are noticed only from then on.
         self.attach_to(instance);
-        if !process::is_alive(pid, stat.start_ticks) {
-            return self.end(instance);
+        let Ok(usage) = process::usage(pid, stat.start_ticks) else { return self.end(instance) };
+        let now_s = self.now_s();
+        if let Some(watched) = self.watched.get_mut(&instance) {
+            watched.usage = usage;
+            watched.growth = coverage::Growth::begin(&process, usage, now_s);
         }
         self.announce(instance, false);
     }
@@ -459,6 +501,8 @@ impl Collector {
             self.tracker.next_cohort();
         }
         sites.sort_by_key(|s| (std::cmp::Reverse(s.totals.outstanding_bytes()), s.site.key));
+        self.read_usage();
+        self.account_growth(&sites, time_s)?;
         let processes = self.process_samples()?;
         self.forget_ended(&sites)?;
         self.snapshots += 1;
@@ -510,15 +554,22 @@ impl Collector {
         }))
     }
 
-    fn process_samples(&mut self) -> Result<Vec<ProcessSample>> {
-        let mut samples = Vec::with_capacity(self.watched.len());
-        let sample_bytes = self.tracker.sample_bytes();
-        for (instance, watched) in &mut self.watched {
-            let counters = self.tracker.read_counters(*instance)?;
-            let alive = watched.life == Life::Running;
-            if alive && let Ok(usage) = process::usage(watched.process.pid, watched.process.start_ticks) {
+    /// Reads what the processes use now.
+    fn read_usage(&mut self) {
+        for watched in self.watched.values_mut().filter(|w| w.life == Life::Running) {
+            if let Ok(usage) = process::usage(watched.process.pid, watched.process.start_ticks) {
                 watched.usage = usage;
             }
+        }
+    }
+
+    fn process_samples(&self) -> Result<Vec<ProcessSample>> {
+        let mut samples = Vec::with_capacity(self.watched.len());
+        let sample_bytes = self.tracker.sample_bytes();
+        for (instance, watched) in &self.watched {
+            let counters = self.tracker.read_counters(*instance)?;
+            let alive = watched.life == Life::Running;
+            let budget = watched.governor.settings();
             samples.push(ProcessSample {
                 process: Arc::clone(&watched.process),
                 alive,
@@ -536,6 +587,9 @@ impl Collector {
                 windows: watched.governor.windows().0,
                 windows_discarded: watched.governor.windows().1,
                 open_s: watched.governor.open_s(),
+                window_s: budget.share.map(|_| budget.max_window.as_secs_f64()),
+                hard_stops: watched.governor.stops(),
+                stopped: watched.governor.stopped(),
                 hits: counters.hits,
                 unmatched_frees: counters.unmatched_frees,
                 losses: Losses {
@@ -552,6 +606,8 @@ impl Collector {
                     events_dropped: counters.events_dropped,
                 },
                 rss_bytes: alive.then_some(watched.usage.rss_bytes),
+                rss_anon_bytes: watched.usage.anon_bytes.filter(|_| alive),
+                coverage: watched.growth.newest(),
                 cpu_s: Some(watched.usage.cpu_s),
                 overhead_s: watched.governor.spent_s(),
             });

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::read::{Reader, Section, boolean, size, string, wrong_type};
 use super::tree::{Entries, Node, Problem, Value};
-use super::{Backend, Config, Placement, TargetSpec, WebhookSettings};
+use super::{Backend, Budget, Config, Latency, Placement, TargetSpec, WebhookSettings};
 use crate::units::{Bytes, format_duration, parse_duration};
 
 const MS: Duration = Duration::from_millis(1);
@@ -20,14 +20,16 @@ pub(super) fn decode(reader: &mut Reader, entries: Entries) -> Config {
     let mut root = Section::root(reader, entries);
     root.duration("interval", 10 * MS..=DAY, &mut config.interval);
     root.optional_duration("duration", MS..=3_650 * DAY, &mut config.duration);
+    collector(root.section("collector"), &mut config);
+    // After the collector's settings, which bound a target's own.
     if let Some(nodes) = root.read("target", list_of_tables) {
-        config.targets = nodes.into_iter().filter_map(|node| target(root.reader, node)).collect();
+        let most = config.collector.budget.max_slowdown;
+        config.targets = nodes.into_iter().filter_map(|node| target(root.reader, node, most)).collect();
     }
     // Also without a target the keys of one are known, so that one that is misplaced can be named.
-    for key in ["pid", "name", "exe", "cgroup", "container", "unit", "command"] {
+    for key in ["pid", "name", "exe", "cgroup", "container", "unit", "command", "budget", "latency"] {
         root.reader.known.insert(format!("target.{key}"));
     }
-    collector(root.section("collector"), &mut config);
     history(root.section("history"), &mut config);
     plugins(root.section("plugins"), &mut config);
     rules(root.section("rules"), &mut config);
@@ -75,14 +77,21 @@ fn collector(mut s: Section<'_>, config: &mut Config) {
     }
     s.choice("placement", &[("best", Placement::Best), ("entry", Placement::Entry)], &mut c.placement);
     let b = &mut c.budget;
-    if let Some(share) =
-        s.read("budget", |node| if string(node) == Ok("off") { Ok(None) } else { percent(node).map(Some) })
-    {
-        b.share = share;
+    set_percent(&mut s, "max_slowdown", &mut b.max_slowdown);
+    let most = b.max_slowdown;
+    match s.read("budget", |node| budget(node, most)) {
+        Some(Budget::Off) => b.share = None,
+        Some(Budget::Share(share)) => b.share = Some(share),
+        None => b.share = b.share.map(|share| share.min(most)),
     }
-    set_percent(&mut s, "budget_floor", &mut b.floor);
+    match s.read("budget_floor", |node| share(node, most)) {
+        Some(floor) => b.floor = floor,
+        None => b.floor = b.floor.min(most),
+    }
     set_percent(&mut s, "total_budget", &mut b.total);
     let interval = config.interval;
+    // The rest is for windows that close late.
+    let longest = Duration::from_secs_f64(0.8 * most);
     let read_window = |node: &Node| {
         let window = string(node).and_then(parse_duration)?;
         match window {
@@ -91,12 +100,20 @@ fn collector(mut s: Section<'_>, config: &mut Config) {
                 let (w, i) = (format_duration(w), format_duration(interval));
                 Err(format!("{w} is longer than the interval ({i}): a window must end before the next snapshot"))
             }
+            w if w > longest => {
+                let (w, longest) = (format_duration(w), format_duration(longest));
+                Err(format!(
+                    "{w} is too long: a busy target would be slowed down by more than max_slowdown ({:.0} %) in that \
+                     second; at most {longest}",
+                    most * 100.0
+                ))
+            }
             w => Ok(w),
         }
     };
     match s.read("max_window", read_window) {
         Some(window) => b.max_window = window,
-        None => b.max_window = b.max_window.min(interval),
+        None => b.max_window = b.max_window.min(interval).min(longest).max(10 * MS),
     }
     s.integer("max_window_hits", 1_000..=u64::MAX, &mut b.max_window_hits);
     s.finish();
@@ -110,6 +127,26 @@ fn percent(node: &Node) -> Result<f64, String> {
         None => Err(format!("{text:?} is no percentage such as \"5%\"")),
         Some(n) if n > 0.0 && n <= 100.0 => Ok(n / 100.0),
         Some(n) => Err(format!("{n} % is out of range: it must be more than 0 % and at most 100 %")),
+    }
+}
+
+/// "off", or a part of the target's CPU time.
+fn budget(node: &Node, max_slowdown: f64) -> Result<Budget, String> {
+    if string(node) == Ok("off") {
+        return Ok(Budget::Off);
+    }
+    share(node, max_slowdown).map(Budget::Share)
+}
+
+/// A percentage that is not above what a hard stop would end.
+fn share(node: &Node, max_slowdown: f64) -> Result<f64, String> {
+    match percent(node)? {
+        share if share > max_slowdown => Err(format!(
+            "{:.0} % is above max_slowdown ({:.0} %), where all tracing is stopped: lower the one or raise the other",
+            share * 100.0,
+            max_slowdown * 100.0
+        )),
+        share => Ok(share),
     }
 }
 
@@ -197,7 +234,7 @@ fn report(mut s: Section<'_>, config: &mut Config) {
 }
 
 /// Reads one `[[target]]`; problems are collected in the reader.
-fn target(reader: &mut Reader, node: Node) -> Option<TargetSpec> {
+fn target(reader: &mut Reader, node: Node, max_slowdown: f64) -> Option<TargetSpec> {
     let origin = node.origin.clone();
     let before = reader.count();
     let mut s = Section::item(reader, "target", node)?;
@@ -208,6 +245,8 @@ fn target(reader: &mut Reader, node: Node) -> Option<TargetSpec> {
     s.text("container", &mut t.container, parse_container);
     s.text("unit", &mut t.unit, parse_glob);
     t.command = s.read("command", command).unwrap_or_default();
+    t.budget = s.read("budget", |node| budget(node, max_slowdown));
+    s.choice("latency", &[("normal", Latency::Normal), ("sensitive", Latency::Sensitive)], &mut t.latency);
     s.finish();
     if reader.count() > before {
         // Its conditions may be the wrong ones; what is missing shows once they are right.

@@ -2,10 +2,13 @@
 
 use serde::Serialize;
 
+use crate::coverage::Coverage;
+use crate::governor::StopReason;
 use crate::history::{History, SiteHistory};
 use crate::labels::Labels;
 use crate::reachability::roots::Root;
 use crate::reachability::{SiteVerdict, Verdict};
+use crate::selfstats::OwnCost;
 use crate::snapshot::{
     Cohort, Losses, Mode, ProcessSample, ReachWay, Sampling, SiteReach, SiteSample, Snapshot, StandardErrors, Totals,
 };
@@ -19,6 +22,7 @@ pub struct SnapshotLine<'a> {
     time: String,
     time_s: f64,
     processes: Vec<ProcessLine<'a>>,
+    own: OwnLine,
     totals: TotalsLine,
     /// Number of sites, also of those that are not listed.
     sites_total: usize,
@@ -37,13 +41,26 @@ struct ProcessLine<'a> {
     hits: u64,
     unmatched_frees: u64,
     rss_bytes: Option<u64>,
+    rss_anon_bytes: Option<u64>,
+    coverage: Option<Coverage>,
     cpu_s: Option<f64>,
     overhead_s: f64,
     budget: Option<f64>,
     windows: u64,
     windows_discarded: u64,
     open_s: f64,
+    hard_stops: u64,
+    stopped: Option<StopReason>,
     losses: Losses,
+}
+
+/// What the collector costs.
+#[derive(Debug, Serialize)]
+struct OwnLine {
+    cpu_s: Option<f64>,
+    rss_bytes: Option<u64>,
+    map_bytes: Option<u64>,
+    snapshot_cpu_s: f64,
 }
 
 #[derive(Debug, Serialize)]
@@ -117,7 +134,7 @@ impl TotalsLine {
 impl<'a> SnapshotLine<'a> {
     /// The line for a snapshot that `history` has taken in, with the first `sites` sites. Frames that have not been
     /// symbolized are empty.
-    pub fn new(snapshot: &'a Snapshot, history: &History, sites: usize) -> Self {
+    pub fn new(snapshot: &'a Snapshot, history: &History, sites: usize, own: OwnCost) -> Self {
         let age =
             |s: &SiteSample| history.site(s.site.key).map_or(0.0, |h: &SiteHistory| h.oldest_age_s(snapshot.time_s));
         SnapshotLine {
@@ -126,6 +143,12 @@ impl<'a> SnapshotLine<'a> {
             time: crate::units::format_time_utc(snapshot.wall_s),
             time_s: snapshot.time_s,
             processes: snapshot.processes.iter().map(process).collect(),
+            own: OwnLine {
+                cpu_s: own.cpu_s,
+                rss_bytes: own.rss_bytes,
+                map_bytes: own.map_bytes,
+                snapshot_cpu_s: snapshot.collect_cpu_s,
+            },
             totals: TotalsLine::new(snapshot.totals(), snapshot.stderr()),
             sites_total: snapshot.sites.len(),
             sites: (snapshot.sites.iter().take(sites))
@@ -158,12 +181,16 @@ fn process(p: &ProcessSample) -> ProcessLine<'_> {
         hits: p.hits,
         unmatched_frees: p.unmatched_frees,
         rss_bytes: p.rss_bytes,
+        rss_anon_bytes: p.rss_anon_bytes,
+        coverage: p.coverage,
         cpu_s: p.cpu_s,
         overhead_s: p.overhead_s,
         budget: p.budget,
         windows: p.windows,
         windows_discarded: p.windows_discarded,
         open_s: p.open_s,
+        hard_stops: p.hard_stops,
+        stopped: p.stopped,
         losses: p.losses,
     }
 }

@@ -395,6 +395,10 @@ impl UserData for ProcessRef {
         }
         fields
             .add_field_method_get("rss_bytes", |_, this| Ok(this.with(|p| p.sample.rss_bytes.map(integer))?.flatten()));
+        fields.add_field_method_get("rss_anon_bytes", |_, this| {
+            Ok(this.with(|p| p.sample.rss_anon_bytes.map(integer))?.flatten())
+        });
+        fields.add_field_method_get("window_s", |_, this| Ok(this.with(|p| p.sample.window_s)?.flatten()));
         fields.add_field_method_get("hits", |_, this| this.with(|p| integer(p.sample.hits)));
         fields.add_field_method_get("unmatched_frees", |_, this| this.with(|p| integer(p.sample.unmatched_frees)));
         fields.add_field_method_get("losses", |lua, this| {
@@ -405,6 +409,9 @@ impl UserData for ProcessRef {
 
     fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
         methods.add_method("unmatched_rate", |_, this, seconds: f64| this.with(|p| p.unmatched_rate(seconds)));
+        methods.add_method("rss_anon_slope", |_, this, seconds: f64| {
+            Ok(this.with(|p| p.rss_anon_slope(seconds))?.flatten())
+        });
         methods.add_method("rss_slope", |_, this, seconds: f64| Ok(this.with(|p| p.rss_slope(seconds))?.flatten()));
     }
 }

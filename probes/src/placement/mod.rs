@@ -124,6 +124,12 @@ pub fn place(code: &[u8], needs: Needs) -> Placement {
     place_on(Architecture::NATIVE, code, needs)
 }
 
+/// The first byte of a function with this machine code of this machine's architecture, because the caller wants it.
+pub fn entry(code: &[u8]) -> Placement {
+    let best = place(code, Needs::default());
+    Placement { emulated: best.emulated && best.offset == 0, ..Placement::ENTRY }
+}
+
 /// The best place in a function with this machine code of this architecture.
 pub fn place_on(architecture: Architecture, code: &[u8], needs: Needs) -> Placement {
     if code.is_empty() {
@@ -161,5 +167,8 @@ mod tests {
     #[cfg(target_arch = "x86_64")]
     fn the_native_rule_is_used() {
         assert_eq!(place(&[0xf3, 0x0f, 0x1e, 0xfa, 0x53], Needs::default()), Placement::emulated(4, 0));
+        // `endbr64` is single-stepped, `push %rbx` is emulated: where the entry is asked for, its price depends on it.
+        assert_eq!(entry(&[0xf3, 0x0f, 0x1e, 0xfa, 0x53]), Placement::ENTRY);
+        assert_eq!(entry(&[0x53]), Placement { emulated: true, ..Placement::ENTRY });
     }
 }

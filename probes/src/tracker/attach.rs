@@ -134,7 +134,7 @@ impl Tracker {
                     continue;
                 }
                 let best = || placement::place(&function.code, needs(&spec));
-                let placement = if self.settings.at_entry { Placement::ENTRY } else { best() };
+                let placement = if self.settings.at_entry { placement::entry(&function.code) } else { best() };
                 let at = function.offset + placement.offset;
                 let index = self.function_index(id, set, &spec, placement)?;
                 let (returns, symbol) = (spec.role != Role::Free, spec.symbol.clone());
@@ -224,20 +224,21 @@ impl Tracker {
         result
     }
 
-    /// Attaches a probe set at the entry of functions whose file offsets are known, in the set's order.
+    /// Attaches a probe set at the entry of functions whose file offsets are known, in the set's order, and of which is
+    /// known whether the kernel emulates their first instruction.
     pub(crate) fn attach_at(
         &mut self,
         instance: u32,
         set: &ProbeSetSpec,
         library: &Library,
-        at: &[usize],
+        at: &[(usize, bool)],
     ) -> Result<()> {
         let id = file_id(&library.path)?;
         let mut probes = Vec::new();
-        for (spec, offset) in set.functions.iter().zip(at) {
-            let index = self.function_index(id, set, spec, Placement::ENTRY)?;
+        for (spec, &(offset, emulated)) in set.functions.iter().zip(at) {
+            let index = self.function_index(id, set, spec, Placement { emulated, ..Placement::ENTRY })?;
             let symbol = spec.symbol.clone();
-            let (function, returns) = (*offset as u64, spec.role != Role::Free);
+            let (function, returns) = (offset as u64, spec.role != Role::Free);
             probes.push(Probe { function, offset: function, index, returns, symbol });
         }
         self.keep(instance, (id, set.number), set, library, probes)
@@ -275,6 +276,9 @@ impl Tracker {
         }
         if set.functions.iter().any(|f| f.range) {
             function_flags.0 |= flags::FUNCTION_UNSAMPLED.0;
+        }
+        if !at.emulated {
+            function_flags.0 |= flags::FUNCTION_STEPPED.0;
         }
         let function = memleak_function {
             probe_set: set.number,
@@ -324,6 +328,34 @@ impl Tracker {
             self.names.len() - 1
         });
         at as u32
+    }
+
+    /// Takes the breakpoints out of the children that a process has forked. They inherit them and pay for each hit although
+    /// nobody counts it, because the kernel looks for processes in which no probe is wanted only when one is detached: so
+    /// one more, which does nothing, is attached to the process itself and detached again. Perf events need no help: the
+    /// kernel removes their breakpoints from a child at the first hit. Does nothing while no probe is attached.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn release_children(&self, instance: u32) -> Result<()> {
+        let Some(target) = self.targets.get(&instance).filter(|t| t.attached) else { return Ok(()) };
+        let (prog, session) = match self.backend {
+            Backend::Session => (&self.skel.progs.alloc_session, true),
+            Backend::Multi => (&self.skel.progs.alloc_multi_enter, false),
+            Backend::Perf | Backend::PerfPlain => return Ok(()),
+        };
+        for plan in target.plans.values().filter(|p| !p.links.is_empty()) {
+            let opts = UprobeMultiOpts {
+                offsets: plan.probes.iter().map(|p| offset(p.offset)).collect::<Result<_>>()?,
+                // No function has this index: the program returns at once.
+                cookies: vec![u64::from(u32::MAX); plan.probes.len()],
+                session,
+                ..UprobeMultiOpts::default()
+            };
+            let link = prog.attach_uprobe_multi_with_opts(target.pid.cast_signed(), plan.path(), "", opts);
+            drop(link.map_err(|e| Error::bpf(format!("release the children of process {}", target.pid), &e))?);
+        }
+        Ok(())
     }
 
     /// Attaches all probes of one library, the way the backend does it.
