@@ -13,7 +13,7 @@
 #include <bpf/bpf_tracing.h>
 #include <bpf/bpf_core_read.h>
 #include "compat.bpf.h"
-#include <stddef.h>
+#include "operand.bpf.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
@@ -23,6 +23,7 @@ struct memleak_kept_types {
 	enum memleak_block_bits block_bits;
 	enum memleak_sampler sampler;
 	enum memleak_function_flags function_flags;
+	enum memleak_operand_kind operand_kind;
 	enum memleak_stack_end stack_end;
 	enum memleak_counter counter;
 	enum memleak_process_event_kind process_event_kind;
@@ -37,36 +38,6 @@ struct memleak_kept_types {
 
 /* A session program returns 1 to leave out the return probe of this call. */
 enum { FOLLOW = 0, SKIP = 1 };
-
-/* In assembly: clang merges plain loads into one at a variable offset, which the verifier refuses for a context. */
-#define ARGUMENT(ctx, n)                                                                                   \
-	({                                                                                                 \
-		u64 value;                                                                                 \
-		asm volatile("%0 = *(u64 *)(%1 + %2)"                                                      \
-			     : "=r"(value)                                                                 \
-			     : "r"(ctx), "i"(offsetof(typeof(*__PT_REGS_CAST(ctx)), __PT_PARM##n##_REG))); \
-		value;                                                                                     \
-	})
-
-static __always_inline u64 argument(struct pt_regs *ctx, int n)
-{
-	switch (n) {
-	case 0:
-		return ARGUMENT(ctx, 1);
-	case 1:
-		return ARGUMENT(ctx, 2);
-	case 2:
-		return ARGUMENT(ctx, 3);
-	case 3:
-		return ARGUMENT(ctx, 4);
-	case 4:
-		return ARGUMENT(ctx, 5);
-	case 5:
-		return ARGUMENT(ctx, 6);
-	default:
-		return 0;
-	}
-}
 
 /* a * b, or ~0 when it does not fit. By halves: clang turns the usual checks into a 128-bit call that BPF lacks. */
 static __always_inline u64 saturating_product(u64 a, u64 b)
@@ -88,12 +59,10 @@ static __always_inline u64 requested_size(struct pt_regs *ctx, const struct meml
 {
 	u64 size;
 
-	if (function->size_arg < 0)
-		return function->size_const;
-	size = argument(ctx, function->size_arg);
-	if (function->times_arg < 0)
+	size = operand(ctx, &function->size);
+	if (function->times.kind == OPERAND_NONE)
 		return size;
-	return saturating_product(size, argument(ctx, function->times_arg));
+	return saturating_product(size, operand(ctx, &function->times));
 }
 
 /*
@@ -251,15 +220,14 @@ static __always_inline int on_enter(struct pt_regs *ctx, bool session)
 	struct memleak_function *function;
 	struct memleak_actor actor;
 	struct memleak_thread *thread;
-	u64 sp, block = 0;
+	u64 sp, block;
 	u32 index;
 
 	function = function_of(ctx, &index);
 	if (!function || !find_actor(&actor))
 		return SKIP;
 	actor.domain = function->domain;
-	if (function->block_arg >= 0)
-		block = argument(ctx, function->block_arg);
+	block = operand(ctx, &function->block);
 	if (function->role == ROLE_FREE) {
 		if (block)
 			track_free(&actor, function, block, requested_size(ctx, function),
@@ -294,7 +262,7 @@ static __always_inline int on_enter(struct pt_regs *ctx, bool session)
 		abandon(&actor, thread);
 	}
 	thread->size = requested_size(ctx, function);
-	thread->out_pointer = function->out_arg >= 0 ? argument(ctx, function->out_arg) : 0;
+	thread->out_pointer = function->flags & FUNCTION_IN_PLACE ? block : operand(ctx, &function->out);
 	thread->filtered = !is_recorded(thread, function, thread->size);
 	thread->function = index;
 	thread->window = actor.target->window;
@@ -309,6 +277,16 @@ static __always_inline int on_enter(struct pt_regs *ctx, bool session)
 	if (!thread->filtered) {
 		walk(ctx, sp, &thread->stack, function->name, actor.slot);
 		thread->stack_hash = hash_stack(actor.target, &thread->stack);
+	}
+	if (function->flags & FUNCTION_AT_ENTRY) {
+		if (!block)
+			return SKIP;
+		count_allocation(actor.slot, thread->size);
+		if (thread->filtered)
+			end_missed(&actor, block, bpf_ktime_get_ns());
+		else
+			track_alloc(&actor, function, block, thread->size, thread->stack_hash, &thread->stack);
+		return SKIP;
 	}
 	thread->sp = sp;
 	return FOLLOW;
@@ -347,7 +325,10 @@ static __always_inline int on_return(struct pt_regs *ctx)
 	old_address = thread->old_address;
 	thread->old_address = 0;
 	block = PT_REGS_RC(ctx);
-	if (function->out_arg >= 0) {
+	if (function->flags & FUNCTION_IN_PLACE) {
+		failed = block < thread->size;
+		block = thread->out_pointer;
+	} else if (function->out.kind != OPERAND_NONE) {
 		failed = (u32)block != (u32)function->expect;
 		block = 0;
 		if (!failed && bpf_probe_read_user(&block, sizeof(block), (void *)thread->out_pointer)) {

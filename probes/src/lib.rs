@@ -20,6 +20,7 @@ pub mod elf;
 mod error;
 pub mod events;
 pub mod features;
+mod operand;
 mod own_code;
 pub mod placement;
 pub mod reader;

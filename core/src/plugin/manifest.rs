@@ -118,6 +118,9 @@ struct ManifestReturns {
     pointer_in_arg: Option<u8>,
     ok: Option<i32>,
     failed: Option<i64>,
+    #[serde(default)]
+    in_place: bool,
+    block_in_arg: Option<u8>,
 }
 
 /// Parses and checks one manifest.
@@ -203,20 +206,35 @@ impl Function {
             Some(_) => return Err("size is { arg = N }, { arg = N, times = M } or { const = BYTES }".into()),
         };
         let returns = match self.returns {
-            ManifestReturns { pointer_in_arg: Some(arg), ok, failed: None } => {
+            ManifestReturns { pointer_in_arg: Some(arg), ok, failed: None, in_place: false, block_in_arg: None } => {
                 Returns::Pointer { arg, ok: ok.unwrap_or(0) }
             }
-            ManifestReturns { pointer_in_arg: None, ok: None, failed } => {
+            ManifestReturns { pointer_in_arg: None, ok: None, failed, in_place: false, block_in_arg: None } => {
                 Returns::Value { failed: failed.unwrap_or(0).cast_unsigned() }
             }
-            _ => return Err("returns is { failed = VALUE } or { pointer_in_arg = N, ok = VALUE }".into()),
+            ManifestReturns { pointer_in_arg: None, ok: None, failed: None, in_place, block_in_arg: None }
+                if in_place =>
+            {
+                Returns::InPlace
+            }
+            ManifestReturns {
+                pointer_in_arg: None,
+                ok: None,
+                failed: None,
+                in_place: false,
+                block_in_arg: Some(arg),
+            } => Returns::AtEntry { arg },
+            _ => {
+                let forms = "{ failed = VALUE }, { pointer_in_arg = N, ok = VALUE }, { in_place = true }";
+                return Err(format!("returns is one of {forms} and {{ block_in_arg = N }}"));
+            }
         };
         let mut arguments = Vec::from_iter(self.old.map(|a| a.arg));
         if let Size::Argument { arg, times } = size {
             arguments.push(arg);
             arguments.extend(times);
         }
-        if let Returns::Pointer { arg, .. } = returns {
+        if let Returns::Pointer { arg, .. } | Returns::AtEntry { arg } = returns {
             arguments.push(arg);
         }
         if let Some(n) = arguments.iter().find(|n| **n >= MAX_ARGUMENTS) {
@@ -231,6 +249,12 @@ impl Function {
             (ManifestRole::Free, Some(_)) => Role::Free,
             (_, None) => return Err("which argument is the old block? Say old = { arg = N }".into()),
         };
+        if returns == Returns::InPlace && (role != Role::Realloc || !matches!(size, Size::Argument { .. })) {
+            return Err("returns = { in_place = true } goes with role \"realloc\" and size = { arg = N }".into());
+        }
+        if matches!(returns, Returns::AtEntry { .. }) && role != Role::Alloc {
+            return Err("returns = { block_in_arg = N } goes with role \"alloc\"".into());
+        }
         if role == Role::Free && !self.range && self.size.is_some() {
             return Err("a free has a size only with range = true".into());
         }

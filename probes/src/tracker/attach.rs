@@ -11,6 +11,7 @@ use libbpf_rs::{Link, MapCore, MapFlags, ProgramMut, UprobeMultiOpts, UprobeOpts
 use super::{FileId, Tracker, open};
 use crate::elf::{self, Symbols};
 use crate::features::Backend;
+use crate::operand::Operand;
 use crate::placement::{self, Placement};
 use crate::skeleton::userspace_alloc::UserspaceAllocSkel;
 use crate::spec::{Attached, FunctionSpec, Library, ProbeSetSpec, Returns, Role, Size, needs};
@@ -109,7 +110,7 @@ impl Tracker {
                 format!("{} is stripped: it has no symbols to find functions by", library.name),
             ));
         }
-        if symbols.go && set.functions.iter().any(|f| f.role != Role::Free) {
+        if symbols.go && set.functions.iter().any(FunctionSpec::is_return_probed) {
             // The Go runtime moves stacks and would meet a return address that is not its own.
             let why = "is a Go program: a return probe on its own functions would crash it";
             return Err(Error::new(
@@ -137,7 +138,7 @@ impl Tracker {
                 let placement = if self.settings.at_entry { Placement::ENTRY } else { best() };
                 let at = function.offset + placement.offset;
                 let index = self.function_index(id, set, &spec, placement)?;
-                let (returns, symbol) = (spec.role != Role::Free, spec.symbol.clone());
+                let (returns, symbol) = (spec.is_return_probed(), spec.symbol.clone());
                 probes.push(Probe { function: function.offset, offset: at, index, returns, symbol });
                 report.push(Attached { symbol: spec.symbol.clone(), placement: Ok(placement) });
             }
@@ -237,7 +238,7 @@ impl Tracker {
         for (spec, offset) in set.functions.iter().zip(at) {
             let index = self.function_index(id, set, spec, Placement::ENTRY)?;
             let symbol = spec.symbol.clone();
-            let (function, returns) = (*offset as u64, spec.role != Role::Free);
+            let (function, returns) = (*offset as u64, spec.is_return_probed());
             probes.push(Probe { function, offset: function, index, returns, symbol });
         }
         self.keep(instance, (id, set.number), set, library, probes)
@@ -245,7 +246,7 @@ impl Tracker {
 
     /// Index of a function in the kernel's table; it serves every process that maps the same file.
     fn function_index(&mut self, id: FileId, set: &ProbeSetSpec, spec: &FunctionSpec, at: Placement) -> Result<u32> {
-        let key = (id, set.number, spec.symbol.clone(), at.sp_offset);
+        let key = (id, set.number, spec.symbol.clone(), at);
         if let Some(index) = self.functions.get(&key) {
             return Ok(*index);
         }
@@ -255,25 +256,27 @@ impl Tracker {
         }
         let domain = self.domain(&set.domain)?;
         let name = self.name(&spec.symbol);
-        let argument = |n: Option<u8>| n.map_or(-1, u8::cast_signed);
-        let (size_arg, times_arg, size_const) = match spec.size {
-            Size::Argument { arg, times } => (Some(arg), times, 0),
-            Size::Constant(bytes) => (None, None, bytes),
+        let argument = |n: Option<u8>| n.map_or(Operand::None, |n| Operand::Register(at.register(n)));
+        let (size, times) = match spec.size {
+            Size::Argument { arg, times } => (argument(Some(arg)), argument(times)),
+            Size::Constant(bytes) => (Operand::Constant(bytes), Operand::None),
         };
-        let (out_arg, expect) = match spec.returns {
-            Returns::Value { failed } => (None, failed),
-            Returns::Pointer { arg, ok } => (Some(arg), u64::from(ok.cast_unsigned())),
+        let (out, expect, mut function_flags) = match spec.returns {
+            Returns::Value { failed } => (None, failed, flags(0)),
+            Returns::Pointer { arg, ok } => (Some(arg), u64::from(ok.cast_unsigned()), flags(0)),
+            Returns::InPlace => (None, 0, flags::FUNCTION_IN_PLACE),
+            Returns::AtEntry { .. } => (None, 0, flags::FUNCTION_AT_ENTRY),
         };
         let role = match spec.role {
             Role::Alloc => memleak_role::ROLE_ALLOC,
             Role::Realloc => memleak_role::ROLE_REALLOC,
             Role::Free => memleak_role::ROLE_FREE,
         };
-        let mut function_flags = flags(0);
         if spec.range {
             function_flags.0 |= flags::FUNCTION_RANGE.0;
         }
-        if set.functions.iter().any(|f| f.range) {
+        // What tells of samples must not be sampled again.
+        if set.functions.iter().any(|f| f.range) || matches!(spec.returns, Returns::AtEntry { .. }) {
             function_flags.0 |= flags::FUNCTION_UNSAMPLED.0;
         }
         let function = memleak_function {
@@ -282,12 +285,11 @@ impl Tracker {
             role: role.0 as u8,
             domain,
             flags: function_flags.0 as u8,
-            size_arg: argument(size_arg),
-            times_arg: argument(times_arg),
-            block_arg: argument(spec.block_arg),
-            out_arg: argument(out_arg),
-            pad: 0,
-            size_const,
+            pad: [0; 5],
+            size: size.encode(),
+            times: times.encode(),
+            block: argument(spec.block()).encode(),
+            out: argument(out).encode(),
             expect,
             sp_offset: at.sp_offset,
             followed: 0,
