@@ -29,6 +29,7 @@ enum memleak_function_flags {
 	FUNCTION_UNSAMPLED = 2, /* hands out such ranges: all are recorded, for a part of a sampled one means nothing */
 	FUNCTION_AT_ENTRY = 4, /* the call tells of a block that has been handed out already */
 	FUNCTION_IN_PLACE = 8, /* returns the block's size; less than was asked for: it has not changed */
+	FUNCTION_INSIDE = 16, /* a tracepoint: the probe is somewhere in a function */
 };
 
 enum memleak_operand_kind {

@@ -65,20 +65,29 @@ static __always_inline u64 requested_size(struct pt_regs *ctx, const struct meml
 	return saturating_product(size, operand(ctx, &function->times));
 }
 
+/* Where the function that was just entered will return to; at a tracepoint, the address behind its instruction. */
+static __always_inline u64 caller_of(struct pt_regs *ctx, const struct memleak_function *function)
+{
+	if (function->flags & FUNCTION_INSIDE)
+		return PT_REGS_IP(ctx) + 1;
+	return return_address(ctx, PT_REGS_SP(ctx) + function->sp_offset);
+}
+
 /*
  * The stack at a function's entry. The walk starts at the function itself, whose frame is not set up yet, and on most
  * kernels leaves out its caller; the caller's address is on top of the stack (x86-64) or in the link register.
  */
-static __always_inline void walk(struct pt_regs *ctx, u64 sp, struct memleak_stack *stack, u32 name, u32 slot)
+static __always_inline void walk(struct pt_regs *ctx, const struct memleak_function *function,
+				 struct memleak_stack *stack, u32 slot)
 {
-	u64 caller = return_address(ctx, sp);
+	u64 caller = caller_of(ctx, function);
 	u32 bytes = max_frames * sizeof(u64);
 	long got;
 	u32 n;
 
 	if (bytes > MEMLEAK_MAX_FRAMES * sizeof(u64))
 		bytes = MEMLEAK_MAX_FRAMES * sizeof(u64);
-	stack->name = name;
+	stack->name = function->name;
 	stack->start = 0;
 	stack->end = STACK_WALKED;
 	got = bpf_get_stack(ctx, stack->addresses, bytes, BPF_F_USER_STACK);
@@ -208,7 +217,7 @@ static __always_inline u64 stack_of_free(struct pt_regs *ctx, struct memleak_act
 	/* A pending call's stack is still needed for what it hands out. */
 	if (!thread || thread->sp)
 		return 0;
-	walk(ctx, PT_REGS_SP(ctx) + function->sp_offset, &thread->stack, function->name, actor->slot);
+	walk(ctx, function, &thread->stack, actor->slot);
 	key.stack = hash_stack(actor->target, &thread->stack);
 	bpf_map_update_elem(&stacks, &key, &thread->stack, BPF_NOEXIST);
 	return key.stack;
@@ -275,7 +284,7 @@ static __always_inline int on_enter(struct pt_regs *ctx, bool session)
 		return SKIP;
 	}
 	if (!thread->filtered) {
-		walk(ctx, sp, &thread->stack, function->name, actor.slot);
+		walk(ctx, function, &thread->stack, actor.slot);
 		thread->stack_hash = hash_stack(actor.target, &thread->stack);
 	}
 	if (function->flags & FUNCTION_AT_ENTRY) {

@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use crate::spec::{FunctionSpec, Library, ProbeSetSpec, Returns, Role, Size};
+use crate::spec::{FunctionSpec, Library, ProbeSetSpec, Returns, Role, SetKind, Size};
 use crate::tracker::Tracker;
 use crate::types::MAX_PROBE_SET;
 use crate::{Result, own_code};
@@ -31,6 +31,7 @@ pub(crate) fn measure(tracker: &mut Tracker) -> Result<f64> {
         optional: false,
     };
     let set = ProbeSetSpec {
+        kind: SetKind::Functions,
         number: MAX_PROBE_SET,
         name: "calibration".into(),
         domain: "memory".into(),

@@ -88,9 +88,20 @@ impl FunctionSpec {
     }
 }
 
+/// What the names of a probe set's functions mean in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SetKind {
+    /// Symbols of functions.
+    Functions,
+    /// Static tracepoints (USDT), `provider:name`.
+    Tracepoints,
+}
+
 /// A probe set, resolved from its manifest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProbeSetSpec {
+    /// What its functions are.
+    pub kind: SetKind,
     /// Number within the run, part of every site's key.
     pub number: u32,
     /// Name, for messages.

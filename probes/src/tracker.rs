@@ -12,7 +12,6 @@ use libbpf_rs::{Link, MapCore, MapFlags, ProgramMut};
 use crate::elf::Symbols;
 use crate::events::{Event, ProcessEvent, Rings};
 use crate::features::{Backend, Features};
-use crate::placement::Placement;
 use crate::reader::{self, Block, Counters, SiteKey, SiteTotals, Stack};
 use crate::skeleton::userspace_alloc::UserspaceAllocSkel;
 use crate::types::{CODE_RANGES, MAX_TARGETS, bytes_of, memleak_range, memleak_target};
@@ -80,8 +79,8 @@ pub struct Tracker {
     names: Vec<String>,
     domains: Vec<String>,
     next_function: u32,
-    /// Functions that were set up before, by file, probe set, symbol and place: their index.
-    functions: HashMap<(FileId, u32, String, Placement), u32>,
+    /// Functions that were set up before, by file, probe set, symbol and file offset of the probe: their index.
+    functions: HashMap<(FileId, u32, String, u64), u32>,
     symbols: HashMap<(FileId, u32), Symbols>,
     cohort: u32,
     cost_per_hit_ns: f64,
