@@ -153,9 +153,9 @@ fn follow(holders: &mut Holders, instruction: &Instruction) {
                 Some(register) == last.as_ref() && !reads_only.iter().any(|p| instruction.mnemonic.starts_with(p));
             let swapped = ["xchg", "xadd", "cmpxchg", "mulx"].iter().any(|p| instruction.mnemonic.starts_with(p))
                 && instruction.operands.iter().filter_map(|o| o.strip_prefix('%')).any(|o| whole(o) == *register);
-            let implied = register == "rax" && products
-                || register == "rax" && hidden.iter().any(|p| instruction.mnemonic.starts_with(p))
-                || register == "rbx" && instruction.mnemonic == "cpuid";
+            let hides = hidden.iter().any(|p| instruction.mnemonic.starts_with(p));
+            let implied =
+                register == "rax" && (products || hides) || register == "rbx" && instruction.mnemonic == "cpuid";
             !(hit || named || swapped || implied)
         });
         if copied == Some(n)
