@@ -13,7 +13,7 @@
 #include <bpf/bpf_tracing.h>
 #include <bpf/bpf_core_read.h>
 #include "compat.bpf.h"
-#include <stddef.h>
+#include "operand.bpf.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
@@ -23,6 +23,7 @@ struct memleak_kept_types {
 	enum memleak_block_bits block_bits;
 	enum memleak_sampler sampler;
 	enum memleak_function_flags function_flags;
+	enum memleak_operand_kind operand_kind;
 	enum memleak_stack_end stack_end;
 	enum memleak_counter counter;
 	enum memleak_process_event_kind process_event_kind;
@@ -37,36 +38,6 @@ struct memleak_kept_types {
 
 /* A session program returns 1 to leave out the return probe of this call. */
 enum { FOLLOW = 0, SKIP = 1 };
-
-/* In assembly: clang merges plain loads into one at a variable offset, which the verifier refuses for a context. */
-#define ARGUMENT(ctx, n)                                                                                   \
-	({                                                                                                 \
-		u64 value;                                                                                 \
-		asm volatile("%0 = *(u64 *)(%1 + %2)"                                                      \
-			     : "=r"(value)                                                                 \
-			     : "r"(ctx), "i"(offsetof(typeof(*__PT_REGS_CAST(ctx)), __PT_PARM##n##_REG))); \
-		value;                                                                                     \
-	})
-
-static __always_inline u64 argument(struct pt_regs *ctx, int n)
-{
-	switch (n) {
-	case 0:
-		return ARGUMENT(ctx, 1);
-	case 1:
-		return ARGUMENT(ctx, 2);
-	case 2:
-		return ARGUMENT(ctx, 3);
-	case 3:
-		return ARGUMENT(ctx, 4);
-	case 4:
-		return ARGUMENT(ctx, 5);
-	case 5:
-		return ARGUMENT(ctx, 6);
-	default:
-		return 0;
-	}
-}
 
 /* a * b, or ~0 when it does not fit. By halves: clang turns the usual checks into a 128-bit call that BPF lacks. */
 static __always_inline u64 saturating_product(u64 a, u64 b)
@@ -88,28 +59,35 @@ static __always_inline u64 requested_size(struct pt_regs *ctx, const struct meml
 {
 	u64 size;
 
-	if (function->size_arg < 0)
-		return function->size_const;
-	size = argument(ctx, function->size_arg);
-	if (function->times_arg < 0)
+	size = operand(ctx, &function->size);
+	if (function->times.kind == OPERAND_NONE)
 		return size;
-	return saturating_product(size, argument(ctx, function->times_arg));
+	return saturating_product(size, operand(ctx, &function->times));
+}
+
+/* Where the function that was just entered will return to; at a tracepoint, the address behind its instruction. */
+static __always_inline u64 caller_of(struct pt_regs *ctx, const struct memleak_function *function)
+{
+	if (function->flags & FUNCTION_INSIDE)
+		return PT_REGS_IP(ctx) + 1;
+	return return_address(ctx, PT_REGS_SP(ctx) + function->sp_offset);
 }
 
 /*
  * The stack at a function's entry. The walk starts at the function itself, whose frame is not set up yet, and on most
  * kernels leaves out its caller; the caller's address is on top of the stack (x86-64) or in the link register.
  */
-static __always_inline void walk(struct pt_regs *ctx, u64 sp, struct memleak_stack *stack, u32 name, u32 slot)
+static __always_inline void walk(struct pt_regs *ctx, const struct memleak_function *function,
+				 struct memleak_stack *stack, u32 slot)
 {
-	u64 caller = return_address(ctx, sp);
+	u64 caller = caller_of(ctx, function);
 	u32 bytes = max_frames * sizeof(u64);
 	long got;
 	u32 n;
 
 	if (bytes > MEMLEAK_MAX_FRAMES * sizeof(u64))
 		bytes = MEMLEAK_MAX_FRAMES * sizeof(u64);
-	stack->name = name;
+	stack->name = function->name;
 	stack->start = 0;
 	stack->end = STACK_WALKED;
 	got = bpf_get_stack(ctx, stack->addresses, bytes, BPF_F_USER_STACK);
@@ -239,7 +217,7 @@ static __always_inline u64 stack_of_free(struct pt_regs *ctx, struct memleak_act
 	/* A pending call's stack is still needed for what it hands out. */
 	if (!thread || thread->sp)
 		return 0;
-	walk(ctx, PT_REGS_SP(ctx) + function->sp_offset, &thread->stack, function->name, actor->slot);
+	walk(ctx, function, &thread->stack, actor->slot);
 	key.stack = hash_stack(actor->target, &thread->stack);
 	bpf_map_update_elem(&stacks, &key, &thread->stack, BPF_NOEXIST);
 	return key.stack;
@@ -251,7 +229,7 @@ static __always_inline int on_enter(struct pt_regs *ctx, bool session)
 	struct memleak_function *function;
 	struct memleak_actor actor;
 	struct memleak_thread *thread;
-	u64 sp, block = 0;
+	u64 sp, block;
 	u32 index;
 
 	function = function_of(ctx, &index);
@@ -260,8 +238,7 @@ static __always_inline int on_enter(struct pt_regs *ctx, bool session)
 	if (function->flags & FUNCTION_STEPPED)
 		count(actor.slot, COUNTER_HITS_STEPPED);
 	actor.domain = function->domain;
-	if (function->block_arg >= 0)
-		block = argument(ctx, function->block_arg);
+	block = operand(ctx, &function->block);
 	if (function->role == ROLE_FREE) {
 		if (block)
 			track_free(&actor, function, block, requested_size(ctx, function),
@@ -296,7 +273,7 @@ static __always_inline int on_enter(struct pt_regs *ctx, bool session)
 		abandon(&actor, thread);
 	}
 	thread->size = requested_size(ctx, function);
-	thread->out_pointer = function->out_arg >= 0 ? argument(ctx, function->out_arg) : 0;
+	thread->out_pointer = function->flags & FUNCTION_IN_PLACE ? block : operand(ctx, &function->out);
 	thread->filtered = !is_recorded(thread, function, thread->size);
 	thread->function = index;
 	thread->window = actor.target->window;
@@ -309,8 +286,18 @@ static __always_inline int on_enter(struct pt_regs *ctx, bool session)
 		return SKIP;
 	}
 	if (!thread->filtered) {
-		walk(ctx, sp, &thread->stack, function->name, actor.slot);
+		walk(ctx, function, &thread->stack, actor.slot);
 		thread->stack_hash = hash_stack(actor.target, &thread->stack);
+	}
+	if (function->flags & FUNCTION_AT_ENTRY) {
+		if (!block)
+			return SKIP;
+		count_allocation(actor.slot, thread->size);
+		if (thread->filtered)
+			end_missed(&actor, block, bpf_ktime_get_ns());
+		else
+			track_alloc(&actor, function, block, thread->size, thread->stack_hash, &thread->stack);
+		return SKIP;
 	}
 	thread->sp = sp;
 	return FOLLOW;
@@ -349,7 +336,10 @@ static __always_inline int on_return(struct pt_regs *ctx)
 	old_address = thread->old_address;
 	thread->old_address = 0;
 	block = PT_REGS_RC(ctx);
-	if (function->out_arg >= 0) {
+	if (function->flags & FUNCTION_IN_PLACE) {
+		failed = block < thread->size;
+		block = thread->out_pointer;
+	} else if (function->out.kind != OPERAND_NONE) {
 		failed = (u32)block != (u32)function->expect;
 		block = 0;
 		if (!failed && bpf_probe_read_user(&block, sizeof(block), (void *)thread->out_pointer)) {

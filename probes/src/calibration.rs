@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use crate::reader::Counters;
-use crate::spec::{FunctionSpec, Library, ProbeSetSpec, Returns, Role, Size};
+use crate::spec::{FunctionSpec, Library, ProbeSetSpec, Returns, Role, SetKind, Size};
 use crate::tracker::Tracker;
 use crate::types::MAX_PROBE_SET;
 use crate::{Result, own_code};
@@ -49,6 +49,7 @@ pub(crate) fn measure(tracker: &mut Tracker) -> Result<Prices> {
         optional: false,
     };
     let set = ProbeSetSpec {
+        kind: SetKind::Functions,
         number: MAX_PROBE_SET,
         name: "calibration".into(),
         domain: "memory".into(),

@@ -80,7 +80,7 @@ pub struct Tracker {
     names: Vec<String>,
     domains: Vec<String>,
     next_function: u32,
-    /// Functions that were set up before, by file, probe set and symbol: their index and whether they return.
+    /// Functions that were set up before, by file, probe set, symbol and file offset of the probe: their index.
     functions: HashMap<(FileId, u32, String, u64), u32>,
     symbols: HashMap<(FileId, u32), Symbols>,
     cohort: u32,

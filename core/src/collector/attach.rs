@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memleak_probes::{Attached, Library, elf};
+use memleak_probes::{Attached, Library, SetKind, elf, usdt};
 
 use super::{Collector, Watched};
 use crate::maps::{Backing, FileId, Mapping, Maps, open_mapped};
@@ -169,7 +169,12 @@ impl Known {
         let look = |debug: Option<&Path>| {
             // Not every mapped file is a library.
             let symbols = elf::read_symbols(&library.path, debug, &names).unwrap_or_default();
-            let (defined, exported) = (symbols.functions.into_keys().collect(), symbols.exported);
+            let mut defined: HashSet<String> = symbols.functions.into_keys().collect();
+            if plugins.iter().any(|p| p.spec.kind == SetKind::Tracepoints) {
+                let tracepoints = usdt::read_names(&library.path).unwrap_or_default();
+                defined.extend(tracepoints.into_iter().filter(|t| names.contains(&t.as_str())));
+            }
+            let exported = symbols.exported;
             Facts { soname: soname.clone(), defined, exported }
         };
         let own = look(None);
