@@ -16,6 +16,9 @@
 --   critical_time  growth that lasts this long and ...
 --   critical_rate  ... is at least this fast is "critical"
 --
+-- Where the process's memory has been scanned, growth of lost blocks is "critical" at once, and growth of blocks that
+-- are still referenced no more than "info": see `definitely_lost` and `reachable_growth`.
+--
 -- Sample finding
 --   warning 0.87: rose in 20 of 20 steps over 20s to 512.0 KiB: 25.6 KiB/s, 90.0 MiB an hour; a cache that is still
 --   filling looks the same, a leak does not stop
@@ -61,6 +64,8 @@ local function evaluate(site, p)
   elseif seen < p.critical_time then
     doubt = "; a cache that is still filling looks the same, a leak does not stop"
   end
+
+  severity, doubt = grow.after_scan(site, severity, doubt)
 
   local patience = math.min(1, 0.6 + 0.4 * lasted / p.settle)
   local confidence = window:trend_confidence() * (1 - level_off / 2) * patience

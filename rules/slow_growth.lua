@@ -57,6 +57,7 @@ local function evaluate(site, p)
     severity = "info"
     doubt = "; the process frees as many blocks from before the attach, so these may only take their place"
   end
+  severity, doubt = grow.after_scan(site, severity, doubt)
   return {
     severity = severity,
     confidence = certainty * (1 - level_off / 2),

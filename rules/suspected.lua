@@ -2,20 +2,27 @@
 -- process's memory grows.
 --
 -- Between windows frees are not seen, so nothing is proven: a cache that fills looks the same. The rate is an estimate:
--- the growth of the process's resident memory, divided among the sites by the bytes of their survivors.
+-- the growth of the process's anonymous memory, divided among the sites by the bytes of their survivors. Windows that are
+-- shorter than usual, because the target is sensitive to latency, tell survivors from short-lived blocks less well: that
+-- halves the confidence, and the finding says so.
 --
 -- Arguments
 --   min_time     shortest growth of the process
---   min_rate     least growth of the process's resident memory
+--   min_rate     least growth of the process's anonymous memory
 --   min_cohorts  least number of birth periods with blocks that were seen ...
 --   min_lasting  ... and least share of them that has survivors
 --   min_blocks   least survivors
 --   min_share    least share of the process's surviving bytes
+--   full_window  windows shorter than this are weaker evidence
 --   settle       growth that is shorter is no more than "info": data may still be loaded
 --
 -- Sample finding
 --   warning 0.42: suspected, not proven: 212 of 212 sampled blocks (100 % +- 1 %) from 14 periods were not seen to be
---   freed, while the process grows by 1.2 MiB/s; about 1.1 MiB/s of it may be this site's (estimate)
+--   freed, while the process's anonymous memory grows by 1.2 MiB/s; about 1.1 MiB/s of it may be this site's (estimate)
+
+local grow = require("lib.grow")
+
+local grow = require("lib.grow")
 
 -- Sums of surviving bytes by process id, over the sites of processes that are watched through windows.
 local function surviving_bytes(sites)
@@ -35,7 +42,7 @@ local function evaluate_site(site, p, total)
   if survivors < p.min_blocks or share < p.min_share then
     return nil
   end
-  local growth = site.process:rss_slope(p.min_time)
+  local growth, of_what = grow.of_process(site.process, p.min_time)
   if not growth or growth < p.min_rate or site.age_s < p.min_time then
     return nil
   end
@@ -46,16 +53,21 @@ local function evaluate_site(site, p, total)
 
   local fraction = survivors / sampled
   local error = 1.96 * math.sqrt(math.max(fraction * (1 - fraction), 1 / sampled) / sampled)
+  local short = (site.process.window_s or p.full_window) < p.full_window
   local severity = site.age_s < p.settle and "info" or "warning"
+  local doubt
+  severity, doubt = grow.after_scan(site, severity, "")
   return {
     site = site,
     severity = severity,
-    confidence = 0.5 * math.min(1, cohorts / (2 * p.min_cohorts)) * (severity == "info" and 0.5 or 1),
+    confidence = 0.5 * math.min(1, cohorts / (2 * p.min_cohorts)) * (severity == "info" and 0.5 or 1)
+      * (short and 0.5 or 1),
     reason = string.format(
       "suspected, not proven: %s of %s sampled blocks (%s +- %s) from %d periods were not seen to be freed, while the "
-        .. "process grows by %s; about %s of it may be this site's (estimate)",
+        .. "process's %s grows by %s; about %s of it may be this site's (estimate)%s%s",
       units.count(survivors), units.count(sampled), units.percent(fraction), units.percent(error), cohorts,
-      units.rate(growth), units.rate(growth * share)
+      of_what, units.rate(growth), units.rate(growth * share),
+      short and "; seen through short windows, which is weaker evidence" or "", doubt
     ),
   }
 end
@@ -94,6 +106,7 @@ return {
     min_lasting = 0.8,
     min_blocks = 10,
     min_share = 0.1,
+    full_window = "100ms",
     settle = "2min",
   },
   evaluate_snapshot = evaluate_snapshot,

@@ -53,6 +53,10 @@ const BUILDS: &[Build] = &[
     gcc("exit", "programs/exit.c", &[]),
     gcc("leaker", "programs/leaker.c", &[]),
     gcc("busy", "programs/busy.c", &[]),
+    gcc("shapes", "programs/shapes.c", &[]),
+    gcc("growth", "programs/growth.c", &[]),
+    gcc("jump", "programs/jump.c", &[]),
+    gcc("fork_busy", "programs/fork_busy.c", &[]),
     gcc("early", "programs/early.c", &[]),
     gcc("dlopen", "programs/dlopen.c", &["-ldl"]),
     gcc("sampled", "programs/sampled.c", &[]),
@@ -68,6 +72,7 @@ const BUILDS: &[Build] = &[
     gcc("two_allocators", "programs/two_allocators.c", &["-ldl"]),
     // Told nothing about malloc, the compiler leaves the bodies as they are.
     gcc("own_malloc", "programs/own_malloc.c", &["-fno-builtin"]),
+    gcc("tracepoints", "programs/tracepoints.c", &[]),
     gxx("operator_new", "programs/operator_new.cc", &[]),
     gxx("operators", "programs/operators.cc", &["-std=c++17"]),
     gxx("own_operators", "programs/own_operators.cc", &[]),

@@ -53,6 +53,7 @@ fn snapshot(number: u64, sites: &[Arc<Site>], leaking_share: u64) -> Snapshot {
             last_allocation_s: time_s,
             cohorts,
             lifetimes,
+            reachability: None,
         });
     }
     snapshot

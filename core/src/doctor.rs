@@ -63,9 +63,12 @@ fn measure_cost(config: &Config) -> Result<String> {
 }
 
 fn cost_line(collector: &Collector) -> String {
+    let prices = collector.tracker().prices();
     format!(
-        "  one hit of a well-placed probe costs {:.0} ns here; a traced malloc and free are three hits\n",
-        collector.tracker().cost_per_hit_ns()
+        "  one hit of a well-placed probe costs {:.0} ns here, {:.1} us more where the kernel single-steps; a traced malloc \
+         and free are three hits\n",
+        prices.hit_ns,
+        prices.stepped_ns / 1e3
     )
 }
 
@@ -95,10 +98,11 @@ fn look_at(config: &Config, pid: u32) -> Result<String> {
                             Ok(p) if p.emulated => writeln!(out, "    {:18} +{} emulated", function.symbol, p.offset),
                             Ok(p) => writeln!(
                                 out,
-                                "    {:18} +{} single-stepped{}: a hit costs 1 us more, in a virtual machine 20 us",
+                                "    {:18} +{} single-stepped{}: a hit costs {:.1} us more",
                                 function.symbol,
                                 p.offset,
-                                p.reason.map(|why| format!(" ({why})")).unwrap_or_default()
+                                p.reason.map(|why| format!(" ({why})")).unwrap_or_default(),
+                                collector.tracker().prices().stepped_ns / 1e3
                             ),
                         };
                     }
@@ -107,6 +111,10 @@ fn look_at(config: &Config, pid: u32) -> Result<String> {
             };
         }
     }
+    let _ = writeln!(
+        out,
+        "  children that it forks inherit the breakpoints; those that are no targets are released within a second"
+    );
     collector.require_attached()?;
     let first = collector.snapshot()?;
     let mut waited = collector.now_s();

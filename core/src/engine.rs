@@ -104,6 +104,9 @@ impl Engine<'_> {
             if over {
                 break;
             }
+            if stop.take_scan_request() {
+                self.collector.scan_all()?;
+            }
             if stop.take_report_request() || next_report.is_some_and(|at| now >= at) {
                 next_report = self.config.report.every.map(|every| now + every.as_secs_f64());
                 self.report_while_running();
@@ -122,9 +125,11 @@ impl Engine<'_> {
         self.follow_processes();
         let snapshot = self.collector.snapshot()?;
         self.history.push(&snapshot);
+        self.reporter.note_snapshot(&snapshot);
         let collector = &mut self.collector;
         let evaluation = self.rules.evaluate(&self.history, &mut |site| collector.symbolize(site));
         self.reporter.note_rule_errors(&evaluation.errors);
+        self.collector.scan_suspects(evaluation.findings.iter().map(|f| &*f.site))?;
         let events = self.alerts.update(&evaluation.findings, &self.history, snapshot.time_s, snapshot.wall_s);
         self.name(&snapshot, &events);
         let told = self.sinks.tell(&snapshot, &self.history, &self.alerts, &events);

@@ -4,20 +4,24 @@
 //! a purse that fills at the rate of its budget and pays for every hit at the calibrated price. While the purse holds,
 //! everything is traced (exact mode). When it is empty, tracing is cut back to windows: short periods with probes
 //! attached, each opened only once the purse holds what it will probably cost. This bounds the average cost whatever the
-//! rate of calls does. Pure: it is told the time and the counters, and says what to do.
+//! rate of calls does. Should it fail to, because the price was wrong or the collector got no CPU time to close a window,
+//! a hard stop detaches everything for a while. Pure: it is told the time and the counters, and says what to do.
 //!
 //! ```text
 //!          purse empty                     purse recovered
 //!  Exact --------------> Waiting ------------------------------> Open
-//!    ^                      ^   window over, or its hits used up   |
-//!    |  cheap for a while   +--------------------------------------+
-//!    +----------------------+
+//!    ^ |                  ^ ^   window over, or its hits used up   | |
+//!    | |                  | +--------------------------------------+ |
+//!    | |                  +---- Stopped <----------------------------+
+//!    | |   cool-down over          ^       closed far too late, or the target slowed down too much
+//!    | +---------------------------+
+//!    +-- windows were cheap for a while
 //! ```
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use crate::config::BudgetSettings;
+use crate::config::{BudgetSettings, Latency};
 
 /// The purse holds at most the budget of this long: a burst that may be paid at once.
 const PURSE_S: f64 = 1.0;
@@ -25,8 +29,8 @@ const PURSE_S: f64 = 1.0;
 const PLANNED: f64 = 0.8;
 /// What attaching and detaching cost the target, per window: about 0.5 % of one second, as measured.
 const WINDOW_FIXED_S: f64 = 0.005;
-/// Windows are not opened more often than this, seconds.
-const MIN_PERIOD_S: f64 = 1.0;
+/// Windows are not opened more often than this, seconds; those of a target that is sensitive to latency, and others.
+const MIN_PERIOD_S: (f64, f64) = (2.0, 1.0);
 /// Waiting times are spread by this much in both directions, so that windows do not beat with the target's own rhythm.
 const JITTER: f64 = 0.15;
 /// Time constant of the average of the target's CPU use, seconds.
@@ -38,6 +42,16 @@ const STAY_S: (f64, f64) = (30.0, 900.0);
 /// A window counts only if the target made at least this part of the calls in the guard that its earlier rate promised:
 /// otherwise it was not running, and what it would have freed looks as if it survived.
 const GUARD_PROGRESS: f64 = 0.3;
+/// The slow-down is looked at over this time, seconds.
+const SLOWDOWN_S: f64 = 1.0;
+/// A window that is still open so long after its end shows that the collector gets no CPU time, seconds.
+const LATE_WINDOW_S: f64 = 0.5;
+/// So does such a pause in exact mode, seconds. It does harm only when the budget is exceeded meanwhile.
+const LATE_EXACT_S: f64 = 1.0;
+/// First and longest time without any probes after a hard stop, seconds. Doubles each time.
+const COOL_DOWN_S: (f64, f64) = (10.0, 600.0);
+/// After so many windows in a row without a hard stop, the next cool-down is the first again.
+const FORGIVEN_AFTER: u64 = 10;
 
 /// What to do now.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -58,6 +72,35 @@ pub enum Action {
     },
     /// Attach for good and start the books anew.
     LeaveWindows,
+    /// Detach at once; nothing is attached until the cool-down is over.
+    Stop {
+        /// Why.
+        why: StopReason,
+        /// Everything was traced: start the books anew. Otherwise a window was open, and does not count.
+        exact: bool,
+        /// How long, seconds.
+        cool_down_s: f64,
+    },
+}
+
+/// Why all tracing of a target was stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StopReason {
+    /// The collector got too little CPU time to keep tracing within its bounds.
+    Starved,
+    /// Tracing took more of the target's time than it ever may.
+    Slowdown,
+}
+
+impl StopReason {
+    /// For people: what was the case.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            StopReason::Starved => "memleak got too little CPU time to keep tracing within its bounds",
+            StopReason::Slowdown => "tracing took more of its time than max_slowdown allows",
+        }
+    }
 }
 
 /// What is known of the target at one time.
@@ -67,6 +110,8 @@ pub struct Reading {
     pub now_s: f64,
     /// Probes hit so far under the present books.
     pub hits: u64,
+    /// What these have cost the target, CPU seconds (estimate).
+    pub cost_s: f64,
     /// CPU time used so far by the target, the cost of tracing included, seconds.
     pub cpu_s: f64,
 }
@@ -77,6 +122,7 @@ enum Phase {
     Exact,
     Waiting { not_before_s: f64 },
     Open { start: Start, recorded: Option<u64> },
+    Stopped { until_s: f64, why: StopReason },
 }
 
 /// How a window began.
@@ -84,6 +130,7 @@ enum Phase {
 struct Start {
     at_s: f64,
     hits: u64,
+    cost_s: f64,
     cpu_s: f64,
     record_until_s: f64,
     end_s: f64,
@@ -93,7 +140,6 @@ struct Start {
 #[derive(Clone, Debug)]
 pub struct Governor {
     settings: BudgetSettings,
-    price_s: f64,
     phase: Phase,
     purse_s: f64,
     last: Option<Reading>,
@@ -109,15 +155,20 @@ pub struct Governor {
     recent: VecDeque<f64>,
     entered_s: f64,
     stay_s: f64,
+    /// The last second: time that passed, what tracing has cost in it, what CPU time the target has used, in seconds.
+    second: VecDeque<[f64; 3]>,
+    stops: u64,
+    /// Number of windows at the last hard stop.
+    windows_at_stop: u64,
+    cool_down_s: f64,
     random: fastrand::Rng,
 }
 
 impl Governor {
-    /// A governor for a target that is traced exactly now. `price_s` is what one hit costs, seconds.
-    pub fn new(settings: BudgetSettings, price_s: f64, seed: u64) -> Self {
+    /// A governor for a target that is traced exactly now.
+    pub fn new(settings: BudgetSettings, seed: u64) -> Self {
         Governor {
             purse_s: settings.floor * PURSE_S,
-            price_s,
             phase: Phase::Exact,
             last: None,
             own_cpu: None,
@@ -130,6 +181,10 @@ impl Governor {
             recent: VecDeque::new(),
             entered_s: 0.0,
             stay_s: STAY_S.0,
+            second: VecDeque::new(),
+            stops: 0,
+            windows_at_stop: 0,
+            cool_down_s: COOL_DOWN_S.0,
             random: fastrand::Rng::with_seed(seed),
             settings,
         }
@@ -149,7 +204,25 @@ impl Governor {
 
     /// True while probes are attached.
     pub fn is_attached(&self) -> bool {
-        !matches!(self.phase, Phase::Waiting { .. })
+        matches!(self.phase, Phase::Exact | Phase::Open { .. })
+    }
+
+    /// Why nothing is attached although a window would be due; `None` unless a hard stop is being sat out.
+    pub fn stopped(&self) -> Option<StopReason> {
+        match self.phase {
+            Phase::Stopped { why, .. } => Some(why),
+            _ => None,
+        }
+    }
+
+    /// Hard stops so far.
+    pub fn stops(&self) -> u64 {
+        self.stops
+    }
+
+    /// What the target's budget is made from.
+    pub fn settings(&self) -> &BudgetSettings {
+        &self.settings
     }
 
     /// CPU seconds that tracing has cost the target so far (estimate).
@@ -174,6 +247,7 @@ impl Governor {
             Phase::Waiting { not_before_s } => Some(not_before_s),
             Phase::Open { start, recorded: None } => Some(start.record_until_s),
             Phase::Open { start, .. } => Some(start.end_s),
+            Phase::Stopped { until_s, .. } => Some(until_s),
         }
     }
 
@@ -188,7 +262,7 @@ impl Governor {
         }
         let cpu_s = (reading.cpu_s - last.cpu_s).max(0.0);
         // Hits cannot have cost more than the target has used.
-        let cost_s = (reading.hits.saturating_sub(last.hits) as f64 * self.price_s).min(cpu_s.max(elapsed_s * 1e-3));
+        let cost_s = (reading.cost_s - last.cost_s).max(0.0).min(cpu_s.max(elapsed_s * 1e-3));
         self.spent_s += cost_s;
         let own = (cpu_s - cost_s).max(0.0) / elapsed_s;
         // In a window the target is slowed down: what it does for itself says little then.
@@ -200,11 +274,29 @@ impl Governor {
         if budget.is_infinite() {
             return Action::Stay;
         }
+        let slowdown = self.slowdown([elapsed_s, cost_s, cpu_s]);
         let most = if self.is_exact() { budget * PURSE_S } else { (budget * PURSE_S).max(self.expected_s) };
         self.purse_s = (self.purse_s + budget * elapsed_s - cost_s).min(most);
+        if self.is_attached() && slowdown > self.settings.max_slowdown {
+            return self.stop(reading.now_s, StopReason::Slowdown);
+        }
         match self.phase {
+            Phase::Exact if self.purse_s < 0.0 && elapsed_s > LATE_EXACT_S => {
+                self.stop(reading.now_s, StopReason::Starved)
+            }
             Phase::Exact if self.purse_s < 0.0 => self.enter_windows(reading.now_s, budget),
             Phase::Exact => Action::Stay,
+            Phase::Stopped { until_s, .. } => {
+                if reading.now_s >= until_s {
+                    self.wait(reading.now_s, budget);
+                }
+                Action::Stay
+            }
+            Phase::Open { start, .. } if reading.now_s > start.end_s + LATE_WINDOW_S => {
+                self.open_s += reading.now_s - start.at_s;
+                self.discarded += 1;
+                self.stop(reading.now_s, StopReason::Starved)
+            }
             Phase::Waiting { not_before_s }
                 if reading.now_s >= not_before_s && self.purse_s >= PLANNED * self.expected_s =>
             {
@@ -221,6 +313,32 @@ impl Governor {
         self.last = Some(reading);
     }
 
+    /// Part of the target's time that tracing took in the last second; of one core's time where the target uses less.
+    fn slowdown(&mut self, newest: [f64; 3]) -> f64 {
+        self.second.push_back(newest);
+        let sum = |n: usize, second: &VecDeque<[f64; 3]>| second.iter().map(|part| part[n]).sum::<f64>();
+        while self.second.len() > 1 && sum(0, &self.second) - self.second[0][0] >= SLOWDOWN_S {
+            self.second.pop_front();
+        }
+        let [elapsed_s, cost_s, cpu_s] = [0, 1, 2].map(|n| sum(n, &self.second));
+        cost_s / cpu_s.max(elapsed_s).max(SLOWDOWN_S)
+    }
+
+    fn stop(&mut self, now_s: f64, why: StopReason) -> Action {
+        if self.windows >= self.windows_at_stop + FORGIVEN_AFTER {
+            self.cool_down_s = COOL_DOWN_S.0;
+        }
+        let (exact, cool_down_s) = (self.is_exact(), self.cool_down_s);
+        self.stops += 1;
+        self.windows_at_stop = self.windows;
+        self.cool_down_s = (cool_down_s * 2.0).min(COOL_DOWN_S.1);
+        self.entered_s = now_s;
+        self.recent.clear();
+        self.second.clear();
+        self.phase = Phase::Stopped { until_s: now_s + cool_down_s, why };
+        Action::Stop { why, exact, cool_down_s }
+    }
+
     fn enter_windows(&mut self, now_s: f64, budget: f64) -> Action {
         self.entered_s = now_s;
         self.recent.clear();
@@ -232,7 +350,13 @@ impl Governor {
     fn wait(&mut self, now_s: f64, budget: f64) {
         let debt_s = (self.expected_s - self.purse_s).max(0.0);
         let jitter = 1.0 + JITTER * (2.0 * self.random.f64() - 1.0);
-        let wait_s = (debt_s / (PLANNED * budget)).max(MIN_PERIOD_S) * jitter;
+        let period_s = if self.settings.latency == Latency::Sensitive {
+            // Spreading must not bring them closer together.
+            MIN_PERIOD_S.0 / (1.0 - JITTER)
+        } else {
+            MIN_PERIOD_S.1
+        };
+        let wait_s = (debt_s / (PLANNED * budget)).max(period_s) * jitter;
         self.phase = Phase::Waiting { not_before_s: now_s + wait_s };
     }
 
@@ -242,6 +366,7 @@ impl Governor {
         let start = Start {
             at_s: reading.now_s,
             hits: reading.hits,
+            cost_s: reading.cost_s,
             cpu_s: reading.cpu_s,
             record_until_s,
             end_s: reading.now_s + length_s,
@@ -263,7 +388,7 @@ impl Governor {
         let open_s = reading.now_s - start.at_s;
         self.open_s += open_s;
         self.purse_s -= WINDOW_FIXED_S;
-        let cost_s = (hits as f64 * self.price_s).min(open_s.max(reading.cpu_s - start.cpu_s));
+        let cost_s = (reading.cost_s - start.cost_s).min(open_s.max(reading.cpu_s - start.cpu_s));
         self.expected_s = cost_s + WINDOW_FIXED_S;
         self.recent.push_back(cost_s / open_s);
         if self.recent.len() > CHEAP_WINDOWS {
@@ -325,13 +450,17 @@ mod tests {
     impl Target {
         fn new() -> Self {
             Target {
-                governor: Governor::new(settings(), PRICE, 7),
+                governor: Governor::new(settings(), 7),
                 now_s: 0.0,
                 hits: 0,
                 cpu_s: 0.0,
                 useful_s: 0.0,
                 actions: Vec::new(),
             }
+        }
+
+        fn reading(&self) -> Reading {
+            Reading { now_s: self.now_s, hits: self.hits, cost_s: self.hits as f64 * PRICE, cpu_s: self.cpu_s }
         }
 
         /// Runs for a time at `rate` hits per second wanted, using at most one core, of which `work` for itself.
@@ -347,11 +476,11 @@ mod tests {
                 }
                 self.cpu_s += (work + cost) * speed * step;
                 self.useful_s += work * speed * step;
-                let reading = Reading { now_s: self.now_s, hits: self.hits, cpu_s: self.cpu_s };
+                let reading = self.reading();
                 let action = self.governor.tick(reading, 1.0);
                 if matches!(action, Action::EnterWindows | Action::LeaveWindows) {
                     self.hits = 0;
-                    self.governor.restarted(Reading { hits: 0, ..reading });
+                    self.governor.restarted(Reading { hits: 0, cost_s: 0.0, ..reading });
                 }
                 if action != Action::Stay {
                     self.actions.push((self.now_s, action));
@@ -412,7 +541,7 @@ mod tests {
     /// A window in which the target did not run would call everything a survivor.
     #[test]
     fn a_window_without_progress_in_the_guard_is_discarded() {
-        let start = Start { at_s: 0.0, hits: 0, cpu_s: 0.0, record_until_s: 0.1, end_s: 0.2 };
+        let start = Start { at_s: 0.0, hits: 0, cost_s: 0.0, cpu_s: 0.0, record_until_s: 0.1, end_s: 0.2 };
         assert!(progressed(&start, 2_000, Some(1_000), 0.2));
         assert!(!progressed(&start, 1_100, Some(1_000), 0.2));
         assert!(!progressed(&start, 1_100, None, 0.2));
@@ -430,8 +559,89 @@ mod tests {
     #[test]
     fn without_a_budget_everything_is_traced() {
         let mut target = Target::new();
-        target.governor = Governor::new(BudgetSettings { share: None, ..settings() }, PRICE, 7);
+        target.governor = Governor::new(BudgetSettings { share: None, ..settings() }, 7);
         target.run(20.0, 9e6, 1.0);
         assert_eq!(target.actions, []);
+    }
+
+    /// Where latency matters windows are short and far apart, whatever the budget would pay for.
+    #[test]
+    fn a_latency_sensitive_target_gets_short_windows_far_apart() {
+        let own = crate::config::TargetSpec { latency: Latency::Sensitive, ..crate::config::TargetSpec::default() };
+        let generous = BudgetSettings { share: Some(0.4), ..settings() };
+        let mut target = Target::new();
+        target.governor = Governor::new(generous.of(&own), 7);
+        target.run(60.0, 30e6, 1.0);
+        let times = |wanted: fn(&Action) -> bool| -> Vec<f64> {
+            target.actions.iter().filter(|(_, a)| wanted(a)).map(|(at, _)| *at).collect()
+        };
+        let opened = times(|a| matches!(a, Action::OpenWindow { .. }));
+        let closed = times(|a| matches!(a, Action::CloseWindow { .. }));
+        assert!(opened.len() >= 20, "{} windows", opened.len());
+        assert!(opened.iter().zip(&closed).all(|(open, close)| close - open <= 0.061), "{opened:?} {closed:?}");
+        assert!(closed.iter().zip(&opened[1..]).all(|(close, open)| open - close >= 1.99), "{opened:?} {closed:?}");
+    }
+
+    /// What the budget should have prevented is stopped at once, sat out, and tried again through windows.
+    #[test]
+    fn a_slow_down_beyond_the_cap_is_stopped_and_sat_out() {
+        let mut target = Target::new();
+        // The purse of a budget of 40 % would pay for 0.4 s in one go; the cap is a tenth of a second.
+        let wrong =
+            BudgetSettings { share: Some(0.4), max_slowdown: 0.1, max_window: Duration::from_millis(50), ..settings() };
+        target.governor = Governor::new(wrong, 7);
+        target.run(5.0, 3_000.0, 1.0);
+        assert!(target.governor.is_exact());
+        target.run(5.0, 9e6, 1.0);
+        let (at, action) = target.actions[0];
+        assert_eq!(action, Action::Stop { why: StopReason::Slowdown, exact: true, cool_down_s: 10.0 });
+        assert!((5.09..5.2).contains(&at), "stopped at {at}");
+        assert_eq!(target.governor.stopped(), Some(StopReason::Slowdown));
+        assert!(!target.governor.is_attached());
+        let before = target.useful_s;
+        target.run(4.0, 9e6, 1.0);
+        assert!(target.useful_s - before > 3.99, "nothing is attached in the cool-down");
+        target.run(20.0, 9e6, 1.0);
+        assert_eq!(target.governor.stopped(), None);
+        let next = target.actions.iter().find(|(_, a)| matches!(a, Action::OpenWindow { .. })).unwrap().0;
+        assert!((at + 10.0..at + 14.0).contains(&next), "next window at {next}");
+        assert_eq!(target.governor.stops(), 1);
+    }
+
+    /// Windows that end much too late show that nobody keeps the promise: none is opened for a while, and ever longer.
+    #[test]
+    fn a_starved_collector_opens_no_windows_for_a_while() {
+        let mut target = Target::new();
+        target.run(10.0, 30e6, 1.0);
+        let mut stops = Vec::new();
+        for _ in 0..3 {
+            while !matches!(target.governor.phase, Phase::Open { .. }) {
+                target.run(0.01, 30e6, 1.0);
+            }
+            target.now_s += 0.8;
+            target.cpu_s += 0.8;
+            match target.governor.tick(target.reading(), 1.0) {
+                Action::Stop { why: StopReason::Starved, exact: false, cool_down_s } => stops.push(cool_down_s),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(stops, [10.0, 20.0, 40.0]);
+        assert_eq!(target.governor.windows().1, 3, "they do not count");
+    }
+
+    /// A pause of the collector that has cost the target nothing is no reason to give exact numbers up.
+    #[test]
+    fn a_late_look_at_a_quiet_target_is_harmless() {
+        for (rate, expected) in [
+            (10_000.0, Action::Stay),
+            (400_000.0, Action::Stop { why: StopReason::Starved, exact: true, cool_down_s: 10.0 }),
+        ] {
+            let mut target = Target::new();
+            target.run(5.0, 3_000.0, 0.5);
+            target.now_s += 3.0;
+            target.cpu_s += 2.0;
+            target.hits += (3.0 * rate) as u64;
+            assert_eq!(target.governor.tick(target.reading(), 1.0), expected, "{rate} hits/s");
+        }
     }
 }

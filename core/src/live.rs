@@ -81,6 +81,10 @@ impl View<'_> {
         if self.snapshot.time_s > 0.0 {
             let _ = write!(line, "  tracing ~{:.1} % of a core (estimate)", cost_s / self.snapshot.time_s * 100.0);
         }
+        let stopped = self.snapshot.processes.iter().filter(|p| p.alive && p.stopped.is_some()).count();
+        if stopped > 0 {
+            let _ = write!(line, "  {stopped} stopped: tracing cost too much");
+        }
         let mut stacks = StackCounts::default();
         self.snapshot.processes.iter().for_each(|p| stacks.add(&p.stacks));
         if let Some(share) = stacks.complete_share() {
@@ -99,7 +103,10 @@ impl View<'_> {
         let left = self.duration.map(|d| format!(" of {}", format_duration_s(d.as_secs_f64()))).unwrap_or_default();
         let own = self.own.cpu_s.map(|s| format!("  own CPU {s:.2} s")).unwrap_or_default();
         let memory = self.own.rss_bytes.map(|b| format!(", {}", format_bytes(b))).unwrap_or_default();
-        push_line(&mut out, columns, &format!("memleak{left}{own}{memory}    ctrl-c ends, with a report"), DIM);
+        let maps = self.own.map_bytes.map(|b| format!(" + {} in maps", format_bytes(b))).unwrap_or_default();
+        let each = format!(", {} per snapshot", format_duration_s(self.snapshot.collect_cpu_s));
+        let line = format!("memleak{left}{own}{memory}{maps}{each}    ctrl-c ends, with a report");
+        push_line(&mut out, columns, &line, DIM);
         push_line(&mut out, columns, &self.summary(), BOLD);
         for (name, count) in self.snapshot.losses().entries().into_iter().filter(|(_, n)| *n > 0) {
             push_line(&mut out, columns, &format!("         lost: {count} {}", name.replace('_', " ")), YELLOW);
@@ -257,7 +264,25 @@ pub fn notice_line(notice: &Notice) -> String {
             process.pid,
             visible(&process.comm)
         ),
+        Notice::Stopped { process, why, cool_down_s } => format!(
+            "{} {}: all tracing stopped for {}, because {}",
+            process.pid,
+            visible(&process.comm),
+            format_duration_s(*cool_down_s),
+            why.as_str()
+        ),
         Notice::Ended(process) => format!("ended {} {}", process.pid, visible(&process.comm)),
+        Notice::Scanned { process, cost } => format!(
+            "{} {}: {} scans of {} in {} told what it can still reach",
+            process.pid,
+            visible(&process.comm),
+            cost.scans,
+            format_bytes(cost.read_bytes / u64::from(cost.scans.max(1))),
+            format_duration_s(cost.wall_s)
+        ),
+        Notice::NotScanned { process, reason } => {
+            format!("{} {}: {}", process.pid, visible(&process.comm), visible(reason))
+        }
         Notice::Failed { pid, reason } => format!("failed to watch process {pid}: {}", visible(reason)),
     }
 }

@@ -18,7 +18,7 @@ mod matching;
 pub use matching::{Facts, Matching};
 
 /// Manifests that come with the binary, by file name.
-const EMBEDDED: [(&str, &str); 8] = [
+const EMBEDDED: [(&str, &str); 9] = [
     ("glibc.toml", include_str!("../../plugins/glibc.toml")),
     ("interposed.toml", include_str!("../../plugins/interposed.toml")),
     ("jemalloc.toml", include_str!("../../plugins/jemalloc.toml")),
@@ -26,6 +26,7 @@ const EMBEDDED: [(&str, &str); 8] = [
     ("mmap.toml", include_str!("../../plugins/mmap.toml")),
     ("musl.toml", include_str!("../../plugins/musl.toml")),
     ("operators.toml", include_str!("../../plugins/operators.toml")),
+    ("otel-memory.toml", include_str!("../../plugins/otel-memory.toml")),
     ("tcmalloc.toml", include_str!("../../plugins/tcmalloc.toml")),
 ];
 
@@ -137,8 +138,11 @@ mod tests {
     fn embedded_manifests_are_valid_and_mmap_is_off() {
         let plugins = load(&PluginSettings::default()).unwrap();
         let on: Vec<(&str, bool)> = plugins.iter().map(|p| (p.spec.name.as_str(), p.enabled)).collect();
-        let names = ["glibc", "interposed", "jemalloc", "mimalloc", "mmap", "musl", "operators", "tcmalloc"];
-        assert_eq!(on, names.map(|name| (name, name != "mmap")));
+        let on_by_default = ["glibc", "interposed", "jemalloc", "mimalloc", "musl", "operators", "tcmalloc"];
+        let mut expected = on_by_default.map(|name| (name, true)).to_vec();
+        expected.extend([("mmap", false), ("otel-memory", false)]);
+        expected.sort_unstable();
+        assert_eq!(on, expected);
     }
 
     /// A set of the user's own needs nothing but a manifest.
@@ -160,6 +164,10 @@ mod tests {
         assert!(error(&POOL.replace("role = \"free\"", "role = \"alloc\"")).contains("is it a \"realloc\"?"));
         assert!(error(&POOL.replace("const = 24", "const = 24, arg = 1")).contains("size is {"));
         assert!(error(&POOL.replace("libpool.so*", "lib[")).contains("match.sonames"));
+        let usdt = POOL.replace("userspace", "usdt");
+        assert!(error(&usdt).contains("provider:name"));
+        let usdt = usdt.replace("pool_get", "pool:get").replace("pool_put", "pool:put");
+        assert!(error(&usdt).contains("function pool:get: a tracepoint does not return"));
         let both = POOL.replace("symbol = \"pool_get\"", "symbol = \"pool_get\"\nsymbols = [\"other\"]");
         assert!(error(&both).contains("a symbol or a list of symbols"));
         let prefixes = POOL.replace("[match]", "[match]\nprefixes = []");

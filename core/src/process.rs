@@ -93,6 +93,8 @@ pub struct ProcessStat {
 pub struct Usage {
     /// Resident set size in bytes.
     pub rss_bytes: u64,
+    /// The part of it that is no file's: heap, anonymous mappings, stacks. `None` when the kernel does not say.
+    pub anon_bytes: Option<u64>,
     /// CPU time used so far by all threads, user and system, in seconds.
     pub cpu_s: f64,
 }
@@ -270,6 +272,11 @@ impl ProcDir {
         tgid.ok_or_else(|| self.malformed("status"))
     }
 
+    /// Resident anonymous memory in bytes; `None` when the kernel does not say or the process has ended.
+    fn anon_bytes(&self) -> Option<u64> {
+        parse_anon_bytes(&self.small("status").ok()?)
+    }
+
     fn malformed(&self, name: &str) -> Error {
         Error::new(ErrorKind::Kernel, format!("failed to read process {}: /proc/PID/{name} is malformed", self.pid))
     }
@@ -292,8 +299,8 @@ impl ProcDir {
             cmdline,
             cgroup,
             kernel_thread: stat.kernel_thread,
-            rss_bytes: stat.usage().rss_bytes,
-            cpu_s: stat.usage().cpu_s,
+            rss_bytes: stat.rss_bytes(),
+            cpu_s: stat.cpu_s(),
             comm: stat.comm,
         })
     }
@@ -306,10 +313,14 @@ impl Stat {
         !matches!(self.state, 'Z' | 'X' | 'x') || self.threads > 1
     }
 
-    /// Memory and CPU time in bytes and seconds.
-    pub fn usage(&self) -> Usage {
-        let (page_bytes, ticks_per_s) = scales();
-        Usage { rss_bytes: self.rss_pages.saturating_mul(page_bytes), cpu_s: self.cpu_ticks as f64 / ticks_per_s }
+    /// Resident set size in bytes.
+    pub fn rss_bytes(&self) -> u64 {
+        self.rss_pages.saturating_mul(scales().0)
+    }
+
+    /// CPU time in seconds.
+    pub fn cpu_s(&self) -> f64 {
+        self.cpu_ticks as f64 / scales().1
     }
 }
 
@@ -325,11 +336,12 @@ pub fn is_alive(pid: u32, start_ticks: u64) -> bool {
 /// # Errors
 /// Kind [`ErrorKind::Target`] when it has ended.
 pub fn usage(pid: u32, start_ticks: u64) -> Result<Usage> {
-    let stat = ProcDir::open(pid)?.stat()?;
+    let dir = ProcDir::open(pid)?;
+    let stat = dir.stat()?;
     if stat.start_ticks != start_ticks || !stat.is_running() {
         return Err(Error::new(ErrorKind::Target, format!("failed to read process {pid}: it has ended")));
     }
-    Ok(stat.usage())
+    Ok(Usage { rss_bytes: stat.rss_bytes(), anon_bytes: dir.anon_bytes(), cpu_s: stat.cpu_s() })
 }
 
 /// All process ids that `/proc` shows now, in no order.
@@ -410,6 +422,12 @@ pub(crate) fn parse_stat(data: &[u8]) -> Option<Stat> {
 fn status_field<'a>(status: &'a [u8], name: &str) -> Option<&'a str> {
     let mut lines = status.split(|b| *b == b'\n').filter_map(|line| std::str::from_utf8(line).ok());
     lines.find_map(|line| line.strip_prefix(name))
+}
+
+/// `RssAnon` of `/proc/PID/status`, in bytes (Source: proc_pid_status(5); Linux 4.5 and later).
+fn parse_anon_bytes(status: &[u8]) -> Option<u64> {
+    let kib: u64 = status_field(status, "RssAnon:")?.trim().strip_suffix("kB")?.trim_end().parse().ok()?;
+    kib.checked_mul(1024)
 }
 
 /// Longest process name that is kept, in bytes (the kernel's are at most 63).
@@ -534,8 +552,24 @@ mod tests {
         assert!(!stat.exe_deleted && !stat.kernel_thread);
         assert!((1 << 20..1 << 34).contains(&stat.rss_bytes), "{}", stat.rss_bytes);
         assert!(stat.cpu_s < 3600.0);
+        let now = usage(stat.pid, stat.start_ticks).expect("we run");
+        let anon = now.anon_bytes.expect("every supported kernel tells it");
+        assert!(anon > 1 << 16 && anon <= now.rss_bytes + (1 << 20), "{now:?}");
         assert!(is_alive(stat.pid, stat.start_ticks));
         assert!(!is_alive(stat.pid, stat.start_ticks + 1), "another start time is another process");
+    }
+
+    /// A name cannot pose as a field, and what is not a number of kB is not known.
+    #[test]
+    fn anonymous_memory_is_read_from_its_own_line() {
+        assert_eq!(
+            parse_anon_bytes(b"Name:\tRssAnon: 7 kB\nRssAnon:\t    1234 kB\nRssFile:\t 9 kB\n"),
+            Some(1234 << 10)
+        );
+        assert_eq!(parse_anon_bytes(b"VmRSS:\t 10 kB\n"), None);
+        assert_eq!(parse_anon_bytes(b"RssAnon:\t 10 MB\n"), None);
+        assert_eq!(parse_anon_bytes(b"RssAnon:\t 99999999999999999999 kB\n"), None);
+        assert_eq!(parse_anon_bytes(b"RssAnon:\t 18446744073709551615 kB\n"), None);
     }
 
     /// An ended process, waited for or not, is not alive, and reading it says so with the kind that callers act on.

@@ -7,12 +7,32 @@ pub struct OwnCost {
     pub cpu_s: Option<f64>,
     /// Resident memory in bytes; `None` when /proc cannot be read. BPF maps are not part of it.
     pub rss_bytes: Option<u64>,
+    /// Kernel memory of our BPF maps, as the kernel counts it, in bytes; `None` when it does not say.
+    pub map_bytes: Option<u64>,
 }
 
 /// Reads it.
 pub fn own_cost() -> OwnCost {
     let usage = crate::process::ProcessStat::read(std::process::id()).ok();
-    OwnCost { cpu_s: own_cpu_s(), rss_bytes: usage.map(|u| u.rss_bytes) }
+    OwnCost { cpu_s: own_cpu_s(), rss_bytes: usage.map(|u| u.rss_bytes), map_bytes: map_bytes() }
+}
+
+/// The sum over the maps behind our descriptors; a map that is open twice counts once.
+fn map_bytes() -> Option<u64> {
+    let mut maps = std::collections::HashMap::new();
+    for entry in std::fs::read_dir("/proc/self/fdinfo").ok()?.flatten() {
+        // A descriptor may have been closed since it was listed.
+        let Ok(text) = std::fs::read_to_string(entry.path()) else { continue };
+        maps.extend(map_in(&text));
+    }
+    (!maps.is_empty()).then(|| maps.values().sum())
+}
+
+/// Id and bytes of the BPF map that the text of a `/proc/self/fdinfo` file is about; `None` when it is about something
+/// else (Source: bpf_map_show_fdinfo in kernel/bpf/syscall.c).
+fn map_in(fdinfo: &str) -> Option<(u64, u64)> {
+    let field = |name: &str| fdinfo.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+    field("map_type:").and(Some((field("map_id:")?, field("memlock:")?)))
 }
 
 /// Finer than the clock ticks of /proc.
@@ -26,6 +46,15 @@ fn own_cpu_s() -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Programs and links have descriptors too, with fields of the same names.
+    #[test]
+    fn only_maps_count_as_map_memory() {
+        let map = "pos:\t0\nflags:\t02000002\nmap_type:\t1\nkey_size:\t16\nmemlock:\t4096\nmap_id:\t7\nfrozen:\t0\n";
+        assert_eq!(map_in(map), Some((7, 4096)));
+        assert_eq!(map_in("prog_type:\t2\nmemlock:\t4096\nprog_id:\t9\n"), None);
+        assert_eq!(map_in("pos:\t0\n"), None);
+    }
 
     /// A collector that cannot see its own cost cannot promise to be cheap.
     #[test]

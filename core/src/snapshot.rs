@@ -8,7 +8,11 @@ use std::sync::{Arc, OnceLock};
 
 use serde::Serialize;
 
+use crate::coverage::Coverage;
+use crate::governor::StopReason;
 use crate::labels::Labels;
+use crate::reachability::roots::Root;
+use crate::reachability::{SiteVerdict, Verdict};
 use crate::symbolize::Frame;
 
 /// What the kernel side counts by: one process instance, one probe set, one call stack.
@@ -161,6 +165,95 @@ pub struct SiteSample {
     pub cohorts: Vec<Cohort>,
     /// How long freed blocks lived: number of frees per class, see [`LIFETIME_CLASSES`].
     pub lifetimes: [u64; LIFETIME_CLASSES],
+    /// Whether the process can still reach its blocks; `None` before the process has been scanned.
+    pub reachability: Option<Arc<SiteReach>>,
+}
+
+/// What the last series of scans says of a site.
+#[derive(Clone, Debug, Default)]
+pub struct SiteReach {
+    /// In one word.
+    pub verdict: Verdict,
+    /// In numbers.
+    pub counts: SiteVerdict,
+    /// When the series ended, seconds since the collector started.
+    pub time_s: f64,
+    /// How an example of the reachable blocks is reached; `None` when none is.
+    pub way: Option<ReachWay>,
+}
+
+/// The way from a root to a block, outermost first; the block itself is left out.
+#[derive(Clone, Debug)]
+pub struct ReachWay {
+    /// Where it begins.
+    pub root: Root,
+    /// What lies between.
+    pub steps: Vec<ReachStep>,
+}
+
+/// One step of a [`ReachWay`].
+#[derive(Clone, Debug)]
+pub enum ReachStep {
+    /// So many blocks of a site, each referring to the next.
+    Blocks(Arc<Site>, usize),
+    /// So many blocks that are not shown.
+    Skipped(usize),
+}
+
+impl SiteReach {
+    /// The verdict with its evidence, in one sentence.
+    pub fn describe(&self) -> String {
+        let c = &self.counts;
+        let mut text = match self.verdict {
+            Verdict::Definite => "definitely lost".to_owned(),
+            Verdict::Possible => "possibly lost".to_owned(),
+            Verdict::Reachable => "still reachable".to_owned(),
+            Verdict::Unknown => "not known whether reachable".to_owned(),
+        };
+        if let Some((fraction, low, high)) = c.lost_fraction() {
+            text.push_str(&format!(
+                ": {} of {} judged blocks are lost ({:.0} %, 95 % interval {:.0} to {:.0} %)",
+                c.lost_blocks(),
+                c.lost_blocks() + c.reachable.blocks,
+                100.0 * fraction,
+                100.0 * low,
+                100.0 * high
+            ));
+        }
+        let others = [
+            (c.indirectly_lost.blocks, "of them only with other lost blocks"),
+            (c.possible.blocks, "referenced in unusual ways"),
+            (c.disguised.blocks, "referenced by tagged pointers"),
+            (c.young.blocks, "too young to be judged"),
+            (c.refuted, "were freed after they had been called lost"),
+        ];
+        for (count, what) in others.iter().filter(|(count, _)| *count > 0) {
+            text.push_str(&format!(", {count} {what}"));
+        }
+        text.push_str(&format!("; {} scans", c.scans));
+        text
+    }
+}
+
+impl ReachWay {
+    /// As text, with functions for sites: `global table (server) > dict_expand x3 > this`.
+    pub fn describe(&self) -> String {
+        let mut text = self.root.to_string();
+        for step in &self.steps {
+            match step {
+                ReachStep::Blocks(site, count) => {
+                    let head = site.frames().iter().find_map(|f| f.function.as_deref());
+                    text.push_str(" > ");
+                    text.push_str(head.unwrap_or(&site.function));
+                    if *count > 1 {
+                        text.push_str(&format!(" x{count}"));
+                    }
+                }
+                ReachStep::Skipped(count) => text.push_str(&format!(" > ({count} more)")),
+            }
+        }
+        text
+    }
 }
 
 /// What was lost or could not be known. Every field is a count of events; all zero means exact.
@@ -296,6 +389,10 @@ pub struct ProcessSample {
     pub stacks: StackCounts,
     /// Resident set size in bytes (`/proc/PID/statm`); `None` when it cannot be read.
     pub rss_bytes: Option<u64>,
+    /// The part of it that is no file's (`RssAnon`), which is what leaks grow; `None` when it cannot be read.
+    pub rss_anon_bytes: Option<u64>,
+    /// How much of its growth the sites explain; `None` when that cannot be read.
+    pub coverage: Option<Coverage>,
     /// CPU time used by the process so far, seconds; `None` when it cannot be read.
     pub cpu_s: Option<f64>,
     /// Estimated CPU time that tracing has cost the process so far, seconds (hits x calibrated cost per hit).
@@ -308,6 +405,12 @@ pub struct ProcessSample {
     pub windows_discarded: u64,
     /// Time for which windows were open, seconds.
     pub open_s: f64,
+    /// Longest window that it may get, seconds; `None` without a budget.
+    pub window_s: Option<f64>,
+    /// Hard stops so far: tracing took too much, or could not be kept within its bounds.
+    pub hard_stops: u64,
+    /// Why nothing is attached now; `None` unless a hard stop is being sat out.
+    pub stopped: Option<StopReason>,
 }
 
 /// Everything that is outstanding at one instant.

@@ -1,9 +1,9 @@
-//! Signals that end a run or ask for a report.
+//! Signals that end a run, or ask for a report or a scan.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
 
 use crate::{Error, Result};
 
@@ -12,11 +12,12 @@ use crate::{Error, Result};
 pub struct Stop {
     requested: Arc<AtomicBool>,
     report: Arc<AtomicBool>,
+    scan: Arc<AtomicBool>,
 }
 
 impl Stop {
     /// Listens from now on: SIGINT and SIGTERM ask for an orderly end, a second one ends at once; SIGUSR1 asks for a
-    /// report.
+    /// report, SIGUSR2 for a scan of the targets' memory.
     ///
     /// # Errors
     /// When a handler cannot be installed.
@@ -30,6 +31,7 @@ impl Stop {
             signal_hook::flag::register(signal, Arc::clone(&stop.requested)).map_err(failed)?;
         }
         signal_hook::flag::register(SIGUSR1, Arc::clone(&stop.report)).map_err(failed)?;
+        signal_hook::flag::register(SIGUSR2, Arc::clone(&stop.scan)).map_err(failed)?;
         Ok(stop)
     }
 
@@ -41,6 +43,11 @@ impl Stop {
     /// Asks for the end, as a signal does.
     pub fn request(&self) {
         self.requested.store(true, Ordering::Relaxed);
+    }
+
+    /// True once for each time that a scan was asked for.
+    pub fn take_scan_request(&self) -> bool {
+        self.scan.swap(false, Ordering::Relaxed)
     }
 
     /// True once for each time that a report was asked for.

@@ -225,12 +225,13 @@ impl Matcher {
         self.targets.iter().position(|t| t.hold(facts, &self.pinned))
     }
 
-    /// All running processes that meet a target and are not in `known` (pid, start time), by pid. Their `instance` is
-    /// 0: numbering them is up to the caller. A process that ends meanwhile is left out.
+    /// All running processes that meet a target and are not in `known` (pid, start time), by pid, with the number (from 0)
+    /// of that target. Their `instance` is 0: numbering them is up to the caller. A process that ends meanwhile is left
+    /// out.
     ///
     /// # Errors
     /// Kind [`ErrorKind::Io`] when `/proc` cannot be listed.
-    pub fn scan(&mut self, known: &HashSet<(u32, u64)>) -> Result<Vec<Process>> {
+    pub fn scan(&mut self, known: &HashSet<(u32, u64)>) -> Result<Vec<(Process, usize)>> {
         let mut found = Vec::new();
         if !self.targets.iter().any(|t| t.searches) {
             return Ok(found);
@@ -272,11 +273,11 @@ impl Matcher {
                 if !self.targets[target].pids.is_empty() {
                     self.pinned.insert(pid, whole.start_ticks);
                 }
-                found.push(whole.to_process(0));
+                found.push((whole.to_process(0), target));
             }
         }
         self.rejected = still_rejected;
-        found.sort_unstable_by_key(|p| p.pid);
+        found.sort_unstable_by_key(|(p, _)| p.pid);
         Ok(found)
     }
 }
@@ -401,13 +402,14 @@ mod tests {
         let found = matcher.scan(&known).expect("scan");
         let mut expected = [one.pid(), two.pid()];
         expected.sort_unstable();
-        assert_eq!(found.iter().map(|p| p.pid).collect::<Vec<_>>(), expected);
-        assert!(found.iter().all(|p| p.instance == 0 && p.cmdline.ends_with("memleak-scan 1000")));
-        known.extend(found.iter().map(|p| (p.pid, p.start_ticks)));
+        assert_eq!(found.iter().map(|(p, _)| p.pid).collect::<Vec<_>>(), expected);
+        assert!(found.iter().all(|(p, n)| *n == 0 && p.instance == 0 && p.cmdline.ends_with("memleak-scan 1000")));
+        known.extend(found.iter().map(|(p, _)| (p.pid, p.start_ticks)));
         assert_eq!(matcher.scan(&known).expect("scan"), []);
         drop(one);
         let three = start();
-        assert_eq!(matcher.scan(&known).expect("scan").iter().map(|p| p.pid).collect::<Vec<_>>(), [three.pid()]);
+        let found = matcher.scan(&known).expect("scan");
+        assert_eq!(found.iter().map(|(p, _)| p.pid).collect::<Vec<_>>(), [three.pid()]);
     }
 
     /// A shell that execs the service keeps pid, start time and, in a wrapper script, even its name.
@@ -431,7 +433,8 @@ mod tests {
             std::thread::yield_now();
         }
         let found = matcher.scan(&known).expect("scan");
-        assert_eq!(found.iter().map(|p| (p.pid, p.comm.as_str())).collect::<Vec<_>>(), [(process.pid(), "tool")]);
+        let seen: Vec<_> = found.iter().map(|(p, _)| (p.pid, p.comm.as_str())).collect();
+        assert_eq!(seen, [(process.pid(), "tool")]);
     }
 
     /// A pid stands for the process that had it when the user gave it.

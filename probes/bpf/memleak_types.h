@@ -31,6 +31,27 @@ enum memleak_role {
 enum memleak_function_flags {
 	FUNCTION_RANGE = 1, /* the block is an address range: it may be freed in parts (munmap) */
 	FUNCTION_UNSAMPLED = 2, /* hands out such ranges: all are recorded, for a part of a sampled one means nothing */
+	FUNCTION_AT_ENTRY = 4, /* the call tells of a block that has been handed out already */
+	FUNCTION_IN_PLACE = 8, /* returns the block's size; less than was asked for: it has not changed */
+	FUNCTION_INSIDE = 16, /* a tracepoint: the probe is somewhere in a function */
+	FUNCTION_STEPPED = 32, /* the kernel single-steps the instruction under its entry probe */
+};
+
+enum memleak_operand_kind {
+	OPERAND_NONE = 0,
+	OPERAND_REGISTER = 1,
+	OPERAND_CONSTANT = 2,
+	OPERAND_MEMORY = 3, /* what the register plus `value` points at */
+};
+
+/* Where a probe finds a value, see operand.bpf.h. */
+struct memleak_operand {
+	__u8 kind; /* enum memleak_operand_kind */
+	__u8 number; /* of the register */
+	__u8 last_byte; /* width in bytes less one: 0 to 7 */
+	__u8 is_signed;
+	__u32 pad;
+	__u64 value; /* the constant, or an offset */
 };
 
 /* One probed function: what its arguments mean. Its index is the attach cookie. */
@@ -40,13 +61,12 @@ struct memleak_function {
 	__u8 role; /* enum memleak_role */
 	__u8 domain; /* nested calls within a domain count once */
 	__u8 flags; /* enum memleak_function_flags */
-	__s8 size_arg; /* argument with the size; -1: none */
-	__s8 times_arg; /* argument that multiplies it; -1: none */
-	__s8 block_arg; /* argument with the block that is freed or resized; -1: none */
-	__s8 out_arg; /* argument that points at the block when the call returns `ok`; -1: the block is returned */
-	__u8 pad;
-	__u64 size_const; /* size when there is no size argument */
-	__u64 expect; /* out_arg: return value of success; else: return value of failure */
+	__u8 pad[5];
+	struct memleak_operand size;
+	struct memleak_operand times; /* multiplies the size */
+	struct memleak_operand block; /* what is freed or resized; with FUNCTION_AT_ENTRY, handed out */
+	struct memleak_operand out; /* points at the block after success; none: the block is returned */
+	__u64 expect; /* with `out`: return value of success; else: return value of failure */
 	__u64 sp_offset; /* stack pointer at the probe + sp_offset = stack pointer at the function's entry */
 	/* Written by the programs: */
 	__u32 followed; /* calls that were followed to their return; counted up to MEMLEAK_LEAF_CALLS */
@@ -252,6 +272,7 @@ enum memleak_counter {
 	COUNTER_EVENTS_DROPPED,
 	COUNTER_ALLOCATED_COUNT, /* with sampling: blocks handed out, recorded or not */
 	COUNTER_ALLOCATED_BYTES, /* the same in bytes */
+	COUNTER_HITS_STEPPED, /* of the hits: entries whose instruction the kernel single-steps */
 	COUNTER_MAX = 16,
 };
 

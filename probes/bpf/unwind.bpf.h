@@ -296,18 +296,18 @@ static __always_inline void unwind_by_calls(struct memleak_actor *actor)
 }
 
 /*
- * The stack at a function's entry, where the return address is at `sp` and rbp is still the caller's. False when the
- * process has no tables (yet). `loop`: the kernel has bpf_loop().
+ * The stack at a function's entry, where the return address is at `sp` and rbp is still the caller's; or, `inside` of a
+ * function, just before `caller`. False when the process has no tables (yet). `loop`: the kernel has bpf_loop().
  */
 static __always_inline bool unwind(struct pt_regs *ctx, struct memleak_actor *actor, struct memleak_thread *thread,
-				   u64 sp, u64 caller, bool loop)
+				   bool inside, u64 sp, u64 caller, bool loop)
 {
 	const struct memleak_unwind_map *map = bpf_map_lookup_elem(&unwind_maps, &actor->instance);
 
 	if (!map || !caller)
 		return false;
 	thread->regs.ip = caller;
-	thread->regs.sp = sp + 8;
+	thread->regs.sp = inside ? sp : sp + 8;
 	thread->regs.bp = PT_REGS_FP(ctx);
 	thread->regs.exact = 0;
 	thread->regs.salt = map->salt;
@@ -328,7 +328,7 @@ static __always_inline bool unwind(struct pt_regs *ctx, struct memleak_actor *ac
 
 /* Elsewhere compilers keep frame pointers. */
 static __always_inline bool unwind(struct pt_regs *ctx, struct memleak_actor *actor, struct memleak_thread *thread,
-				   u64 sp, u64 caller, bool loop)
+				   bool inside, u64 sp, u64 caller, bool loop)
 {
 	return false;
 }

@@ -13,8 +13,8 @@
 #include <bpf/bpf_tracing.h>
 #include <bpf/bpf_core_read.h>
 #include "compat.bpf.h"
+#include "operand.bpf.h"
 #include "unwind.bpf.h"
-#include <stddef.h>
 
 char LICENSE[] SEC("license") = "GPL";
 
@@ -24,6 +24,7 @@ struct memleak_kept_types {
 	enum memleak_block_bits block_bits;
 	enum memleak_sampler sampler;
 	enum memleak_function_flags function_flags;
+	enum memleak_operand_kind operand_kind;
 	enum memleak_stack_end stack_end;
 	enum memleak_unwind_cfa unwind_cfa;
 	enum memleak_unwind_rbp unwind_rbp;
@@ -41,36 +42,6 @@ struct memleak_kept_types {
 
 /* A session program returns 1 to leave out the return probe of this call. */
 enum { FOLLOW = 0, SKIP = 1 };
-
-/* In assembly: clang merges plain loads into one at a variable offset, which the verifier refuses for a context. */
-#define ARGUMENT(ctx, n)                                                                                   \
-	({                                                                                                 \
-		u64 value;                                                                                 \
-		asm volatile("%0 = *(u64 *)(%1 + %2)"                                                      \
-			     : "=r"(value)                                                                 \
-			     : "r"(ctx), "i"(offsetof(typeof(*__PT_REGS_CAST(ctx)), __PT_PARM##n##_REG))); \
-		value;                                                                                     \
-	})
-
-static __always_inline u64 argument(struct pt_regs *ctx, int n)
-{
-	switch (n) {
-	case 0:
-		return ARGUMENT(ctx, 1);
-	case 1:
-		return ARGUMENT(ctx, 2);
-	case 2:
-		return ARGUMENT(ctx, 3);
-	case 3:
-		return ARGUMENT(ctx, 4);
-	case 4:
-		return ARGUMENT(ctx, 5);
-	case 5:
-		return ARGUMENT(ctx, 6);
-	default:
-		return 0;
-	}
-}
 
 /* a * b, or ~0 when it does not fit. By halves: clang turns the usual checks into a 128-bit call that BPF lacks. */
 static __always_inline u64 saturating_product(u64 a, u64 b)
@@ -92,19 +63,21 @@ static __always_inline u64 requested_size(struct pt_regs *ctx, const struct meml
 {
 	u64 size;
 
-	if (function->size_arg < 0)
-		return function->size_const;
-	size = argument(ctx, function->size_arg);
-	if (function->times_arg < 0)
+	size = operand(ctx, &function->size);
+	if (function->times.kind == OPERAND_NONE)
 		return size;
-	return saturating_product(size, argument(ctx, function->times_arg));
+	return saturating_product(size, operand(ctx, &function->times));
 }
 
-/* Where the function that was just entered will return to; 0 when it is not known. */
-static __always_inline u64 caller_of(struct pt_regs *ctx, struct memleak_actor *actor, u64 sp)
+/* Where the function that was just entered will return to (0: not known); at a tracepoint, behind its instruction. */
+static __always_inline u64 caller_of(struct pt_regs *ctx, struct memleak_actor *actor,
+				     const struct memleak_function *function, u64 sp)
 {
-	u64 caller = return_address(ctx, sp);
+	u64 caller;
 
+	if (function->flags & FUNCTION_INSIDE)
+		return PT_REGS_IP(ctx) + 1;
+	caller = return_address(ctx, sp);
 	/* A tail call from a function whose return is probed. */
 	if (is_return_trampoline(caller))
 		caller = unwind_trampoline(actor->pid_tgid, sp);
@@ -117,15 +90,15 @@ static __always_inline u64 caller_of(struct pt_regs *ctx, struct memleak_actor *
  * address is on top of the stack (x86-64) or in the link register.
  */
 static __always_inline void walk(struct pt_regs *ctx, struct memleak_actor *actor, struct memleak_thread *thread,
-				 u64 sp, u64 caller, u32 name, bool loop)
+				 u64 sp, u64 caller, const struct memleak_function *function, bool loop)
 {
 	struct memleak_stack *stack = &thread->stack;
 	u32 bytes = max_frames * sizeof(u64);
 	long got;
 	u32 n;
 
-	stack->name = name;
-	if (unwind(ctx, actor, thread, sp, caller, loop))
+	stack->name = function->name;
+	if (unwind(ctx, actor, thread, function->flags & FUNCTION_INSIDE, sp, caller, loop))
 		return;
 	if (bytes > MEMLEAK_MAX_FRAMES * sizeof(u64))
 		bytes = MEMLEAK_MAX_FRAMES * sizeof(u64);
@@ -259,7 +232,7 @@ static __always_inline u64 stack_of_free(struct pt_regs *ctx, struct memleak_act
 	/* A pending call's stack is still needed for what it hands out. */
 	if (!thread || thread->sp)
 		return 0;
-	walk(ctx, actor, thread, sp, caller_of(ctx, actor, sp), function->name, loop);
+	walk(ctx, actor, thread, sp, caller_of(ctx, actor, function, sp), function, loop);
 	key.stack = hash_stack(actor->target, &thread->stack);
 	bpf_map_update_elem(&stacks, &key, &thread->stack, BPF_NOEXIST);
 	return key.stack;
@@ -271,15 +244,16 @@ static __always_inline int on_enter(struct pt_regs *ctx, bool session, bool loop
 	struct memleak_function *function;
 	struct memleak_actor actor;
 	struct memleak_thread *thread;
-	u64 sp, block = 0;
+	u64 sp, block;
 	u32 index;
 
 	function = function_of(ctx, &index);
 	if (!function || !find_actor(&actor))
 		return SKIP;
+	if (function->flags & FUNCTION_STEPPED)
+		count(actor.slot, COUNTER_HITS_STEPPED);
 	actor.domain = function->domain;
-	if (function->block_arg >= 0)
-		block = argument(ctx, function->block_arg);
+	block = operand(ctx, &function->block);
 	if (function->role == ROLE_FREE) {
 		if (block)
 			track_free(&actor, function, block, requested_size(ctx, function),
@@ -314,7 +288,7 @@ static __always_inline int on_enter(struct pt_regs *ctx, bool session, bool loop
 		abandon(&actor, thread);
 	}
 	thread->size = requested_size(ctx, function);
-	thread->out_pointer = function->out_arg >= 0 ? argument(ctx, function->out_arg) : 0;
+	thread->out_pointer = function->flags & FUNCTION_IN_PLACE ? block : operand(ctx, &function->out);
 	thread->filtered = !is_recorded(thread, function, thread->size);
 	thread->function = index;
 	thread->window = actor.target->window;
@@ -326,10 +300,20 @@ static __always_inline int on_enter(struct pt_regs *ctx, bool session, bool loop
 		count_allocation(actor.slot, thread->size);
 		return SKIP;
 	}
-	thread->caller = caller_of(ctx, &actor, sp);
+	thread->caller = caller_of(ctx, &actor, function, sp);
 	if (!thread->filtered) {
-		walk(ctx, &actor, thread, sp, thread->caller, function->name, loop);
+		walk(ctx, &actor, thread, sp, thread->caller, function, loop);
 		thread->stack_hash = hash_stack(actor.target, &thread->stack);
+	}
+	if (function->flags & FUNCTION_AT_ENTRY) {
+		if (!block)
+			return SKIP;
+		count_allocation(actor.slot, thread->size);
+		if (thread->filtered)
+			end_missed(&actor, block, bpf_ktime_get_ns());
+		else
+			track_alloc(&actor, function, block, thread->size, thread->stack_hash, &thread->stack);
+		return SKIP;
 	}
 	thread->sp = sp;
 	return FOLLOW;
@@ -368,7 +352,10 @@ static __always_inline int on_return(struct pt_regs *ctx)
 	old_address = thread->old_address;
 	thread->old_address = 0;
 	block = PT_REGS_RC(ctx);
-	if (function->out_arg >= 0) {
+	if (function->flags & FUNCTION_IN_PLACE) {
+		failed = block < thread->size;
+		block = thread->out_pointer;
+	} else if (function->out.kind != OPERAND_NONE) {
 		failed = (u32)block != (u32)function->expect;
 		block = 0;
 		if (!failed && bpf_probe_read_user(&block, sizeof(block), (void *)thread->out_pointer)) {

@@ -70,7 +70,7 @@ pub fn read_soname(path: &Path) -> Result<Option<String>> {
 }
 
 /// Opens `path` and has `read` look at it.
-fn read_file<T>(path: &Path, read: impl FnOnce(&ReadCache<File>) -> object::read::Result<T>) -> Result<T> {
+pub(crate) fn read_file<T>(path: &Path, read: impl FnOnce(&ReadCache<File>) -> object::read::Result<T>) -> Result<T> {
     let fail = |why: String| Error::new(ErrorKind::Elf, format!("failed to read symbols of {}: {why}", path.display()));
     // O_NONBLOCK: a path that a hostile process made a FIFO must not block us.
     let file = File::options()

@@ -21,6 +21,7 @@ pub mod elf;
 mod error;
 pub mod events;
 pub mod features;
+mod operand;
 mod own_code;
 pub mod placement;
 pub mod reader;
@@ -30,13 +31,15 @@ mod spec;
 pub mod tracker;
 mod types;
 pub mod unwind;
+pub mod usdt;
 
+pub use calibration::Prices;
 pub use error::{Error, ErrorKind, Result};
 pub use events::{Event, EventKind, ProcessEvent};
 pub use features::{Backend, Features};
-pub use reader::{Block, Counters, SiteKey, SiteTotals, Stack, StackEnd};
+pub use reader::{Block, BlockReader, Counters, SiteKey, SiteTotals, Stack, StackEnd};
 pub use sampler::MAX_SAMPLE_BYTES;
-pub use spec::{Attached, FunctionSpec, Library, ProbeSetSpec, Returns, Role, Size};
+pub use spec::{Attached, FunctionSpec, Library, ProbeSetSpec, Returns, Role, SetKind, Size};
 pub use tracker::{Settings, Tracker};
 pub use types::{COHORTS, LIFETIME_CLASSES, MAX_DOMAINS, MAX_FRAMES, MAX_TARGETS};
 

@@ -26,6 +26,17 @@ std::arch::global_asm!(
     "pop rbp",
     "ret",
     ".size memleak_own_release, . - memleak_own_release",
+    // The kernel single-steps its first instruction, as it does the one of glibc's free.
+    ".p2align 4",
+    ".type memleak_own_release_stepped, @function",
+    ".globl memleak_own_release_stepped",
+    "memleak_own_release_stepped:",
+    "test rdi, rdi",
+    "push rbp",
+    "mov rbp, rsp",
+    "pop rbp",
+    "ret",
+    ".size memleak_own_release_stepped, . - memleak_own_release_stepped",
     ".popsection",
 );
 
@@ -33,6 +44,7 @@ std::arch::global_asm!(
 unsafe extern "C" {
     safe fn memleak_own_allocate(n: u64) -> u64;
     safe fn memleak_own_release(block: u64);
+    safe fn memleak_own_release_stepped(block: u64);
 }
 
 #[cfg(not(target_arch = "x86_64"))]
@@ -44,6 +56,12 @@ extern "C" fn memleak_own_allocate(n: u64) -> u64 {
 #[cfg(not(target_arch = "x86_64"))]
 #[inline(never)]
 extern "C" fn memleak_own_release(block: u64) {
+    std::hint::black_box(block);
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+#[inline(never)]
+extern "C" fn memleak_own_release_stepped(block: u64) {
     std::hint::black_box(block);
 }
 
@@ -65,6 +83,16 @@ pub(crate) fn release(block: u64) {
 /// Address of the function behind [`release`].
 pub(crate) fn release_address() -> u64 {
     memleak_own_release as *const () as u64
+}
+
+/// Looks like an allocator's free whose first instruction the kernel single-steps.
+pub(crate) fn release_stepped(block: u64) {
+    memleak_own_release_stepped(block);
+}
+
+/// Address of the function behind [`release_stepped`].
+pub(crate) fn release_stepped_address() -> u64 {
+    memleak_own_release_stepped as *const () as u64
 }
 
 /// Offset in our own executable file of an address of our own code.

@@ -4,7 +4,7 @@
 
 use std::os::fd::AsRawFd;
 
-use libbpf_rs::{MapCore, MapFlags};
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use crate::types::{
     COHORTS, LIFETIME_CLASSES, Plain, bytes_of, from_bytes, memleak_block, memleak_block_bits as bits,
@@ -108,6 +108,47 @@ pub struct Block {
     pub birth_ns: u64,
     /// The group of probe sets it belongs to.
     pub(crate) domain: u32,
+    /// Number of its probe set.
+    pub probe_set: u32,
+    /// Hash of its stack: with instance and probe set, its site.
+    pub stack: u64,
+}
+
+/// Looks at outstanding allocations apart from the tracker: in another thread, while that goes on.
+#[derive(Debug)]
+pub struct BlockReader {
+    map: MapHandle,
+    domains: u32,
+}
+
+impl BlockReader {
+    /// A reader of the tracker's map of blocks, which holds blocks of so many domains.
+    pub(crate) fn new(map: &libbpf_rs::MapMut<'_>, domains: u32) -> Result<Self> {
+        let map = MapHandle::try_from(map).map_err(|e| Error::bpf("open the map of blocks", &e))?;
+        Ok(BlockReader { map, domains })
+    }
+
+    /// Calls `visit` with every outstanding allocation of an instance, in no order. Costs O(outstanding allocations of
+    /// all instances).
+    ///
+    /// # Errors
+    /// The map cannot be read.
+    pub fn for_each(&self, instance: u32, mut visit: impl FnMut(Block)) -> Result<()> {
+        for_each_block(&self.map, |owner, block| {
+            if owner == instance {
+                visit(block);
+            }
+        })
+    }
+
+    /// Whether the block that was allocated at an address at a time is still outstanding.
+    pub fn is_outstanding(&self, instance: u32, address: u64, birth_ns: u64) -> bool {
+        (0..self.domains).any(|domain| {
+            let key = memleak_block_key { address, instance, domain };
+            let found = self.map.lookup(bytes_of(&key), MapFlags::ANY).ok().flatten();
+            found.and_then(|bytes| from_bytes::<memleak_block>(&bytes)).is_some_and(|b| b.birth_ns() == birth_ns)
+        })
+    }
 }
 
 /// The fields that are packed, see `enum memleak_block_bits`.
@@ -155,6 +196,7 @@ fn low(word: u64, kept: bits) -> u64 {
 #[allow(missing_docs)] // each is documented at enum memleak_counter in bpf/memleak_types.h
 pub struct Counters {
     pub hits: u64,
+    pub hits_stepped: u64,
     pub unmatched_frees: u64,
     pub outstanding_full: u64,
     pub sites_full: u64,
@@ -249,6 +291,7 @@ pub(crate) fn read_counters(map: &dyn MapCore, slot: u32) -> Result<Counters> {
     let get = |c: counter| sum[c.0 as usize];
     Ok(Counters {
         hits: get(counter::COUNTER_HITS),
+        hits_stepped: get(counter::COUNTER_HITS_STEPPED),
         unmatched_frees: get(counter::COUNTER_UNMATCHED_FREES),
         outstanding_full: get(counter::COUNTER_OUTSTANDING_FULL),
         sites_full: get(counter::COUNTER_SITES_FULL),
@@ -272,13 +315,27 @@ pub(crate) fn reset_counters(map: &dyn MapCore, slot: u32) -> Result<()> {
     map.update_percpu(&slot.to_ne_bytes(), &zero, MapFlags::ANY).map_err(|e| Error::bpf("reset counters", &e))
 }
 
+/// Outstanding allocations of all instances, in no order. Costs O(outstanding allocations).
+pub(crate) fn for_each_block(map: &dyn MapCore, mut visit: impl FnMut(u32, Block)) -> Result<()> {
+    for_each::<memleak_block_key, memleak_block>(map, |key, block| {
+        let found = Block {
+            address: key.address,
+            size: block.size(),
+            birth_ns: block.birth_ns(),
+            domain: key.domain,
+            probe_set: block.probe_set(),
+            stack: block.stack,
+        };
+        visit(key.instance, found);
+    })
+}
+
 /// Outstanding allocations of an instance, by address. Costs O(outstanding allocations of all instances).
 pub(crate) fn read_blocks(map: &dyn MapCore, instance: u32) -> Result<Vec<Block>> {
     let mut out = Vec::new();
-    for_each::<memleak_block_key, memleak_block>(map, |key, block| {
-        if key.instance == instance {
-            let (size, birth_ns) = (block.size(), block.birth_ns());
-            out.push(Block { address: key.address, size, birth_ns, domain: key.domain });
+    for_each_block(map, |owner, block| {
+        if owner == instance {
+            out.push(block);
         }
     })?;
     out.sort_unstable_by_key(|b| (b.address, b.domain));

@@ -44,6 +44,14 @@ pub enum Returns {
         /// The return value of a call that worked (an int).
         ok: i32,
     },
+    /// The block stays where it is; it returns the size that the block has now, less than was asked for when that did
+    /// not change.
+    InPlace,
+    /// The block was handed out before: argument `arg` is its address.
+    AtEntry {
+        /// The argument with the block.
+        arg: u8,
+    },
 }
 
 /// One function of a probe set.
@@ -65,9 +73,35 @@ pub struct FunctionSpec {
     pub optional: bool,
 }
 
+impl FunctionSpec {
+    /// True when a block is known to be handed out only once the function returns.
+    pub fn is_return_probed(&self) -> bool {
+        self.role != Role::Free && !matches!(self.returns, Returns::AtEntry { .. })
+    }
+
+    /// The argument with the block that is taken back or has been handed out.
+    pub(crate) fn block(&self) -> Option<u8> {
+        match self.returns {
+            Returns::AtEntry { arg } => Some(arg),
+            _ => self.block_arg,
+        }
+    }
+}
+
+/// What the names of a probe set's functions mean in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SetKind {
+    /// Symbols of functions.
+    Functions,
+    /// Static tracepoints (USDT), `provider:name`.
+    Tracepoints,
+}
+
 /// A probe set, resolved from its manifest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProbeSetSpec {
+    /// What its functions are.
+    pub kind: SetKind,
     /// Number within the run, part of every site's key.
     pub number: u32,
     /// Name, for messages.
@@ -115,8 +149,8 @@ pub(crate) fn needs(spec: &FunctionSpec) -> Needs {
     };
     let out = match spec.returns {
         Returns::Pointer { arg, .. } => Some(arg),
-        Returns::Value { .. } => None,
+        _ => None,
     };
-    let arguments = [size, times, spec.block_arg, out].into_iter().flatten().fold(0, |mask, n| mask | 1 << n);
-    Needs { arguments, returns: spec.role != Role::Free }
+    let arguments = [size, times, spec.block(), out].into_iter().flatten().fold(0, |mask, n| mask | 1 << n);
+    Needs { arguments, returns: spec.is_return_probed() }
 }

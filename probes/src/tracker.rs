@@ -9,14 +9,15 @@ use std::time::Duration;
 use libbpf_rs::skel::OpenSkel;
 use libbpf_rs::{Link, MapCore, MapFlags, ProgramMut};
 
+use crate::calibration::{self, Prices};
 use crate::elf::Symbols;
 use crate::events::{Event, ProcessEvent, Rings};
 use crate::features::{Backend, Features};
-use crate::reader::{self, Block, Counters, SiteKey, SiteTotals, Stack};
+use crate::reader::{self, Block, BlockReader, Counters, SiteKey, SiteTotals, Stack};
 use crate::skeleton::userspace_alloc::UserspaceAllocSkel;
 use crate::types::{CODE_RANGES, MAX_TARGETS, bytes_of, memleak_range, memleak_target};
 use crate::unwind::{Code, Row, TableId, UnwindTables};
-use crate::{Error, ErrorKind, Result, calibration};
+use crate::{Error, ErrorKind, Result};
 
 mod attach;
 mod open;
@@ -80,12 +81,12 @@ pub struct Tracker {
     names: Vec<String>,
     domains: Vec<String>,
     next_function: u32,
-    /// Functions that were set up before, by file, probe set and symbol: their index and whether they return.
+    /// Functions that were set up before, by file, probe set, symbol and file offset of the probe: their index.
     functions: HashMap<(FileId, u32, String, u64), u32>,
     symbols: HashMap<(FileId, u32), Symbols>,
     unwind: UnwindTables,
     cohort: u32,
-    cost_per_hit_ns: f64,
+    prices: Prices,
 }
 
 impl Tracker {
@@ -125,17 +126,16 @@ impl Tracker {
             symbols: HashMap::new(),
             unwind: UnwindTables::default(),
             cohort: 0,
-            cost_per_hit_ns: 0.0,
+            prices: Prices::default(),
         };
-        tracker.cost_per_hit_ns = calibration::measure(&mut tracker)?;
+        tracker.prices = calibration::measure(&mut tracker)?;
         tracker.rings.discard()?;
         Ok(tracker)
     }
 
-    /// Nanoseconds that one hit of a well-placed probe (an entry or a return) costs the target, as measured when the
-    /// programs were loaded.
-    pub fn cost_per_hit_ns(&self) -> f64 {
-        self.cost_per_hit_ns
+    /// What hits cost the target, as measured when the programs were loaded.
+    pub fn prices(&self) -> Prices {
+        self.prices
     }
 
     /// Mean bytes between two allocations that are recorded; 0: all are.
@@ -306,6 +306,22 @@ impl Tracker {
     /// When the map cannot be read.
     pub fn read_blocks(&self, instance: u32) -> Result<Vec<Block>> {
         reader::read_blocks(&self.skel.maps.blocks, instance)
+    }
+
+    /// A look at outstanding allocations for another thread.
+    ///
+    /// # Errors
+    /// No more files can be opened.
+    pub fn block_reader(&self) -> Result<BlockReader> {
+        BlockReader::new(&self.skel.maps.blocks, self.domains.len() as u32)
+    }
+
+    /// Shows every outstanding allocation of all instances to `visit`, in no order.
+    ///
+    /// # Errors
+    /// When the map cannot be read.
+    pub fn for_each_block(&self, visit: impl FnMut(u32, Block)) -> Result<()> {
+        reader::for_each_block(&self.skel.maps.blocks, visit)
     }
 
     /// Takes blocks off the books of a process whose probes are detached ([`Tracker::close_window`]): as freed, or, if

@@ -2,10 +2,10 @@
 
 pub(crate) use crate::skeleton::userspace_alloc::types::{
     memleak_block, memleak_block_bits, memleak_block_key, memleak_cohort, memleak_counter, memleak_counters,
-    memleak_event, memleak_event_kind, memleak_function, memleak_function_flags, memleak_process_event,
-    memleak_process_event_kind, memleak_range, memleak_role, memleak_sampler, memleak_share, memleak_site,
-    memleak_site_key, memleak_stack, memleak_stack_end, memleak_target, memleak_unwind_cfa, memleak_unwind_map,
-    memleak_unwind_rbp, memleak_unwind_row, memleak_unwind_segment,
+    memleak_event, memleak_event_kind, memleak_function, memleak_function_flags, memleak_operand, memleak_operand_kind,
+    memleak_process_event, memleak_process_event_kind, memleak_range, memleak_role, memleak_sampler, memleak_share,
+    memleak_site, memleak_site_key, memleak_stack, memleak_stack_end, memleak_target, memleak_unwind_cfa,
+    memleak_unwind_map, memleak_unwind_rbp, memleak_unwind_row, memleak_unwind_segment,
 };
 
 /// Birth generations that a site tells apart.
@@ -56,7 +56,8 @@ plain! {
     memleak_block_key: 8 + 2 * 4,
     memleak_counters: 16 * 8,
     memleak_event: 5 * 8 + 6 * 4 + 16,
-    memleak_function: 2 * 4 + 8 + 3 * 8 + 2 * 4,
+    memleak_function: 2 * 4 + 8 + 4 * 16 + 2 * 8 + 2 * 4,
+    memleak_operand: 4 + 4 + 8,
     memleak_process_event: 4 * 4 + 8,
     memleak_share: 4 * 8,
     memleak_site: 9 * 8 + 16 * COHORTS + 8 * LIFETIME_CLASSES,

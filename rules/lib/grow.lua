@@ -31,17 +31,41 @@ function M.is_certain(site, bytes)
   return bytes >= 3 * site.outstanding_bytes_stderr
 end
 
+-- Growth of a process over the last `seconds`, bytes per second, and what it is the growth of: anonymous memory, or all
+-- resident memory, files included, where the kernel does not tell them apart. Nil when nothing is known.
+function M.of_process(process, seconds)
+  local slope = process:rss_anon_slope(seconds)
+  if slope then
+    return slope, "anonymous memory"
+  end
+  return process:rss_slope(seconds), "resident memory, files included,"
+end
+
 -- Whether the growth may be old blocks being replaced: blocks from before the attach are unknown, so when a full cache
 -- swaps them for new ones, only the new ones are counted. The sign is that the process frees at least as many
--- unknown blocks as the site gains, while its resident memory does not grow with the site.
+-- unknown blocks as the site gains, while its memory does not grow with the site.
 function M.replaces_old(site, window)
   local seconds = window:duration()
   local freed = site.process:unmatched_rate(seconds)
   if not freed or freed <= 0 or freed < window:count_slope() then
     return false
   end
-  local rss = site.process:rss_slope(seconds)
-  return not rss or rss < window:slope() / 2
+  local growth = M.of_process(site.process, seconds)
+  return not growth or growth < window:slope() / 2
+end
+
+-- Severity and doubt of a finding about growth after a look at whether the process can still reach the blocks: what is
+-- lost is no longer in doubt, what is reachable is left to `reachable_growth`.
+function M.after_scan(site, severity, doubt)
+  local reach = site.reachability
+  if not reach then
+    return severity, doubt
+  elseif reach.verdict == "definite" then
+    return "critical", string.format("; the process can no longer reach %s of its blocks", units.count(reach.lost_count))
+  elseif reach.verdict == "reachable" then
+    return "info", "; the process still refers to its blocks" .. (reach.way and ": " .. reach.way or "")
+  end
+  return severity, doubt
 end
 
 -- "2.1 MiB/s, 7.4 GiB an hour"; per hour is what people plan with.

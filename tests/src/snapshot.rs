@@ -113,6 +113,36 @@ pub struct SiteView {
     pub frames: Vec<FrameView>,
     /// Why the stack ends early.
     pub truncated: Option<String>,
+    /// What scans of the process's memory say; `None` before there was one.
+    pub reachability: Option<Reachability>,
+}
+
+/// What scans say of a site.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Reachability {
+    /// `definite`, `possible`, `reachable` or `unknown`.
+    pub verdict: String,
+    /// Blocks that nothing refers to.
+    pub lost: Tally,
+    /// Blocks that only lost blocks refer to.
+    pub indirectly_lost: Tally,
+    /// Blocks that can be reached.
+    pub reachable: Tally,
+    /// Blocks that were called lost.
+    pub called_lost: u64,
+    /// Of these, those that were freed later.
+    pub refuted: u64,
+    /// From a root to one of the blocks.
+    pub way: Option<String>,
+}
+
+/// Blocks and their bytes.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct Tally {
+    /// Blocks.
+    pub blocks: u64,
+    /// Their bytes.
+    pub bytes: u64,
 }
 
 impl SiteView {
@@ -136,6 +166,21 @@ pub struct SamplingView {
     pub allocated_bytes: u64,
     /// Blocks allocated, recorded or not.
     pub allocated_count: u64,
+}
+
+/// How much of a process's growth its sites explain, in bytes.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct Coverage {
+    /// Growth of the resident anonymous memory.
+    pub growth_bytes: i64,
+    /// The part that is outstanding at sites.
+    pub explained_bytes: Option<u64>,
+    /// At most this much of the rest is in mappings without traced blocks.
+    pub mapped_bytes: Option<u64>,
+    /// What is left.
+    pub other_bytes: Option<u64>,
+    /// The explained part, 0 to 1.
+    pub share: Option<f64>,
 }
 
 /// One watched process.
@@ -165,6 +210,14 @@ pub struct ProcessView {
     pub open_s: f64,
     /// Share of complete stacks, 0 to 1.
     pub complete_stacks: Option<f64>,
+    /// How often all tracing was stopped for a while.
+    pub hard_stops: u64,
+    /// Why nothing is attached now.
+    pub stopped: Option<String>,
+    /// Resident anonymous memory.
+    pub rss_anon_bytes: Option<u64>,
+    /// How much of the growth the sites explain.
+    pub coverage: Option<Coverage>,
     /// What was lost, by kind.
     pub losses: std::collections::BTreeMap<String, u64>,
 }

@@ -165,6 +165,41 @@ fn broken_manifest_is_named() {
     refuses(folder.path(), &["check", "--plugins", "."], &["pool.toml", "sonmes"]);
 }
 
+// A budget that is none would stop all tracing or protect nobody; a window that outlasts the interval is in two snapshots.
+#[test]
+fn senseless_budgets_are_named() {
+    for (value, why) in [("0%", "more than 0 %"), ("-2%", "more than 0 %"), ("1000%", "at most 100 %")] {
+        bad_config(&format!("[collector]\nbudget = \"{value}\"\n"), &["bad.toml:2:", "collector.budget", why]);
+        let target = format!("[[target]]\nname = \"x\"\nbudget = \"{value}\"\n");
+        bad_config(&target, &["bad.toml:3:", "target.budget", why]);
+    }
+    bad_config("[[target]]\nname = \"x\"\nbudget = \"60%\"\n", &["bad.toml:3:", "above max_slowdown (50 %)"]);
+    bad_config("[[target]]\nname = \"x\"\nlatency = \"low\"\n", &["bad.toml:3:", "normal, sensitive"]);
+    let window = "interval = \"100ms\"\n[collector]\nmax_window = \"150ms\"\n";
+    bad_config(window, &["bad.toml:3:", "max_window", "longer than the interval"]);
+    bad_config("[collector]\nmax_window = \"500ms\"\n", &["bad.toml:2:", "at most 400ms", "max_slowdown"]);
+}
+
+// The places that one tool probes are occupied for no other: both count exactly, and the program is none the worse.
+#[test]
+fn two_collectors_on_one_process_are_both_exact() {
+    needs!(Feature::Bpf);
+    let mut program = Program::start("leaker");
+    let (mut one, mut two) = (Memleak::watch(program.pid()), Memleak::watch(program.pid()));
+    program.step("done");
+    for memleak in [&mut one, &mut two] {
+        let snapshot = memleak.settled();
+        assert_eq!(snapshot.totals, Counts::kept(7, 67));
+        assert!(snapshot.process(program.pid()).losses.values().all(|n| *n == 0), "{:?}", snapshot.processes);
+    }
+    // When one leaves, the other's probes stay.
+    assert_eq!(one.stop().code, Some(0));
+    program.step("done");
+    assert_eq!(two.settled().totals, Counts::kept(14, 67));
+    assert_eq!(two.stop().code, Some(0));
+    program.finish();
+}
+
 // A pid that nobody has: said at once, not watched for ever.
 #[test]
 fn pid_that_does_not_exist_is_named() {

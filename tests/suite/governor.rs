@@ -79,6 +79,103 @@ fn program_that_calms_down_is_traced_exactly_again() {
     assert_eq!(process.mode, "exact");
 }
 
+/// True while probes are in the C library's code of a process.
+fn is_attached(pid: u32) -> bool {
+    let (mapped, file) = library_code(pid);
+    mapped != file
+}
+
+// A process that must not be disturbed and one that may be at any price, in one run.
+#[test]
+fn targets_have_budgets_of_their_own() {
+    needs!(Feature::Bpf);
+    let (spared, free) = (busy(), busy());
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let config = folder.path().join("two.toml");
+    let text = format!(
+        "[[target]]\npid = {}\nbudget = \"2%\"\nlatency = \"sensitive\"\n[[target]]\npid = {}\nbudget = \"off\"\n",
+        spared.pid(),
+        free.pid()
+    );
+    std::fs::write(&config, text).expect("a file can be written");
+    let mut memleak =
+        Memleak::start(&["--config", config.to_str().expect("a plain name"), "--set", "collector.budget=5%"]);
+    let seen = memleak.wait_until("three windows", |snapshot| {
+        snapshot.processes.iter().any(|p| p.pid == spared.pid() && p.alive && p.windows >= 3)
+    });
+    let of = |pid| seen.processes.iter().rev().find(|p| p.pid == pid && p.alive).expect("it is watched");
+    assert_eq!((of(spared.pid()).mode.as_str(), of(free.pid()).mode.as_str()), ("estimated", "exact"));
+    // 50 ms each, and what a busy machine adds; the usual ones take four times as long.
+    let windows = of(spared.pid());
+    let longest = 0.12 * f64::from(u32::try_from(windows.windows).expect("a few"));
+    assert!(windows.open_s < longest, "{windows:?}");
+    memleak.signal(libc::SIGUSR1);
+    memleak.wait_for_message("report written to");
+    let report = std::fs::read_to_string(memleak.folder().join("memleak-report.html")).expect("it was written");
+    assert!(report.contains("through windows of at most 50ms") && report.contains("verdicts are weaker"), "{report}");
+}
+
+// The budget is one promise, the cap on the slow-down the other: where the first would allow more, the second holds.
+#[test]
+fn slow_down_beyond_the_cap_stops_all_tracing_for_a_while() {
+    needs!(Feature::Bpf);
+    let mut program = Program::start("jump");
+    let pid = program.pid();
+    // So much is in the purse that half a second of full tracing would be paid for.
+    let settings = ["budget=50%", "budget_floor=50%", "total_budget=100%"].map(|s| format!("--set=collector.{s}"));
+    let mut memleak = Memleak::watch_with(pid, &settings);
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(is_attached(pid), "traced exactly before");
+    program.go();
+    memleak.wait_for_message("all tracing stopped for 10s, because tracing took more of its time than max_slowdown");
+    let stopped = Instant::now();
+    let seen = memleak.wait_until("a snapshot that says so", |s| s.process(pid).stopped.is_some());
+    assert_eq!(seen.process(pid).stopped.as_deref(), Some("slowdown"));
+    assert_eq!((seen.process(pid).hard_stops, seen.process(pid).mode.as_str()), (1, "estimated"));
+    while stopped.elapsed() < Duration::from_secs(8) {
+        assert!(!is_attached(pid), "attached in the cool-down");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let seen = memleak.wait_until("a window after the cool-down", |s| s.process(pid).windows > 0);
+    assert_eq!(seen.process(pid).stopped, None);
+    assert!(stopped.elapsed() > Duration::from_millis(9_500), "{:?}", stopped.elapsed());
+}
+
+// A collector that got no CPU time has not seen what tracing did meanwhile, and may get none again.
+#[test]
+fn starved_collector_stops_tracing_what_it_could_not_watch_over() {
+    needs!(Feature::Bpf);
+    let mut program = Program::start("jump");
+    let pid = program.pid();
+    let memleak = Memleak::watch_with(pid, &BUDGET);
+    assert!(is_attached(pid), "traced exactly before");
+    // Stopped, as if others took all of the machine.
+    memleak.signal(libc::SIGSTOP);
+    program.go();
+    std::thread::sleep(Duration::from_secs(3));
+    memleak.signal(libc::SIGCONT);
+    memleak.wait_for_message("all tracing stopped for 10s, because ");
+    assert!(!is_attached(pid));
+}
+
+// The bar is two seconds back to the budget; nobody should wait that long.
+#[test]
+fn jump_of_the_rate_ends_exact_tracing_within_two_seconds() {
+    needs!(Feature::Bpf);
+    let mut program = Program::start("jump");
+    let pid = program.pid();
+    let memleak = Memleak::watch_with(pid, &BUDGET);
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(is_attached(pid), "traced exactly before");
+    program.go();
+    let jumped = Instant::now();
+    memleak.wait_for_message("watching through windows");
+    while is_attached(pid) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(jumped.elapsed() < Duration::from_secs(2), "{:?}", jumped.elapsed());
+}
+
 // Somebody presses ctrl-z at the worst moment: the program must not stay slowed down until they come back.
 #[test]
 fn stopped_collector_leaves_no_window_open() {
@@ -112,4 +209,39 @@ fn stopped_collector_leaves_no_window_open() {
     memleak.wait_for_message("was stopped while a window was open");
     let outcome = memleak.stop();
     assert!(matches!(outcome.code, Some(0 | 1)), "{:?}: {}", outcome.code, outcome.stderr);
+}
+
+/// Nanoseconds of CPU time per pair, as the child of `fork_busy` prints it: the smallest of `times` lines.
+fn pair_ns(program: &mut Program, times: usize) -> u64 {
+    let line = |program: &mut Program| loop {
+        // A child that is just being replaced may have said something before its end.
+        if let Some(ns) = program.next_line().strip_prefix("pair ") {
+            return ns.parse::<u64>().expect("a number");
+        }
+    };
+    (0..times).map(|_| line(program)).min().expect("at least one")
+}
+
+// A child inherits the breakpoints of its traced parent; nobody counts its calls, so it must not pay for them.
+#[test]
+fn forked_child_that_nobody_watches_is_released() {
+    needs!(Feature::Bpf);
+    let mut program = Program::start("fork_busy");
+    program.go();
+    program.next_line();
+    let bare = pair_ns(&mut program, 5);
+    // Everything is traced, whatever it costs.
+    let memleak = Memleak::watch(program.pid());
+    assert!(is_attached(program.pid()));
+    program.go();
+    while !program.next_line().starts_with("child ") {}
+    let first = pair_ns(&mut program, 1);
+    std::thread::sleep(Duration::from_secs(1));
+    // What was printed meanwhile comes first.
+    pair_ns(&mut program, 5);
+    let released = pair_ns(&mut program, 5);
+    assert!(released * 2 <= bare * 3, "{bare} ns bare, {first} ns at first, {released} ns after a second");
+    assert!(first > 3 * bare, "the child was never slow ({first} ns, {bare} ns bare): this test shows nothing");
+    assert!(is_attached(program.pid()), "the parent is still traced");
+    assert!(!memleak.stderr().contains("child"), "{}", memleak.stderr());
 }

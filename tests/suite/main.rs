@@ -6,8 +6,10 @@
 mod bad_input;
 mod cli;
 mod containers;
+mod coverage;
 mod demo;
 mod governor;
+mod reachability;
 mod report;
 mod servers;
 mod stacks;

@@ -203,6 +203,7 @@ impl Plan {
             // Only the newest state of a site is kept, so only the last snapshot needs these.
             cohorts: if last { self.cohorts(t, end, totals) } else { Vec::new() },
             lifetimes: if last { self.shape.lifetimes(freed_count) } else { [0; LIFETIME_CLASSES] },
+            reachability: None,
         }
     }
 
@@ -318,6 +319,8 @@ fn info(title: &str) -> RunInfo {
         budget: Some("Budget 5 % of the targets' CPU time: kept, 2.3 % used".into()),
         own_cpu_s: Some(3.4),
         own_rss_bytes: Some(46 << 20),
+        own_map_bytes: Some(28 << 20),
+        own_snapshot_cpu_s: Some(0.002),
         report_path: Some("memleak-report.html".into()),
         alerts_path: Some("memleak-alerts.ndjson".into()),
     }

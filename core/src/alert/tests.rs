@@ -54,6 +54,7 @@ impl Run {
                 last_allocation_s: time_s,
                 cohorts: vec![cohort],
                 lifetimes: Default::default(),
+                reachability: None,
             }
         });
         let processes = self.processes.iter().map(|(process, alive)| ProcessSample {

@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memleak_probes::{Attached, Library, elf};
+use memleak_probes::{Attached, Library, SetKind, elf, usdt};
 
 use super::{Collector, Watched};
 use crate::maps::{Backing, FileId, Mapping, Maps, open_mapped};
@@ -130,11 +130,14 @@ impl Collector {
         let facts = self.libraries.facts(id, &file, &library, &self.plugins);
         let debug = facts.debug.as_ref();
         library.debug = debug.map(|debug| PathBuf::from(format!("/proc/self/fd/{}", debug.as_raw_fd())));
+        let replaced = matches!(mapping.backing, Backing::File { deleted: true, .. });
+        let note = if replaced { " (replaced or deleted on disk: the file that is mapped is probed)" } else { "" };
+        let shown = format!("{name}{note}");
         for plugin in providers(&self.plugins, name, &facts.names) {
             let state = match self.tracker.attach(instance, &plugin.spec, &library) {
                 Ok(functions) if functions.is_empty() => continue, // was attached before
-                Ok(functions) => PluginState::Attached { file: name.to_owned(), functions },
-                Err(e) => PluginState::Failed { file: name.to_owned(), reason: e.to_string() },
+                Ok(functions) => PluginState::Attached { file: shown.clone(), functions },
+                Err(e) => PluginState::Failed { file: shown.clone(), reason: e.to_string() },
             };
             found.push(PluginStatus { probe_set: plugin.spec.name.as_str().into(), state });
         }
@@ -171,7 +174,12 @@ impl Known {
         let look = |debug: Option<&Path>| {
             // Not every mapped file is a library.
             let symbols = elf::read_symbols(&library.path, debug, &names).unwrap_or_default();
-            let (defined, exported) = (symbols.functions.into_keys().collect(), symbols.exported);
+            let mut defined: HashSet<String> = symbols.functions.into_keys().collect();
+            if plugins.iter().any(|p| p.spec.kind == SetKind::Tracepoints) {
+                let tracepoints = usdt::read_names(&library.path).unwrap_or_default();
+                defined.extend(tracepoints.into_iter().filter(|t| names.contains(&t.as_str())));
+            }
+            let exported = symbols.exported;
             Facts { soname: soname.clone(), defined, exported }
         };
         let own = look(None);

@@ -25,6 +25,8 @@ const WAIT_FOR_TABLES: Duration = Duration::from_secs(2);
 /// A command that runs.
 pub(super) struct Launched {
     pub(super) pid: u32,
+    /// Number of the target that names it, from 0.
+    pub(super) target: usize,
     name: String,
     /// Names the process even when its pid has been given to another.
     pidfd: OwnedFd,
@@ -34,7 +36,7 @@ pub(super) struct Launched {
 
 impl Collector {
     /// Starts a command and begins to watch it.
-    pub(super) fn launch(&mut self, command: &[String]) -> Result<()> {
+    pub(super) fn launch(&mut self, command: &[String], target: usize) -> Result<()> {
         let name = command.join(" ");
         let failed = |e| Error::io(format!("failed to start {name}"), e);
         let (mut pid_reader, pid_writer) = std::io::pipe().map_err(failed)?;
@@ -77,7 +79,7 @@ impl Collector {
                 return Err(Error::new(ErrorKind::Target, format!("failed to start {name}: its thread has gone")));
             }
         }
-        self.launched.push(Launched { pid, name, pidfd, ended });
+        self.launched.push(Launched { pid, target, name, pidfd, ended });
         Ok(())
     }
 

@@ -11,10 +11,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use memleak_probes::{ErrorKind as ProbeErrorKind, ProcessEvent, SiteTotals, StackEnd, Tracker};
 
 use crate::config::{Backend, BudgetSettings, Config, Placement, Stacks};
-use crate::governor::Governor;
+use crate::governor::{Governor, StopReason};
 use crate::live;
 use crate::plugin::{self, Plugin};
 use crate::process::{self, ProcessStat};
+use crate::reachability::scanner::Cost;
 use crate::snapshot::{
     Losses, Mode, Process, ProcessSample, Sampling, Site, SiteKey, SiteSample, Snapshot, StackCounts, StandardErrors,
     Totals,
@@ -27,8 +28,11 @@ use crate::watchdog::Watchdog;
 use crate::{Error, ErrorKind, Result};
 
 mod attach;
+mod children;
 mod cohorts;
+mod coverage;
 mod launch;
+mod scans;
 mod windows;
 
 pub use attach::{PluginState, PluginStatus};
@@ -53,6 +57,8 @@ enum Life {
 struct Watched {
     process: Arc<Process>,
     life: Life,
+    /// Number of the target that it meets, from 0.
+    target: usize,
     /// Its forked children are watched too: it descends from a launched command.
     followed: bool,
     status: Vec<PluginStatus>,
@@ -62,6 +68,7 @@ struct Watched {
     /// Events of the dynamic linker since a launch; see [`launch`].
     loads: u32,
     usage: process::Usage,
+    growth: coverage::Growth,
     governor: Governor,
     /// When the last window was opened, CLOCK_MONOTONIC.
     window_opened_ns: u64,
@@ -89,6 +96,29 @@ pub enum Notice {
         /// True: everything is traced again. False: it is watched through windows.
         exact: bool,
     },
+    /// The memory of a process has been scanned for references.
+    Scanned {
+        /// The process.
+        process: Arc<Process>,
+        /// What it took.
+        cost: Cost,
+    },
+    /// The memory of a process could not be scanned.
+    NotScanned {
+        /// The process.
+        process: Arc<Process>,
+        /// Why.
+        reason: String,
+    },
+    /// All tracing of a process was stopped at once, and is not tried again before the cool-down is over.
+    Stopped {
+        /// The process.
+        process: Arc<Process>,
+        /// Why.
+        why: StopReason,
+        /// How long, seconds.
+        cool_down_s: f64,
+    },
     /// A process cannot be watched.
     Failed {
         /// Its process id.
@@ -111,6 +141,10 @@ pub struct Collector {
     /// Pid and start of every process that is watched or has been refused.
     known: HashSet<(u32, u64)>,
     launched: Vec<Launched>,
+    /// Forked by watched processes and not watched, as far as they may have breakpoints.
+    children: Vec<children::Child>,
+    /// When children may be released again, seconds.
+    next_release_s: f64,
     symbolizer: Symbolizer,
     sites: HashMap<SiteKey, KnownSite>,
     /// Instances with new stacks that ended in code of which nothing is known.
@@ -120,9 +154,13 @@ pub struct Collector {
     /// Without it stacks are walked by frame pointers.
     unwinder: Option<Unwinder>,
     notices: Vec<Notice>,
-    budget: BudgetSettings,
+    scans: scans::Scans,
+    /// What tracing may cost, by target.
+    budgets: Vec<BudgetSettings>,
     /// CPU seconds per second that tracing all targets may cost.
     total_budget: f64,
+    /// When mappings may be looked at again, seconds.
+    next_look_s: f64,
     next_instance: u32,
     snapshots: u64,
     started: Instant,
@@ -144,7 +182,12 @@ impl Collector {
         matcher.check_pids()?;
         let c = &config.collector;
         // Before anything is loaded: the helper must not hold what it is to see closed.
-        let watchdog = c.budget.share.filter(|_| !trace_events).map(|_| Watchdog::start()).transpose()?;
+        let budgets: Vec<BudgetSettings> = (config.targets.iter())
+            .map(|target| c.budget.of(target))
+            // A trace is asked for in order to see everything.
+            .map(|budget| BudgetSettings { share: budget.share.filter(|_| !trace_events), ..budget })
+            .collect();
+        let watchdog = budgets.iter().any(|b| b.share.is_some()).then(Watchdog::start).transpose()?;
         let tracker = Tracker::load(memleak_probes::Settings {
             backend: match c.backend {
                 Backend::Auto => None,
@@ -172,6 +215,8 @@ impl Collector {
             watched: HashMap::new(),
             known: HashSet::new(),
             launched: Vec::new(),
+            children: Vec::new(),
+            next_release_s: 0.0,
             symbolizer: Symbolizer::with_limits(symbolize::Limits {
                 worker: Some(symbolize::worker::OWN_PROGRAM.into()),
                 ..symbolize::Limits::default()
@@ -185,16 +230,17 @@ impl Collector {
                 Stacks::FramePointers => None,
             },
             notices: Vec::new(),
-            // A trace is asked for in order to see everything.
-            budget: BudgetSettings { share: c.budget.share.filter(|_| !trace_events), ..c.budget },
+            scans: scans::Scans::new(config.reachability.clone()),
+            budgets,
             total_budget: c.budget.total * std::thread::available_parallelism().map_or(1.0, |n| n.get() as f64),
+            next_look_s: 0.0,
             next_instance: 1,
             snapshots: 0,
             started: Instant::now(),
             started_ns: monotonic_ns(),
         };
-        for target in config.targets.iter().filter(|t| !t.command.is_empty()) {
-            collector.launch(&target.command)?;
+        for (number, target) in config.targets.iter().enumerate().filter(|(_, t)| !t.command.is_empty()) {
+            collector.launch(&target.command, number)?;
         }
         collector.scan()?;
         Ok(collector)
@@ -288,19 +334,22 @@ impl Collector {
             match event {
                 ProcessEvent::Exit { instance, .. } => self.end(instance),
                 ProcessEvent::Exec { pid, instance } => {
-                    let followed = instance.and_then(|i| self.watched.get(&i)).is_some_and(|w| w.followed);
+                    self.forget_child(pid);
+                    let followed = instance.and_then(|i| self.followed_target(i));
                     if let Some(instance) = instance {
                         self.end(instance);
                     }
                     self.started_program(pid, followed);
                 }
                 ProcessEvent::Fork { instance, child, .. } => {
-                    let followed = self.watched.get(&instance).is_some_and(|w| w.followed);
+                    let followed = self.followed_target(instance);
                     self.started_program(child, followed);
+                    self.note_child(instance, child);
                 }
                 ProcessEvent::Load { instance, .. } => self.loaded(instance),
             }
         }
+        self.release_children();
         self.reap();
         Ok(())
     }
@@ -310,8 +359,8 @@ impl Collector {
     /// # Errors
     /// When /proc cannot be read.
     pub fn scan(&mut self) -> Result<()> {
-        for process in self.matcher.scan(&self.known)? {
-            self.watch(process.pid, false);
+        for (process, target) in self.matcher.scan(&self.known)? {
+            self.watch(process.pid, target, false);
         }
         // Events of exits can be lost when their ring buffer is full.
         let gone: Vec<u32> = (self.watched.iter())
@@ -332,23 +381,28 @@ impl Collector {
         Ok(())
     }
 
-    /// A process runs a new program, or is a new child.
-    fn started_program(&mut self, pid: u32, followed: bool) {
-        let launched = self.launched.iter().any(|l| l.pid == pid);
-        if launched || followed {
-            self.watch(pid, true);
+    /// The target of an instance whose children are watched too.
+    fn followed_target(&self, instance: u32) -> Option<usize> {
+        self.watched.get(&instance).filter(|w| w.followed).map(|w| w.target)
+    }
+
+    /// A process runs a new program, or is a new child; `followed` is the target that it belongs to by descent.
+    fn started_program(&mut self, pid: u32, followed: Option<usize>) {
+        let launched = self.launched.iter().find(|l| l.pid == pid).map(|l| l.target);
+        if let Some(target) = launched.or(followed) {
+            self.watch(pid, target, true);
         } else if let Ok(stat) = ProcessStat::read(pid)
-            && self.matcher.matches(&stat).is_some()
+            && let Some(target) = self.matcher.matches(&stat)
         {
-            self.watch(pid, false);
+            self.watch(pid, target, false);
         }
-        if launched {
+        if launched.is_some() {
             self.go_on(pid);
         }
     }
 
-    /// Starts watching a process.
-    fn watch(&mut self, pid: u32, followed: bool) {
+    /// Starts watching a process that meets a target.
+    fn watch(&mut self, pid: u32, target: usize, followed: bool) {
         let fail = |reason: String| Notice::Failed { pid, reason };
         let stat = match ProcessStat::read(pid) {
             Ok(stat) => stat,
@@ -372,6 +426,7 @@ impl Collector {
         self.next_instance += 1;
         self.known.insert((pid, stat.start_ticks));
         let process = Arc::new(stat.to_process(instance));
+        let Some(budget) = self.budgets.get(target).copied() else { return };
         if let Err(e) = self.symbolizer.observe(&process) {
             tracing::debug!(pid, "mappings not read: {e:#}");
         }
@@ -380,13 +435,15 @@ impl Collector {
             Watched {
                 process: Arc::clone(&process),
                 life: Life::Running,
+                target,
                 followed,
                 status: Vec::new(),
                 announced: false,
                 since_s: self.now_s(),
                 loads: 0,
-                usage: process::Usage { rss_bytes: stat.rss_bytes, cpu_s: stat.cpu_s },
-                governor: Governor::new(self.budget, self.tracker.cost_per_hit_ns() / 1e9, u64::from(instance)),
+                usage: process::Usage { rss_bytes: stat.rss_bytes, anon_bytes: None, cpu_s: stat.cpu_s },
+                growth: coverage::Growth::default(),
+                governor: Governor::new(budget, u64::from(instance)),
                 window_opened_ns: 0,
             },
         );
@@ -394,8 +451,11 @@ impl Collector {
         // A program that is just starting may have mapped more before the first pass got to its dynamic linker, whose
         // loads are noticed only from then on.
         self.attach_to(instance);
-        if !process::is_alive(pid, stat.start_ticks) {
-            return self.end(instance);
+        let Ok(usage) = process::usage(pid, stat.start_ticks) else { return self.end(instance) };
+        let now_s = self.now_s();
+        if let Some(watched) = self.watched.get_mut(&instance) {
+            watched.usage = usage;
+            watched.growth = coverage::Growth::begin(&process, usage, now_s);
         }
         self.announce(instance, false);
     }
@@ -429,6 +489,8 @@ impl Collector {
     /// When the maps cannot be read.
     pub fn snapshot(&mut self) -> Result<Snapshot> {
         let cpu_before = thread_cpu_s();
+        self.take_scans()?;
+        self.check_refutations()?;
         let mut raw = self.tracker.read_sites()?;
         let time_s = self.now_s();
         let wall_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
@@ -447,6 +509,7 @@ impl Collector {
                     last_allocation_s: age_ns as f64 / 1e9,
                     cohorts: known.cohorts.read(&self.generations, totals, time_s),
                     lifetimes: totals.lifetimes,
+                    reachability: self.scans.of(key),
                 });
             }
         }
@@ -461,6 +524,8 @@ impl Collector {
             self.tracker.next_cohort();
         }
         sites.sort_by_key(|s| (std::cmp::Reverse(s.totals.outstanding_bytes()), s.site.key));
+        self.read_usage();
+        self.account_growth(&sites, time_s)?;
         let mut processes = self.process_samples()?;
         for process in &mut processes {
             process.stacks = self.stacks_of(process.process.instance, &sites);
@@ -544,15 +609,22 @@ impl Collector {
         counts
     }
 
-    fn process_samples(&mut self) -> Result<Vec<ProcessSample>> {
-        let mut samples = Vec::with_capacity(self.watched.len());
-        let sample_bytes = self.tracker.sample_bytes();
-        for (instance, watched) in &mut self.watched {
-            let counters = self.tracker.read_counters(*instance)?;
-            let alive = watched.life == Life::Running;
-            if alive && let Ok(usage) = process::usage(watched.process.pid, watched.process.start_ticks) {
+    /// Reads what the processes use now.
+    fn read_usage(&mut self) {
+        for watched in self.watched.values_mut().filter(|w| w.life == Life::Running) {
+            if let Ok(usage) = process::usage(watched.process.pid, watched.process.start_ticks) {
                 watched.usage = usage;
             }
+        }
+    }
+
+    fn process_samples(&self) -> Result<Vec<ProcessSample>> {
+        let mut samples = Vec::with_capacity(self.watched.len());
+        let sample_bytes = self.tracker.sample_bytes();
+        for (instance, watched) in &self.watched {
+            let counters = self.tracker.read_counters(*instance)?;
+            let alive = watched.life == Life::Running;
+            let budget = watched.governor.settings();
             samples.push(ProcessSample {
                 process: Arc::clone(&watched.process),
                 stacks: StackCounts::default(),
@@ -571,6 +643,9 @@ impl Collector {
                 windows: watched.governor.windows().0,
                 windows_discarded: watched.governor.windows().1,
                 open_s: watched.governor.open_s(),
+                window_s: budget.share.map(|_| budget.max_window.as_secs_f64()),
+                hard_stops: watched.governor.stops(),
+                stopped: watched.governor.stopped(),
                 hits: counters.hits,
                 unmatched_frees: counters.unmatched_frees,
                 losses: Losses {
@@ -587,6 +662,8 @@ impl Collector {
                     events_dropped: counters.events_dropped,
                 },
                 rss_bytes: alive.then_some(watched.usage.rss_bytes),
+                rss_anon_bytes: watched.usage.anon_bytes.filter(|_| alive),
+                coverage: watched.growth.newest(),
                 cpu_s: Some(watched.usage.cpu_s),
                 overhead_s: watched.governor.spent_s(),
             });
@@ -608,6 +685,7 @@ impl Collector {
             if let Some(unwinder) = &mut self.unwinder {
                 unwinder.forget(instance);
             }
+            self.scans.forget(instance);
             self.tracker.forget(instance)?;
             self.watched.remove(&instance);
             self.sites.retain(|key, _| key.instance != instance);

@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use memleak_probes::Block;
 
-use super::{Collector, Life, Notice, clock_ns};
+use super::{Collector, Life, Notice, clock_ns, coverage};
 use crate::Result;
-use crate::governor::{self, Action, Reading};
+use crate::governor::{self, Action, Reading, StopReason};
 use crate::maps::Maps;
-use crate::process::ProcDir;
+use crate::process::{self, ProcDir};
 
 /// So many targets are looked at in each tick; with more, each is looked at less often.
 const TARGETS_PER_TICK: f64 = 16.0;
@@ -33,20 +33,27 @@ impl Collector {
         let now_s = self.now_s();
         let running = self.watched.values().filter(|w| w.life == Life::Running);
         let scale = governor::scale(running.map(|w| w.governor.budget()), self.total_budget);
+        let prices = self.tracker.prices();
         let mut actions = Vec::new();
         for (instance, watched) in self.watched.iter_mut().filter(|(_, w)| w.life == Life::Running) {
-            let hits = self.tracker.read_counters(*instance)?.hits;
-            let reading = Reading { now_s, hits, cpu_s: process_cpu_s(watched.process.pid) };
+            let counters = self.tracker.read_counters(*instance)?;
+            let reading = Reading {
+                now_s,
+                hits: counters.hits,
+                cost_s: prices.cost_s(&counters),
+                cpu_s: process_cpu_s(watched.process.pid),
+            };
             match watched.governor.tick(reading, scale) {
                 Action::Stay => {}
                 action => actions.push((*instance, action)),
             }
         }
-        let opened = actions.iter().any(|(_, a)| matches!(a, Action::OpenWindow { .. }));
-        if let Some(watchdog) = self.watchdog.as_mut().filter(|_| opened) {
-            watchdog.arm(self.budget.max_window);
+        let opened = actions.iter().filter(|(_, a)| matches!(a, Action::OpenWindow { .. }));
+        let longest = opened.filter_map(|(i, _)| self.watched.get(i)).map(|w| w.governor.settings().max_window).max();
+        if let (Some(watchdog), Some(longest)) = (self.watchdog.as_mut(), longest) {
+            watchdog.arm(longest);
         }
-        let closed = actions.iter().any(|(_, a)| matches!(a, Action::CloseWindow { .. }));
+        let closed = actions.iter().any(|(_, a)| matches!(a, Action::CloseWindow { .. } | Action::Stop { .. }));
         for (instance, action) in actions {
             match action {
                 Action::Stay => {}
@@ -65,12 +72,27 @@ impl Collector {
                     self.tracker.close_window(instance);
                     self.resolve_candidates(instance, counts)?;
                 }
+                Action::Stop { why, exact, cool_down_s } => self.stop_tracing(instance, why, exact, cool_down_s)?,
             }
         }
         if closed {
             self.end_guard();
         }
         Ok(())
+    }
+
+    /// Takes all probes off a target.
+    fn stop_tracing(&mut self, instance: u32, why: StopReason, exact: bool, cool_down_s: f64) -> Result<()> {
+        if let Some(watched) = self.watched.get(&instance) {
+            let process = Arc::clone(&watched.process);
+            self.notices.push(Notice::Stopped { process, why, cool_down_s });
+        }
+        if exact {
+            self.restart_books(instance, false);
+            return Ok(());
+        }
+        self.tracker.close_window(instance);
+        self.resolve_candidates(instance, false)
     }
 
     /// After windows were closed: when none is left, the watchdog may rest, and a collector that somebody had stopped
@@ -105,24 +127,29 @@ impl Collector {
         if !exact {
             self.tracker.close_window(instance);
         }
-        governor.restarted(Reading { now_s: self.now_s(), hits: 0, cpu_s: process_cpu_s(pid) });
+        let now_s = self.now_s();
+        governor.restarted(Reading { now_s, hits: 0, cost_s: 0.0, cpu_s: process_cpu_s(pid) });
         let Some(watched) = self.watched.get(&old) else { return };
         let mut process = (*watched.process).clone();
         process.instance = instance;
         let process = Arc::new(process);
-        let (loads, usage) = (watched.loads, watched.usage);
+        let (loads, usage, target) = (watched.loads, watched.usage, watched.target);
+        let usage = process::usage(pid, process.start_ticks).unwrap_or(usage);
+        let growth = coverage::Growth::begin(&process, usage, now_s);
         if let Err(e) = self.symbolizer.observe(&process) {
             tracing::debug!(pid, "mappings not read: {e:#}");
         }
         let new = super::Watched {
             process: Arc::clone(&process),
             life: Life::Running,
+            target,
             followed,
             status: Vec::new(),
             announced: true,
-            since_s: self.now_s(),
+            since_s: now_s,
             loads,
             usage,
+            growth,
             governor,
             window_opened_ns: 0,
         };

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::read::{Reader, Section, boolean, size, string, wrong_type};
 use super::tree::{Entries, Node, Problem, Value};
-use super::{Backend, Config, Placement, Stacks, TargetSpec, UnwindCache, WebhookSettings};
+use super::{Backend, Budget, Config, Latency, Placement, Stacks, TargetSpec, UnwindCache, WebhookSettings};
 use crate::units::{Bytes, format_duration, parse_duration};
 
 const MS: Duration = Duration::from_millis(1);
@@ -21,14 +21,16 @@ pub(super) fn decode(reader: &mut Reader, entries: Entries) -> Config {
     let mut root = Section::root(reader, entries);
     root.duration("interval", 10 * MS..=DAY, &mut config.interval);
     root.optional_duration("duration", MS..=3_650 * DAY, &mut config.duration);
+    collector(root.section("collector"), &mut config);
+    // After the collector's settings, which bound a target's own.
     if let Some(nodes) = root.read("target", list_of_tables) {
-        config.targets = nodes.into_iter().filter_map(|node| target(root.reader, node)).collect();
+        let most = config.collector.budget.max_slowdown;
+        config.targets = nodes.into_iter().filter_map(|node| target(root.reader, node, most)).collect();
     }
     // Also without a target the keys of one are known, so that one that is misplaced can be named.
-    for key in ["pid", "name", "exe", "cgroup", "container", "unit", "command"] {
+    for key in ["pid", "name", "exe", "cgroup", "container", "unit", "command", "budget", "latency"] {
         root.reader.known.insert(format!("target.{key}"));
     }
-    collector(root.section("collector"), &mut config);
     history(root.section("history"), &mut config);
     plugins(root.section("plugins"), &mut config);
     rules(root.section("rules"), &mut config);
@@ -40,6 +42,7 @@ pub(super) fn decode(reader: &mut Reader, entries: Entries) -> Config {
     let mut live = root.section("live");
     live.integer("sites", 0..=1_000_000, &mut config.live.sites);
     live.finish();
+    reachability(root.section("reachability"), &mut config);
     root.finish();
     config
 }
@@ -79,14 +82,21 @@ fn collector(mut s: Section<'_>, config: &mut Config) {
         c.unwind_cache = cache;
     }
     let b = &mut c.budget;
-    if let Some(share) =
-        s.read("budget", |node| if string(node) == Ok("off") { Ok(None) } else { percent(node).map(Some) })
-    {
-        b.share = share;
+    set_percent(&mut s, "max_slowdown", &mut b.max_slowdown);
+    let most = b.max_slowdown;
+    match s.read("budget", |node| budget(node, most)) {
+        Some(Budget::Off) => b.share = None,
+        Some(Budget::Share(share)) => b.share = Some(share),
+        None => b.share = b.share.map(|share| share.min(most)),
     }
-    set_percent(&mut s, "budget_floor", &mut b.floor);
+    match s.read("budget_floor", |node| share(node, most)) {
+        Some(floor) => b.floor = floor,
+        None => b.floor = b.floor.min(most),
+    }
     set_percent(&mut s, "total_budget", &mut b.total);
     let interval = config.interval;
+    // The rest is for windows that close late.
+    let longest = Duration::from_secs_f64(0.8 * most);
     let read_window = |node: &Node| {
         let window = string(node).and_then(parse_duration)?;
         match window {
@@ -95,12 +105,20 @@ fn collector(mut s: Section<'_>, config: &mut Config) {
                 let (w, i) = (format_duration(w), format_duration(interval));
                 Err(format!("{w} is longer than the interval ({i}): a window must end before the next snapshot"))
             }
+            w if w > longest => {
+                let (w, longest) = (format_duration(w), format_duration(longest));
+                Err(format!(
+                    "{w} is too long: a busy target would be slowed down by more than max_slowdown ({:.0} %) in that \
+                     second; at most {longest}",
+                    most * 100.0
+                ))
+            }
             w => Ok(w),
         }
     };
     match s.read("max_window", read_window) {
         Some(window) => b.max_window = window,
-        None => b.max_window = b.max_window.min(interval),
+        None => b.max_window = b.max_window.min(interval).min(longest).max(10 * MS),
     }
     s.integer("max_window_hits", 1_000..=u64::MAX, &mut b.max_window_hits);
     s.finish();
@@ -126,10 +144,43 @@ fn percent(node: &Node) -> Result<f64, String> {
     }
 }
 
+/// "off", or a part of the target's CPU time.
+fn budget(node: &Node, max_slowdown: f64) -> Result<Budget, String> {
+    if string(node) == Ok("off") {
+        return Ok(Budget::Off);
+    }
+    share(node, max_slowdown).map(Budget::Share)
+}
+
+/// A percentage that is not above what a hard stop would end.
+fn share(node: &Node, max_slowdown: f64) -> Result<f64, String> {
+    match percent(node)? {
+        share if share > max_slowdown => Err(format!(
+            "{:.0} % is above max_slowdown ({:.0} %), where all tracing is stopped: lower the one or raise the other",
+            share * 100.0,
+            max_slowdown * 100.0
+        )),
+        share => Ok(share),
+    }
+}
+
 fn set_percent(s: &mut Section<'_>, key: &str, out: &mut f64) {
     if let Some(value) = s.read(key, percent) {
         *out = value;
     }
+}
+
+fn reachability(mut s: Section<'_>, config: &mut Config) {
+    let r = &mut config.reachability;
+    s.boolean("automatic", &mut r.automatic);
+    s.duration("every", 1000 * MS..=DAY, &mut r.every);
+    set_percent(&mut s, "core_share", &mut r.core_share);
+    s.bytes("max_memory", Bytes(1 << 20)..=Bytes(1 << 50), &mut r.max_memory);
+    s.integer("scans", 2..=100, &mut r.limits.scans);
+    s.integer("min_lost", 1..=u64::MAX, &mut r.limits.min_lost);
+    set_percent(&mut s, "min_fraction", &mut r.limits.min_fraction);
+    r.limits.most_scans = r.limits.most_scans.max(r.limits.scans);
+    s.finish();
 }
 
 fn history(mut s: Section<'_>, config: &mut Config) {
@@ -197,7 +248,7 @@ fn report(mut s: Section<'_>, config: &mut Config) {
 }
 
 /// Reads one `[[target]]`; problems are collected in the reader.
-fn target(reader: &mut Reader, node: Node) -> Option<TargetSpec> {
+fn target(reader: &mut Reader, node: Node, max_slowdown: f64) -> Option<TargetSpec> {
     let origin = node.origin.clone();
     let before = reader.count();
     let mut s = Section::item(reader, "target", node)?;
@@ -208,6 +259,8 @@ fn target(reader: &mut Reader, node: Node) -> Option<TargetSpec> {
     s.text("container", &mut t.container, parse_container);
     s.text("unit", &mut t.unit, parse_glob);
     t.command = s.read("command", command).unwrap_or_default();
+    t.budget = s.read("budget", |node| budget(node, max_slowdown));
+    s.choice("latency", &[("normal", Latency::Normal), ("sensitive", Latency::Sensitive)], &mut t.latency);
     s.finish();
     if reader.count() > before {
         // Its conditions may be the wrong ones; what is missing shows once they are right.

@@ -47,6 +47,8 @@ pub struct Config {
     pub templates_dir: Option<PathBuf>,
     /// The live view.
     pub live: LiveSettings,
+    /// Scans that tell leaks from caches.
+    pub reachability: ReachabilitySettings,
 }
 
 impl Default for Config {
@@ -63,6 +65,7 @@ impl Default for Config {
             report: ReportSettings::default(),
             templates_dir: None,
             live: LiveSettings::default(),
+            reachability: ReachabilitySettings::default(),
         }
     }
 }
@@ -140,6 +143,29 @@ pub struct TargetSpec {
     pub unit: Option<String>,
     /// A command to launch and watch from its first instruction.
     pub command: Vec<String>,
+    /// What tracing it may cost; `None` follows the collector's settings.
+    pub budget: Option<Budget>,
+    /// How it takes windows.
+    pub latency: Latency,
+}
+
+/// A target's own budget.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Budget {
+    /// Everything is traced whatever it costs.
+    Off,
+    /// Part of the target's own CPU time, 0 to 1.
+    Share(f64),
+}
+
+/// How a target takes windows, in which it can be ten times slower.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Latency {
+    /// As the collector's settings say.
+    #[default]
+    Normal,
+    /// Short ones, far apart: what they show is weaker evidence.
+    Sensitive,
 }
 
 impl TargetSpec {
@@ -223,6 +249,33 @@ pub struct BudgetSettings {
     pub max_window: Duration,
     /// Most hits of one window; it closes early, and does not count, when they are used up.
     pub max_window_hits: u64,
+    /// Part of a target's time, 0 to 1, that tracing may take within any second; beyond it everything is detached.
+    pub max_slowdown: f64,
+    /// How the target takes windows; a setting of targets, see [`BudgetSettings::of`].
+    pub latency: Latency,
+}
+
+/// Longest window of a target that is sensitive to latency.
+const SENSITIVE_WINDOW: Duration = Duration::from_millis(50);
+
+impl BudgetSettings {
+    /// These settings with what a target has of its own.
+    pub fn of(&self, target: &TargetSpec) -> BudgetSettings {
+        let mut own = BudgetSettings { latency: target.latency, ..*self };
+        match target.budget {
+            None => {}
+            Some(Budget::Off) => own.share = None,
+            Some(Budget::Share(share)) => {
+                own.share = Some(share);
+                // Who asks for less than the floor means it.
+                own.floor = own.floor.min(share);
+            }
+        }
+        if own.latency == Latency::Sensitive {
+            own.max_window = own.max_window.min(SENSITIVE_WINDOW);
+        }
+        own
+    }
 }
 
 impl Default for BudgetSettings {
@@ -233,6 +286,8 @@ impl Default for BudgetSettings {
             total: 0.05,
             max_window: Duration::from_millis(200),
             max_window_hits: 5_000_000,
+            max_slowdown: 0.5,
+            latency: Latency::Normal,
         }
     }
 }
@@ -395,5 +450,32 @@ pub struct LiveSettings {
 impl Default for LiveSettings {
     fn default() -> Self {
         LiveSettings { sites: 10 }
+    }
+}
+
+/// Scans that tell leaks from caches.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ReachabilitySettings {
+    /// Scan a process by itself when a rule suspects one of its sites.
+    pub automatic: bool,
+    /// Shortest time between the automatic scans of a process.
+    pub every: Duration,
+    /// Part of one core that a scan may use, above 0 to 1.
+    pub core_share: f64,
+    /// Processes with more writable memory are not scanned.
+    pub max_memory: Bytes,
+    /// How many scans make a series, and when a loss is definite.
+    pub limits: crate::reachability::Limits,
+}
+
+impl Default for ReachabilitySettings {
+    fn default() -> Self {
+        ReachabilitySettings {
+            automatic: true,
+            every: Duration::from_secs(60),
+            core_share: 0.5,
+            max_memory: Bytes(64 << 30),
+            limits: crate::reachability::Limits::default(),
+        }
     }
 }

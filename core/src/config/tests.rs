@@ -82,8 +82,11 @@ fn every_key_reaches_its_field() {
         cgroup = "/sys/fs/cgroup/c/d/"
         container = "3f4a"
         unit = "nginx"
+        budget = "2.5%"
+        latency = "sensitive"
         [[target]]
         command = "x 'y z'"
+        budget = "off"
         [collector]
         backend = "perf"
         max_outstanding = 11
@@ -100,6 +103,7 @@ fn every_key_reaches_its_field() {
         total_budget = "8.5%"
         max_window = "90ms"
         max_window_hits = 9000
+        max_slowdown = "40%"
         [history]
         samples = 116
         points = 1017
@@ -132,6 +136,14 @@ fn every_key_reaches_its_field() {
         dir = "d"
         [live]
         sites = 26
+        [reachability]
+        automatic = false
+        every = "27s"
+        core_share = "28%"
+        max_memory = "29MiB"
+        scans = 30
+        min_lost = 31
+        min_fraction = "32%"
         "#,
     )
     .unwrap();
@@ -149,9 +161,15 @@ fn every_key_reaches_its_field() {
                 cgroup: text("c/d"),
                 container: text("3f4a"),
                 unit: text("nginx"),
+                budget: Some(Budget::Share(0.025)),
+                latency: Latency::Sensitive,
                 ..TargetSpec::default()
             },
-            TargetSpec { command: vec!["x".to_owned(), "y z".to_owned()], ..TargetSpec::default() },
+            TargetSpec {
+                command: vec!["x".to_owned(), "y z".to_owned()],
+                budget: Some(Budget::Off),
+                ..TargetSpec::default()
+            },
         ],
         collector: CollectorSettings {
             backend: Backend::Perf,
@@ -170,6 +188,8 @@ fn every_key_reaches_its_field() {
                 total: 0.085,
                 max_window: Duration::from_millis(90),
                 max_window_hits: 9000,
+                max_slowdown: 0.4,
+                latency: Latency::Normal,
             },
         },
         history: crate::history::Bounds { samples: 116, points: 1017 },
@@ -197,6 +217,13 @@ fn every_key_reaches_its_field() {
         report: ReportSettings { path: Some("o".into()), every: Some(secs(24)), max_sites: 25, title: text("i") },
         templates_dir: Some("d".into()),
         live: LiveSettings { sites: 26 },
+        reachability: ReachabilitySettings {
+            automatic: false,
+            every: secs(27),
+            core_share: 0.28,
+            max_memory: Bytes(29 << 20),
+            limits: crate::reachability::Limits { scans: 30, most_scans: 30, min_lost: 31, min_fraction: 0.32 },
+        },
     };
     assert_eq!(config, expected);
 }
@@ -417,9 +444,19 @@ fn budgets_out_of_range_are_refused() {
         ("\"5\"", "no percentage"),
         ("5", "string"),
     ] {
-        let message = problem(&format!("[collector]\nbudget = {value}"));
-        assert!(message.contains("c.toml:2:") && message.contains(expected), "{value}: {message}");
+        for place in ["[collector]\nbudget", "[collector]\nmax_slowdown", "[[target]]\nbudget"] {
+            let message = problem(&format!("{place} = {value}"));
+            assert!(message.contains("c.toml:2:") && message.contains(expected), "{place} = {value}: {message}");
+        }
     }
+    for place in ["[collector]\nbudget", "[collector]\nbudget_floor", "[[target]]\npid = 1\nbudget"] {
+        let message = problem(&format!("{place} = \"51%\""));
+        assert!(message.contains("51 % is above max_slowdown (50 %)"), "{place}: {message}");
+    }
+    let message = problem("[collector]\nmax_window = \"500ms\"");
+    assert!(message.contains("at most 400ms"), "{message}");
+    let message = problem("[[target]]\npid = 1\nlatency = \"high\"");
+    assert!(message.contains("none of normal, sensitive"), "{message}");
     let message = problem("interval = \"100ms\"\n[collector]\nmax_window = \"150ms\"");
     assert!(message.contains("longer than the interval (100ms)"), "{message}");
     let off = Config::resolve(Some((Path::new("c.toml"), "[collector]\nbudget = \"off\"")), &[]).unwrap();
@@ -427,4 +464,21 @@ fn budgets_out_of_range_are_refused() {
     // The default follows a short interval by itself.
     let short = Config::resolve(Some((Path::new("c.toml"), "interval = \"100ms\"")), &[]).unwrap();
     assert_eq!(short.collector.budget.max_window, Duration::from_millis(100));
+}
+
+/// A target's own budget wins in both directions, and takes nothing from the others.
+#[test]
+fn a_target_has_a_budget_of_its_own() {
+    let text = "[collector]\nbudget = \"6%\"\n[[target]]\npid = 1\nbudget = \"2%\"\nlatency = \"sensitive\"\n\
+                [[target]]\npid = 2\nbudget = \"off\"\n[[target]]\npid = 3\n[[target]]\npid = 4\nbudget = \"20%\"\n";
+    let config = parse(text).unwrap();
+    let base = config.collector.budget;
+    let of: Vec<BudgetSettings> = config.targets.iter().map(|t| base.of(t)).collect();
+    assert_eq!((of[0].share, of[0].floor), (Some(0.02), 0.02));
+    assert_eq!((of[0].max_window, of[0].latency), (Duration::from_millis(50), Latency::Sensitive));
+    assert_eq!((of[1].share, of[1].max_window), (None, base.max_window));
+    assert_eq!(of[2], base);
+    assert_eq!((of[3].share, of[3].floor), (Some(0.2), base.floor));
+    let short = BudgetSettings { max_window: Duration::from_millis(20), ..base };
+    assert_eq!(short.of(&config.targets[0]).max_window, Duration::from_millis(20), "shorter than the preset");
 }

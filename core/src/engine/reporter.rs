@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::alert::{Alert, AlertManager, Status};
 use crate::collector::{self, Collector, Notice};
-use crate::config::{Config, TargetSpec};
+use crate::config::{Budget, Config, Latency, TargetSpec};
 use crate::doctor::kernel_release;
 use crate::history::History;
 use crate::output::atomic;
@@ -15,7 +15,7 @@ use crate::output::report::{AlertStatus, AlertView, PluginState, PluginStatus, R
 use crate::output::templates::Templates;
 use crate::rules::{RuleEngine, RuleError};
 use crate::selfstats::own_cost;
-use crate::snapshot::{Mode, Site};
+use crate::snapshot::{Mode, Site, Snapshot};
 use crate::units::format_duration_s;
 use crate::{Error, Result};
 
@@ -27,9 +27,11 @@ pub(super) struct Reporter<'a> {
     templates: Arc<Templates>,
     backend: String,
     started_wall_s: f64,
-    cost_per_hit_ns: f64,
+    prices: memleak_probes::Prices,
     statuses: Vec<PluginStatus>,
     rule_errors: BTreeMap<String, String>,
+    /// CPU time of all snapshots, seconds.
+    snapshots_cpu_s: f64,
 }
 
 impl<'a> Reporter<'a> {
@@ -39,10 +41,16 @@ impl<'a> Reporter<'a> {
             templates,
             backend: collector.backend().to_string(),
             started_wall_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64()),
-            cost_per_hit_ns: collector.tracker().cost_per_hit_ns(),
+            prices: collector.tracker().prices(),
             statuses: Vec::new(),
             rule_errors: BTreeMap::new(),
+            snapshots_cpu_s: 0.0,
         }
+    }
+
+    /// Keeps what a snapshot has cost.
+    pub(super) fn note_snapshot(&mut self, snapshot: &Snapshot) {
+        self.snapshots_cpu_s += snapshot.collect_cpu_s;
     }
 
     /// Keeps what became of the probe sets.
@@ -147,6 +155,8 @@ impl<'a> Reporter<'a> {
             budget: Some(self.overhead_line(history)),
             own_cpu_s: own.cpu_s,
             own_rss_bytes: own.rss_bytes,
+            own_map_bytes: own.map_bytes,
+            own_snapshot_cpu_s: Some(self.snapshots_cpu_s / history.snapshots() as f64).filter(|s| s.is_finite()),
             report_path: shown(&self.config.report.path),
             alerts_path: shown(&self.config.alerts.file),
         }
@@ -167,17 +177,28 @@ impl<'a> Reporter<'a> {
                 budget.floor * 100.0
             ),
         };
+        let own = self.config.targets.iter().filter(|t| t.budget.is_some() || t.latency == Latency::Sensitive).count();
+        let allowed = match own {
+            0 => allowed,
+            n => format!("{allowed} ({n} of {} targets with settings of their own)", self.config.targets.len()),
+        };
         let windowed = history.processes().filter(|p| p.mode == Mode::Estimated);
         let (windows, discarded, open_s) =
             windowed.fold((0, 0, 0.0), |(w, d, o), p| (w + p.windows, d + p.windows_discarded, o + p.open_s));
+        let stops: u64 = history.processes().map(|p| p.hard_stops).sum();
+        let stops = match stops {
+            0 => String::new(),
+            1 => "; 1 hard stop".to_owned(),
+            n => format!("; {n} hard stops"),
+        };
         let windows = match windows {
             0 => String::new(),
             n => format!("; {n} windows, {discarded} of them discarded, open for {}", format_duration_s(open_s)),
         };
         format!(
             "tracing cost the targets about {share:.1} % of one core (estimate: {hits} hits at {:.0} ns, calibrated at \
-             start); {allowed}{windows}",
-            self.cost_per_hit_ns
+             start); {allowed}{windows}{stops}",
+            self.prices.hit_ns
         )
     }
 }
@@ -214,6 +235,14 @@ fn describe(target: &TargetSpec) -> String {
     }
     if !target.command.is_empty() {
         parts.push(format!("command {}", target.command.join(" ")));
+    }
+    match target.budget {
+        None => {}
+        Some(Budget::Off) => parts.push("without a budget".to_owned()),
+        Some(Budget::Share(share)) => parts.push(format!("budget {} %", share * 100.0)),
+    }
+    if target.latency == Latency::Sensitive {
+        parts.push("latency-sensitive".to_owned());
     }
     parts.join(" ")
 }

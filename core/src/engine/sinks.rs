@@ -92,7 +92,7 @@ impl Sinks {
         }
         let mut out = io::stdout().lock();
         if self.output.json {
-            let line = json_line(&SnapshotLine::new(snapshot, history, self.sites))?;
+            let line = json_line(&SnapshotLine::new(snapshot, history, self.sites, own_cost()))?;
             write_lines(&mut out, &[line])?;
             return write_lines(&mut out, &json);
         }

@@ -194,6 +194,27 @@ impl ByClass for Info {
     }
 }
 
+/// Names of a file's sections; empty when it has none.
+///
+/// # Errors
+/// As [`ElfInfo::read`].
+pub(crate) fn section_names(file: &File) -> Result<Vec<String>> {
+    with_class(file, SectionNames)
+}
+
+struct SectionNames;
+
+impl ByClass for SectionNames {
+    type Output = Vec<String>;
+
+    fn read<H: FileHeader<Endian = Endianness> + Pod>(self, file: &File, header: &H) -> Result<Vec<String>> {
+        let endian = header.endian().map_err(|_| malformed("byte order"))?;
+        let sections = Sections::<H::SectionHeader>::read(file, header)?;
+        let name = |s: &H::SectionHeader| String::from_utf8_lossy(sections.name(endian, s)).into_owned();
+        Ok(sections.headers.iter().map(name).collect())
+    }
+}
+
 /// The GNU build id among the notes at a place of the file. Broken notes are as good as none.
 fn build_id<H: FileHeader<Endian = Endianness>>(
     file: &File,

@@ -51,6 +51,10 @@ pub struct RunInfo {
     pub own_cpu_s: Option<f64>,
     /// The collector's resident memory in bytes; `None` when it cannot be read.
     pub own_rss_bytes: Option<u64>,
+    /// Kernel memory of the collector's BPF maps in bytes; `None` when it is not known.
+    pub own_map_bytes: Option<u64>,
+    /// CPU time that a snapshot takes the collector on average, seconds; `None` without any.
+    pub own_snapshot_cpu_s: Option<f64>,
     /// Where the page is written; `None` when none is.
     pub report_path: Option<String>,
     /// Where alert lines are written; `None` when they are not.
@@ -201,6 +205,7 @@ mod tests {
                 last_allocation_s: t as f64,
                 cohorts: Vec::new(),
                 lifetimes: [0; LIFETIME_CLASSES],
+                reachability: None,
             };
             history.push(&Snapshot {
                 number: t,

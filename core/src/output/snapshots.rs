@@ -2,9 +2,16 @@
 
 use serde::Serialize;
 
+use crate::coverage::Coverage;
+use crate::governor::StopReason;
 use crate::history::{History, SiteHistory};
 use crate::labels::Labels;
-use crate::snapshot::{Cohort, Losses, Mode, ProcessSample, Sampling, SiteSample, Snapshot, StandardErrors, Totals};
+use crate::reachability::roots::Root;
+use crate::reachability::{SiteVerdict, Verdict};
+use crate::selfstats::OwnCost;
+use crate::snapshot::{
+    Cohort, Losses, Mode, ProcessSample, ReachWay, Sampling, SiteReach, SiteSample, Snapshot, StandardErrors, Totals,
+};
 use crate::symbolize::Frame;
 
 /// The line.
@@ -15,6 +22,7 @@ pub struct SnapshotLine<'a> {
     time: String,
     time_s: f64,
     processes: Vec<ProcessLine<'a>>,
+    own: OwnLine,
     totals: TotalsLine,
     /// Number of sites, also of those that are not listed.
     sites_total: usize,
@@ -33,6 +41,8 @@ struct ProcessLine<'a> {
     hits: u64,
     unmatched_frees: u64,
     rss_bytes: Option<u64>,
+    rss_anon_bytes: Option<u64>,
+    coverage: Option<Coverage>,
     cpu_s: Option<f64>,
     overhead_s: f64,
     budget: Option<f64>,
@@ -40,7 +50,18 @@ struct ProcessLine<'a> {
     windows_discarded: u64,
     open_s: f64,
     complete_stacks: Option<f64>,
+    hard_stops: u64,
+    stopped: Option<StopReason>,
     losses: Losses,
+}
+
+/// What the collector costs.
+#[derive(Debug, Serialize)]
+struct OwnLine {
+    cpu_s: Option<f64>,
+    rss_bytes: Option<u64>,
+    map_bytes: Option<u64>,
+    snapshot_cpu_s: f64,
 }
 
 #[derive(Debug, Serialize)]
@@ -65,6 +86,39 @@ struct SiteLine<'a> {
     cohorts: &'a [Cohort],
     frames: &'a [Frame],
     truncated: Option<&'a str>,
+    reachability: Option<ReachLine>,
+}
+
+/// What scans say of a site.
+#[derive(Debug, Serialize)]
+pub(crate) struct ReachLine {
+    verdict: Verdict,
+    #[serde(flatten)]
+    counts: SiteVerdict,
+    lost_fraction: Option<f64>,
+    lost_fraction_low: Option<f64>,
+    lost_fraction_high: Option<f64>,
+    time_s: f64,
+    evidence: String,
+    root: Option<Root>,
+    way: Option<String>,
+}
+
+impl From<&SiteReach> for ReachLine {
+    fn from(reach: &SiteReach) -> Self {
+        let fraction = reach.counts.lost_fraction();
+        ReachLine {
+            verdict: reach.verdict,
+            counts: reach.counts,
+            lost_fraction: fraction.map(|f| f.0),
+            lost_fraction_low: fraction.map(|f| f.1),
+            lost_fraction_high: fraction.map(|f| f.2),
+            time_s: reach.time_s,
+            evidence: reach.describe(),
+            root: reach.way.as_ref().map(|w| w.root.clone()),
+            way: reach.way.as_ref().map(ReachWay::describe),
+        }
+    }
 }
 
 impl TotalsLine {
@@ -81,7 +135,7 @@ impl TotalsLine {
 impl<'a> SnapshotLine<'a> {
     /// The line for a snapshot that `history` has taken in, with the first `sites` sites. Frames that have not been
     /// symbolized are empty.
-    pub fn new(snapshot: &'a Snapshot, history: &History, sites: usize) -> Self {
+    pub fn new(snapshot: &'a Snapshot, history: &History, sites: usize, own: OwnCost) -> Self {
         let age =
             |s: &SiteSample| history.site(s.site.key).map_or(0.0, |h: &SiteHistory| h.oldest_age_s(snapshot.time_s));
         SnapshotLine {
@@ -90,6 +144,12 @@ impl<'a> SnapshotLine<'a> {
             time: crate::units::format_time_utc(snapshot.wall_s),
             time_s: snapshot.time_s,
             processes: snapshot.processes.iter().map(process).collect(),
+            own: OwnLine {
+                cpu_s: own.cpu_s,
+                rss_bytes: own.rss_bytes,
+                map_bytes: own.map_bytes,
+                snapshot_cpu_s: snapshot.collect_cpu_s,
+            },
             totals: TotalsLine::new(snapshot.totals(), snapshot.stderr()),
             sites_total: snapshot.sites.len(),
             sites: (snapshot.sites.iter().take(sites))
@@ -103,6 +163,7 @@ impl<'a> SnapshotLine<'a> {
                     cohorts: &s.cohorts,
                     frames: s.site.frames(),
                     truncated: s.site.truncated.as_deref(),
+                    reachability: s.reachability.as_deref().map(ReachLine::from),
                 })
                 .collect(),
         }
@@ -121,6 +182,8 @@ fn process(p: &ProcessSample) -> ProcessLine<'_> {
         hits: p.hits,
         unmatched_frees: p.unmatched_frees,
         rss_bytes: p.rss_bytes,
+        rss_anon_bytes: p.rss_anon_bytes,
+        coverage: p.coverage,
         cpu_s: p.cpu_s,
         overhead_s: p.overhead_s,
         budget: p.budget,
@@ -128,6 +191,8 @@ fn process(p: &ProcessSample) -> ProcessLine<'_> {
         windows_discarded: p.windows_discarded,
         open_s: p.open_s,
         complete_stacks: p.stacks.complete_share(),
+        hard_stops: p.hard_stops,
+        stopped: p.stopped,
         losses: p.losses,
     }
 }

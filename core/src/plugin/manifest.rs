@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 
 use globset::{Glob, GlobSet, GlobSetBuilder};
-use memleak_probes::{FunctionSpec, ProbeSetSpec, Returns, Role, Size};
+use memleak_probes::{FunctionSpec, ProbeSetSpec, Returns, Role, SetKind, Size};
 use serde::Deserialize;
 
 use super::Plugin;
@@ -28,8 +28,8 @@ struct Manifest {
     enabled: bool,
     #[serde(default = "memory")]
     domain: String,
-    #[serde(rename = "match")]
-    matching: ManifestMatching,
+    #[serde(default, rename = "match")]
+    matching: Option<ManifestMatching>,
     #[serde(default, rename = "function")]
     functions: Vec<Function>,
 }
@@ -50,9 +50,10 @@ fn no_prefix() -> Vec<String> {
 #[serde(rename_all = "lowercase")]
 enum Kind {
     Userspace,
+    Usdt,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ManifestMatching {
     #[serde(default)]
@@ -118,6 +119,9 @@ struct ManifestReturns {
     pointer_in_arg: Option<u8>,
     ok: Option<i32>,
     failed: Option<i64>,
+    #[serde(default)]
+    in_place: bool,
+    block_in_arg: Option<u8>,
 }
 
 /// Parses and checks one manifest.
@@ -125,11 +129,20 @@ pub(super) fn parse(text: &str, origin: &str, number: usize) -> Result<Plugin> {
     let manifest: Manifest =
         toml::from_str(text).map_err(|e| Error::config(format!("{origin}: {}", e.to_string().trim_end())))?;
     let wrong = |what: String| Error::config(format!("{origin}: {what}"));
-    let Manifest { name, kind: Kind::Userspace, description, enabled, domain, matching, functions } = manifest;
+    let Manifest { name, kind, description, enabled, domain, matching, functions } = manifest;
     let valid = |s: &str| !s.is_empty() && s.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
     if !valid(&name) || !valid(&domain) {
         return Err(wrong("name and domain consist of letters, digits, - and _".into()));
     }
+    let kind = match kind {
+        Kind::Userspace => SetKind::Functions,
+        Kind::Usdt => SetKind::Tracepoints,
+    };
+    let matching = match (matching, kind) {
+        (Some(matching), _) => matching,
+        (None, SetKind::Tracepoints) => ManifestMatching::of_tracepoints(&functions),
+        (None, SetKind::Functions) => return Err(wrong("the table [match] is missing".into())),
+    };
     let matching = matching.check().map_err(&wrong)?;
     let mut seen = HashSet::new();
     let mut specs = Vec::new();
@@ -139,7 +152,11 @@ pub(super) fn parse(text: &str, origin: &str, number: usize) -> Result<Plugin> {
             if !seen.insert(symbol) {
                 return Err(at("named twice"));
             }
-            specs.push(function.to_spec(symbol).map_err(|what| at(&what))?);
+            let spec = function.to_spec(symbol).map_err(|what| at(&what))?;
+            if kind == SetKind::Tracepoints {
+                check_tracepoint(&spec).map_err(|what| at(&what))?;
+            }
+            specs.push(spec);
         }
     }
     for (role, verb) in [(Role::Alloc, "hands out a block"), (Role::Free, "takes a block back")] {
@@ -149,6 +166,7 @@ pub(super) fn parse(text: &str, origin: &str, number: usize) -> Result<Plugin> {
         }
     }
     let spec = ProbeSetSpec {
+        kind,
         number: u32::try_from(number).unwrap_or(u32::MAX),
         name,
         domain,
@@ -158,7 +176,28 @@ pub(super) fn parse(text: &str, origin: &str, number: usize) -> Result<Plugin> {
     Ok(Plugin { spec, description, enabled, origin: origin.to_owned(), matching })
 }
 
+/// What holds for tracepoints beyond what holds for functions.
+fn check_tracepoint(spec: &FunctionSpec) -> Result<(), String> {
+    let named = spec.symbol.split_once(':').is_some_and(|(provider, name)| !provider.is_empty() && !name.is_empty());
+    if !named {
+        return Err("a tracepoint is named provider:name".into());
+    }
+    if spec.is_return_probed() {
+        return Err(
+            "a tracepoint does not return: say which argument is the block, returns = { block_in_arg = N }".into()
+        );
+    }
+    Ok(())
+}
+
 impl ManifestMatching {
+    /// Any file that has all the tracepoints which are not optional.
+    fn of_tracepoints(functions: &[Function]) -> Self {
+        let required = functions.iter().filter(|f| !f.optional);
+        let defines = required.flat_map(|f| f.symbol.iter().chain(&f.symbols).cloned()).collect();
+        ManifestMatching { defines, prefixes: no_prefix(), ..ManifestMatching::default() }
+    }
+
     fn check(self) -> Result<Matching, String> {
         if self.sonames.is_empty() && self.defines.is_empty() && self.exports.is_empty() {
             return Err("[match] names neither sonames nor defines nor exports, so nothing provides this set".into());
@@ -203,20 +242,35 @@ impl Function {
             Some(_) => return Err("size is { arg = N }, { arg = N, times = M } or { const = BYTES }".into()),
         };
         let returns = match self.returns {
-            ManifestReturns { pointer_in_arg: Some(arg), ok, failed: None } => {
+            ManifestReturns { pointer_in_arg: Some(arg), ok, failed: None, in_place: false, block_in_arg: None } => {
                 Returns::Pointer { arg, ok: ok.unwrap_or(0) }
             }
-            ManifestReturns { pointer_in_arg: None, ok: None, failed } => {
+            ManifestReturns { pointer_in_arg: None, ok: None, failed, in_place: false, block_in_arg: None } => {
                 Returns::Value { failed: failed.unwrap_or(0).cast_unsigned() }
             }
-            _ => return Err("returns is { failed = VALUE } or { pointer_in_arg = N, ok = VALUE }".into()),
+            ManifestReturns { pointer_in_arg: None, ok: None, failed: None, in_place, block_in_arg: None }
+                if in_place =>
+            {
+                Returns::InPlace
+            }
+            ManifestReturns {
+                pointer_in_arg: None,
+                ok: None,
+                failed: None,
+                in_place: false,
+                block_in_arg: Some(arg),
+            } => Returns::AtEntry { arg },
+            _ => {
+                let forms = "{ failed = VALUE }, { pointer_in_arg = N, ok = VALUE }, { in_place = true }";
+                return Err(format!("returns is one of {forms} and {{ block_in_arg = N }}"));
+            }
         };
         let mut arguments = Vec::from_iter(self.old.map(|a| a.arg));
         if let Size::Argument { arg, times } = size {
             arguments.push(arg);
             arguments.extend(times);
         }
-        if let Returns::Pointer { arg, .. } = returns {
+        if let Returns::Pointer { arg, .. } | Returns::AtEntry { arg } = returns {
             arguments.push(arg);
         }
         if let Some(n) = arguments.iter().find(|n| **n >= MAX_ARGUMENTS) {
@@ -231,6 +285,12 @@ impl Function {
             (ManifestRole::Free, Some(_)) => Role::Free,
             (_, None) => return Err("which argument is the old block? Say old = { arg = N }".into()),
         };
+        if returns == Returns::InPlace && (role != Role::Realloc || !matches!(size, Size::Argument { .. })) {
+            return Err("returns = { in_place = true } goes with role \"realloc\" and size = { arg = N }".into());
+        }
+        if matches!(returns, Returns::AtEntry { .. }) && role != Role::Alloc {
+            return Err("returns = { block_in_arg = N } goes with role \"alloc\"".into());
+        }
         if role == Role::Free && !self.range && self.size.is_some() {
             return Err("a free has a size only with range = true".into());
         }

@@ -622,6 +622,7 @@ impl Cursor {
             last_allocation_s: details.last_allocation_s,
             cohorts: details.cohorts_at(time_s),
             lifetimes,
+            reachability: None,
             stderr: details.stderr,
         }
     }

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use super::*;
+use crate::coverage::{Baseline, Coverage};
 use crate::finding::Finding;
+use crate::governor::StopReason;
 use crate::labels::Labels;
 use crate::snapshot::{
     Cohort, LIFETIME_CLASSES, Losses, Mode, Process, ProcessSample, Sampling, SiteSample, Snapshot, StackCounts,
@@ -88,6 +90,7 @@ impl Run {
             last_allocation_s: 0.0,
             cohorts: Vec::new(),
             lifetimes: [0; LIFETIME_CLASSES],
+            reachability: None,
             stderr: StandardErrors::default(),
         });
     }
@@ -138,6 +141,15 @@ impl Run {
                 windows_discarded: self.number / 3,
                 open_s: self.number as f64 * 0.2,
                 stacks: StackCounts { taken: self.number, complete: self.number / 2, by_tables: alive_before },
+                rss_anon_bytes: (!self.number.is_multiple_of(7)).then_some(self.number << 19),
+                window_s: p.instance.is_multiple_of(2).then_some(0.2),
+                hard_stops: self.number / 9,
+                stopped: self.number.is_multiple_of(9).then_some(StopReason::Slowdown),
+                coverage: (!self.number.is_multiple_of(7)).then(|| {
+                    let before = Baseline { resident_bytes: 9 << 20, heap_bytes: 4 << 20, regions: Vec::new() };
+                    let outstanding = p.instance.is_multiple_of(2).then_some(self.number << 17);
+                    Coverage::new(1.5, &before, self.number << 19, outstanding, 3 << 20)
+                }),
             })
             .collect();
         let mut sites = self.samples.clone();

@@ -9,6 +9,8 @@ use std::sync::Arc;
 
 use super::codec::{In, damaged, put, put_delta, put_section};
 use crate::Result;
+use crate::coverage::{Coverage, share};
+use crate::governor::StopReason;
 use crate::snapshot::{Losses, Mode, Process, ProcessSample, Sampling, StackCounts, Totals};
 
 const GONE: u64 = 1;
@@ -21,7 +23,7 @@ const PROCESSES: u64 = 7;
 const PROCESSES_GONE: u64 = 8;
 
 /// Numbers in a [`ProcessSample`]; a later version appends.
-const COLUMNS: usize = 27;
+const COLUMNS: usize = 38;
 /// Stands for a number that is not known.
 const UNKNOWN: u64 = u64::MAX;
 
@@ -43,6 +45,11 @@ fn columns(sample: &ProcessSample) -> [u64; COLUMNS] {
         windows,
         windows_discarded,
         open_s,
+        rss_anon_bytes,
+        coverage,
+        window_s,
+        hard_stops,
+        stopped,
     } = sample;
     let Losses {
         outstanding_full,
@@ -56,6 +63,7 @@ fn columns(sample: &ProcessSample) -> [u64; COLUMNS] {
         pointers_unreadable,
         events_dropped,
     } = losses;
+    let grown = |of: fn(&Coverage) -> Option<u64>| coverage.as_ref().and_then(of).unwrap_or(UNKNOWN);
     [
         u64::from(*alive),
         match mode {
@@ -85,6 +93,21 @@ fn columns(sample: &ProcessSample) -> [u64; COLUMNS] {
         sampling.map_or(UNKNOWN, |s| s.mean_bytes),
         sampling.map_or(0, |s| s.allocated_bytes),
         sampling.map_or(0, |s| s.allocated_count),
+        rss_anon_bytes.unwrap_or(UNKNOWN),
+        window_s.map_or(UNKNOWN, f64::to_bits),
+        *hard_stops,
+        match stopped {
+            None => 0,
+            Some(StopReason::Starved) => 1,
+            Some(StopReason::Slowdown) => 2,
+        },
+        grown(|c| Some(c.since_s.to_bits())),
+        grown(|c| Some(c.before_bytes)),
+        grown(|c| Some(c.heap_before_bytes)),
+        grown(|c| Some(c.growth_bytes.cast_unsigned())),
+        grown(|c| c.explained_bytes),
+        grown(|c| c.mapped_bytes),
+        grown(|c| c.other_bytes),
         *taken,
         *complete,
         u64::from(*by_tables),
@@ -107,7 +130,7 @@ fn process_sample(process: &Arc<Process>, c: &[u64; COLUMNS]) -> ProcessSample {
             allocated_bytes: c[22],
             allocated_count: c[23],
         }),
-        stacks: StackCounts { taken: c[24], complete: c[25], by_tables: c[26] != 0 },
+        stacks: StackCounts { taken: c[35], complete: c[36], by_tables: c[37] != 0 },
         hits: c[2],
         unmatched_frees: c[3],
         rss_bytes: known(c[4]),
@@ -129,6 +152,24 @@ fn process_sample(process: &Arc<Process>, c: &[u64; COLUMNS]) -> ProcessSample {
             pointers_unreadable: c[19],
             events_dropped: c[20],
         },
+        rss_anon_bytes: known(c[24]),
+        window_s: known(c[25]).map(f64::from_bits),
+        hard_stops: c[26],
+        stopped: match c[27] {
+            1 => Some(StopReason::Starved),
+            2 => Some(StopReason::Slowdown),
+            _ => None,
+        },
+        coverage: known(c[28]).map(|since_s| Coverage {
+            since_s: f64::from_bits(since_s),
+            before_bytes: c[29],
+            heap_before_bytes: c[30],
+            growth_bytes: c[31].cast_signed(),
+            explained_bytes: known(c[32]),
+            mapped_bytes: known(c[33]),
+            other_bytes: known(c[34]),
+            share: share(c[31].cast_signed().max(0).unsigned_abs(), known(c[32])),
+        }),
     }
 }
 
@@ -240,7 +281,7 @@ impl Encoder {
             if old == Some(*columns) {
                 continue;
             }
-            let old = old.unwrap_or_default();
+            let old = old.unwrap_or([0; COLUMNS]);
             put(&mut changed, u64::from(*instance));
             let differs = |i: &usize| old[*i] != columns[*i];
             put(&mut changed, (0..COLUMNS).filter(differs).fold(0, |mask, i| mask | 1 << i));

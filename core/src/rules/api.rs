@@ -12,7 +12,7 @@ use mlua::{Function, Integer, Lua, MultiValue, Table, UserData, UserDataFields, 
 use super::view::{Context, Range, SeriesView, SiteView, Stat, TIME_SLACK_S, View};
 use crate::history::Sample;
 use crate::labels::Labels;
-use crate::snapshot::{LIFETIME_CLASSES, Mode, Site};
+use crate::snapshot::{LIFETIME_CLASSES, Mode, Site, SiteReach};
 use crate::stats;
 use crate::symbolize::Frame;
 use crate::units;
@@ -116,6 +116,10 @@ impl UserData for SiteRef {
             frames(lua, &site, this.index)
         });
         fields.add_field_method_get("cohorts", cohorts);
+        fields.add_field_method_get("reachability", |lua, this| {
+            let reach = this.with(|v, s| s.history.latest.reachability.clone().map(|r| (r, v.time_s)))?;
+            reach.map(|(reach, now_s)| reachability(lua, &reach, now_s)).transpose()
+        });
     }
 
     fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
@@ -198,6 +202,31 @@ fn cohorts(lua: &Lua, this: &SiteRef) -> mlua::Result<Table> {
         list.raw_push(table)?;
     }
     Ok(list)
+}
+
+/// What the last scans said of a site.
+fn reachability(lua: &Lua, reach: &SiteReach, now_s: f64) -> mlua::Result<Table> {
+    let table = lua.create_table_with_capacity(0, 16)?;
+    let counts = &reach.counts;
+    table.raw_set("verdict", reach.verdict.as_str())?;
+    table.raw_set("lost_count", integer(counts.lost_blocks()))?;
+    table.raw_set("lost_bytes", integer(counts.lost_bytes()))?;
+    table.raw_set("indirectly_lost_count", integer(counts.indirectly_lost.blocks))?;
+    table.raw_set("possible_count", integer(counts.possible.blocks))?;
+    table.raw_set("reachable_count", integer(counts.reachable.blocks))?;
+    table.raw_set("reachable_bytes", integer(counts.reachable.bytes))?;
+    table.raw_set("unknown_count", integer(counts.disguised.blocks + counts.young.blocks))?;
+    table.raw_set("called_lost", integer(counts.called_lost))?;
+    table.raw_set("refuted", integer(counts.refuted))?;
+    table.raw_set("scans", counts.scans)?;
+    table.raw_set("age_s", (now_s - reach.time_s).max(0.0))?;
+    if let Some((fraction, low, high)) = counts.lost_fraction() {
+        table.raw_set("lost_fraction", fraction)?;
+        table.raw_set("lost_low", low)?;
+        table.raw_set("lost_high", high)?;
+    }
+    table.raw_set("way", reach.way.as_ref().map(|way| way.describe()))?;
+    Ok(table)
 }
 
 /// Whose series it is.
@@ -366,6 +395,10 @@ impl UserData for ProcessRef {
         }
         fields
             .add_field_method_get("rss_bytes", |_, this| Ok(this.with(|p| p.sample.rss_bytes.map(integer))?.flatten()));
+        fields.add_field_method_get("rss_anon_bytes", |_, this| {
+            Ok(this.with(|p| p.sample.rss_anon_bytes.map(integer))?.flatten())
+        });
+        fields.add_field_method_get("window_s", |_, this| Ok(this.with(|p| p.sample.window_s)?.flatten()));
         fields.add_field_method_get("hits", |_, this| this.with(|p| integer(p.sample.hits)));
         fields.add_field_method_get("unmatched_frees", |_, this| this.with(|p| integer(p.sample.unmatched_frees)));
         fields.add_field_method_get("losses", |lua, this| {
@@ -376,6 +409,9 @@ impl UserData for ProcessRef {
 
     fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
         methods.add_method("unmatched_rate", |_, this, seconds: f64| this.with(|p| p.unmatched_rate(seconds)));
+        methods.add_method("rss_anon_slope", |_, this, seconds: f64| {
+            Ok(this.with(|p| p.rss_anon_slope(seconds))?.flatten())
+        });
         methods.add_method("rss_slope", |_, this, seconds: f64| Ok(this.with(|p| p.rss_slope(seconds))?.flatten()));
     }
 }

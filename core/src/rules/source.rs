@@ -15,9 +15,11 @@ const MAX_FILE: u64 = 1 << 20;
 const LIB_DIR: &str = "lib";
 
 /// Shipped rules: file name and text.
-const RULES: [(&str, &str); 7] = [
+const RULES: [(&str, &str); 9] = [
+    ("definitely_lost.lua", include_str!("../../../rules/definitely_lost.lua")),
     ("growth.lua", include_str!("../../../rules/growth.lua")),
     ("imbalance.lua", include_str!("../../../rules/imbalance.lua")),
+    ("reachable_growth.lua", include_str!("../../../rules/reachable_growth.lua")),
     ("slow_growth.lua", include_str!("../../../rules/slow_growth.lua")),
     ("suppressions.lua", include_str!("../../../rules/suppressions.lua")),
     ("suspected.lua", include_str!("../../../rules/suspected.lua")),

@@ -172,9 +172,17 @@ impl ProcessView {
 
     /// Theil-Sen slope of the resident set over the last `seconds`, bytes per second; `None` when it is not known.
     pub(super) fn rss_slope(&self, seconds: f64) -> Option<f64> {
-        let points = tail(&self.track.rss, seconds);
-        (points.len() >= 2).then(|| stats::theil_sen_slope(points))
+        slope(tail(&self.track.rss, seconds))
     }
+
+    /// The same of the anonymous part of it, which is what leaks grow.
+    pub(super) fn rss_anon_slope(&self, seconds: f64) -> Option<f64> {
+        slope(tail(&self.track.anon, seconds))
+    }
+}
+
+fn slope(points: &[(f64, f64)]) -> Option<f64> {
+    (points.len() >= 2).then(|| stats::theil_sen_slope(points))
 }
 
 /// The points of the last `seconds` before the newest.
@@ -192,6 +200,7 @@ pub(super) const TIME_SLACK_S: f64 = 0.1;
 struct Track {
     unmatched: Vec<(f64, f64)>,
     rss: Vec<(f64, f64)>,
+    anon: Vec<(f64, f64)>,
 }
 
 /// Appends a point and keeps the number of points bounded.
@@ -227,6 +236,9 @@ impl Processes {
             push_bounded(&mut track.unmatched, (history.time_s(), process.unmatched_frees as f64));
             if let Some(rss) = process.rss_bytes {
                 push_bounded(&mut track.rss, (history.time_s(), rss as f64));
+            }
+            if let Some(anon) = process.rss_anon_bytes {
+                push_bounded(&mut track.anon, (history.time_s(), anon as f64));
             }
         }
     }

@@ -315,7 +315,7 @@ impl Running {
 
     /// CPU time that it has used; 0 when that cannot be read.
     fn cpu_s(&self) -> f64 {
-        ProcDir::open(self.child.id()).and_then(|d| d.stat()).map_or(0.0, |s| s.usage().cpu_s)
+        ProcDir::open(self.child.id()).and_then(|d| d.stat()).map_or(0.0, |s| s.cpu_s())
     }
 }
 

@@ -3,7 +3,7 @@
 //! A uprobe is a breakpoint. The kernel emulates the instruction underneath only if it is one of a few kinds; any other
 //! is single-stepped, which costs a second trap: some 1 us more on bare metal and 20 us in a virtual machine. So the
 //! probe goes to the first emulated instruction of the first basic block that every call passes exactly once, where the
-//! arguments are still in their registers and the return address is where it was at the entry. Instruction boundaries
+//! arguments are still in their registers, or copied to others, and the return address is where it was at the entry. Instruction boundaries
 //! come from a decoder: a breakpoint inside an instruction would corrupt the target. Where there is no such place the
 //! probe goes to the entry, and the [`Reason`] says why.
 //!
@@ -28,12 +28,15 @@ pub struct Needs {
 }
 
 /// A place for a probe.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Placement {
     /// Bytes from the function's first byte.
     pub offset: u64,
     /// Stack pointer at the function's entry minus stack pointer at the probe, bytes.
     pub sp_offset: u64,
+    /// By argument: the register that holds it at the probe, as the processor numbers them, when that is no longer the
+    /// one of the calling convention.
+    pub copies: [Option<u8>; 6],
     /// False: the kernel must single-step the instruction.
     pub emulated: bool,
     /// Why there is no better place; `None` when the instruction is emulated.
@@ -46,12 +49,18 @@ impl Placement {
 
     /// The function's first byte, for want of a better one.
     const fn entry(reason: Reason) -> Placement {
-        Placement { offset: 0, sp_offset: 0, emulated: false, reason: Some(reason) }
+        Placement { offset: 0, sp_offset: 0, copies: [None; 6], emulated: false, reason: Some(reason) }
     }
 
     /// An instruction that the kernel emulates.
     const fn emulated(offset: u64, sp_offset: u64) -> Placement {
-        Placement { offset, sp_offset, emulated: true, reason: None }
+        Placement { offset, sp_offset, copies: [None; 6], emulated: true, reason: None }
+    }
+
+    /// The register that holds an argument (0 to 5) at the probe, as the processor numbers them.
+    pub fn register(&self, argument: u8) -> u8 {
+        let own = Architecture::NATIVE.argument_registers()[usize::from(argument) % 6];
+        self.copies[usize::from(argument) % 6].unwrap_or(own)
     }
 }
 
@@ -117,11 +126,25 @@ impl Architecture {
     } else {
         Architecture::Other
     };
+
+    /// The registers that arguments are passed in, as the processor numbers them.
+    pub const fn argument_registers(self) -> [u8; 6] {
+        match self {
+            Architecture::X86_64 => [7, 6, 2, 1, 8, 9],
+            Architecture::Arm64 | Architecture::Other => [0, 1, 2, 3, 4, 5],
+        }
+    }
 }
 
 /// The best place in a function with this machine code of this machine's architecture.
 pub fn place(code: &[u8], needs: Needs) -> Placement {
     place_on(Architecture::NATIVE, code, needs)
+}
+
+/// The first byte of a function with this machine code of this machine's architecture, because the caller wants it.
+pub fn entry(code: &[u8]) -> Placement {
+    let best = place(code, Needs::default());
+    Placement { emulated: best.emulated && best.offset == 0, ..Placement::ENTRY }
 }
 
 /// The best place in a function with this machine code of this architecture.
@@ -161,5 +184,8 @@ mod tests {
     #[cfg(target_arch = "x86_64")]
     fn the_native_rule_is_used() {
         assert_eq!(place(&[0xf3, 0x0f, 0x1e, 0xfa, 0x53], Needs::default()), Placement::emulated(4, 0));
+        // `endbr64` is single-stepped, `push %rbx` is emulated: where the entry is asked for, its price depends on it.
+        assert_eq!(entry(&[0xf3, 0x0f, 0x1e, 0xfa, 0x53]), Placement::ENTRY);
+        assert_eq!(entry(&[0x53]), Placement { emulated: true, ..Placement::ENTRY });
     }
 }

@@ -23,11 +23,7 @@ use iced_x86::{
     Register,
 };
 
-use super::{MAX_WHOLE_FUNCTION, Needs, Placement, Reason};
-
-/// Argument registers of the System V calling convention, in order.
-const ARGUMENTS: [Register; 6] =
-    [Register::RDI, Register::RSI, Register::RDX, Register::RCX, Register::R8, Register::R9];
+use super::{Architecture, MAX_WHOLE_FUNCTION, Needs, Placement, Reason};
 
 /// Second bytes of two-byte opcodes that some kernel refuses, or that no function has reason to start with.
 const REFUSED_0F: [u8; 18] =
@@ -37,6 +33,7 @@ pub(super) fn place(code: &[u8], needs: Needs) -> Placement {
     let mut decoder = Decoder::with_ip(64, code, 0, DecoderOptions::NONE);
     let mut info = InstructionInfoFactory::new();
     let mut sp_offset = 0;
+    let mut arguments = Arguments::at_entry();
     // Where the probe goes when the kernel refuses one at the entry and nothing is emulated.
     let mut stepped = None;
     let reason = loop {
@@ -54,23 +51,21 @@ pub(super) fn place(code: &[u8], needs: Needs) -> Placement {
         let bytes = &code[at as usize..instruction.next_ip() as usize];
         if is_emulated(bytes) {
             match obstacle(code, at) {
-                None => return Placement::emulated(at, sp_offset),
+                None => return Placement { copies: arguments.copies(), ..Placement::emulated(at, sp_offset) },
                 Some(reason) => break reason,
             }
         }
         if stepped.is_none() && is_steppable(&instruction, bytes) {
-            stepped = Some((at, sp_offset));
+            stepped = Some((at, sp_offset, arguments.copies()));
         }
         if ends_block(&instruction) {
             break Reason::BlockEnded;
         }
-        let written = info.info(&instruction).used_registers().iter().any(|used| {
-            let register = used.register().full_register();
-            let is_argument = || (0..6).any(|n| needs.arguments & (1 << n) != 0 && register == ARGUMENTS[n]);
-            // The stack of the caller is unwound from its rbp.
-            writes(used.access()) && (register == Register::RBP || is_argument())
-        });
-        if written {
+        arguments.follow(&instruction, &mut info);
+        // The stack of the caller is unwound from its rbp.
+        let frame = info.info(&instruction).used_registers().iter();
+        let mut frame = frame.filter(|used| used.register().full_register() == Register::RBP);
+        if !arguments.has(needs.arguments) || frame.any(|used| writes(used.access())) {
             break Reason::Clobbered;
         }
         match stack_growth(&instruction, &mut info) {
@@ -79,10 +74,56 @@ pub(super) fn place(code: &[u8], needs: Needs) -> Placement {
         }
     };
     match stepped {
-        Some((offset, sp_offset)) if obstacle(code, offset).is_none() => {
-            Placement { offset, sp_offset, emulated: false, reason: Some(reason) }
+        Some((offset, sp_offset, copies)) if obstacle(code, offset).is_none() => {
+            Placement { offset, sp_offset, copies, emulated: false, reason: Some(reason) }
         }
         _ => Placement::entry(reason),
+    }
+}
+
+/// Which registers hold arguments: compilers copy them out of the registers that they came in early on.
+struct Arguments {
+    /// By number of a general-purpose register: the argument whose whole value it holds.
+    held: [Option<usize>; 16],
+}
+
+impl Arguments {
+    fn at_entry() -> Self {
+        let mut held = [None; 16];
+        for (argument, register) in Architecture::X86_64.argument_registers().into_iter().enumerate() {
+            held[usize::from(register)] = Some(argument);
+        }
+        Arguments { held }
+    }
+
+    /// Takes in what an instruction does to registers.
+    fn follow(&mut self, instruction: &Instruction, info: &mut InstructionInfoFactory) {
+        let copied = match instruction.code() {
+            Code::Mov_r64_rm64 | Code::Mov_rm64_r64 if instruction.op1_kind() == OpKind::Register => {
+                self.held[instruction.op1_register().number() & 15]
+            }
+            _ => None,
+        };
+        for used in info.info(instruction).used_registers().iter().filter(|used| writes(used.access())) {
+            let register = used.register().full_register();
+            if register.is_gpr64() {
+                self.held[register.number() & 15] = copied.filter(|_| instruction.op0_kind() == OpKind::Register);
+            }
+        }
+    }
+
+    /// True when every argument of the mask is in some register.
+    fn has(&self, mask: u8) -> bool {
+        (0..6).all(|n| mask & (1 << n) == 0 || self.held.contains(&Some(n)))
+    }
+
+    /// By argument: another register that holds it, when its own one does not.
+    fn copies(&self) -> [Option<u8>; 6] {
+        let own = Architecture::X86_64.argument_registers();
+        std::array::from_fn(|n| {
+            let lost = self.held[usize::from(own[n])] != Some(n);
+            (0_u8..16).find(|r| lost && self.held[usize::from(*r)] == Some(n))
+        })
     }
 }
 
@@ -220,6 +261,12 @@ mod tests {
     const FREE: Needs = Needs { arguments: 1, returns: false };
     const MALLOC: Needs = Needs { arguments: 1, returns: true };
 
+    /// An emulated place where argument 0 is in another register.
+    fn moved(offset: u64, register: u8) -> Placement {
+        let copies = [Some(register), None, None, None, None, None];
+        Placement { copies, ..Placement::emulated(offset, 0) }
+    }
+
     /// glibc's free: `test %rdi,%rdi; je` is single-stepped at its entry and emulated three bytes later.
     #[test]
     fn a_test_before_a_jump_is_passed_over() {
@@ -249,12 +296,12 @@ mod tests {
         assert_eq!(place(&jemalloc_5_3_free, FREE), Placement::emulated(48, 0));
         assert_eq!(place(&tcmalloc_2_10_malloc, MALLOC), Placement::emulated(10, 0));
         assert_eq!(place(&musl_1_2_5_malloc, MALLOC), Placement::emulated(4, 0));
-        // mov %rdi,%rsi; mov %fs:(%rax),%rdi: nothing follows where the size still is in its own register.
+        // mov %rdi,%rsi; mov %fs:(%rax),%rdi: the size is in another register where the jump comes.
         let mimalloc_2_0_malloc = [
             0x48, 0x8b, 0x05, 0x49, 0xb4, 0x00, 0x00, 0x48, 0x89, 0xfe, 0x64, 0x48, 0x8b, 0x38, 0x48, 0x81, 0xfe, 0x00,
             0x04, 0x00, 0x00, 0x77, 0x29,
         ];
-        assert_eq!(place(&mimalloc_2_0_malloc, MALLOC), Placement::entry(Reason::Clobbered));
+        assert_eq!(place(&mimalloc_2_0_malloc, MALLOC), moved(21, 6));
     }
 
     /// The caller's frame is found by its rbp: behind `mov %rsp,%rbp` it would be looked for in the wrong place.
@@ -327,6 +374,49 @@ mod tests {
         }
     }
 
+    /// An argument that was copied before its own register is written is read from the copy.
+    #[test]
+    fn a_copied_argument_is_found_in_its_copy() {
+        const OVERWRITE: &[u8] = &[0x31, 0xff, 0x74, 0x02, 0xc3]; // xor %edi,%edi; je; ret
+        let copies: [(&[u8], u8); 4] = [
+            (&[0x48, 0x89, 0xf8], 0),                   // mov %rdi,%rax
+            (&[0x49, 0x8b, 0xff], 7),                   // mov %r15,%rdi: no copy, see below
+            (&[0x49, 0x89, 0xff], 15),                  // mov %rdi,%r15
+            (&[0x48, 0x89, 0xf8, 0x49, 0x89, 0xc0], 0), // mov %rdi,%rax; mov %rax,%r8
+        ];
+        for (copy, register) in copies {
+            let code = [copy, OVERWRITE].concat();
+            let place = place(&code, FREE);
+            match register {
+                7 => assert_eq!(place, Placement::entry(Reason::Clobbered), "{copy:x?}"),
+                _ => assert_eq!(place, moved(copy.len() as u64 + 2, register), "{copy:x?}"),
+            }
+        }
+        // As long as the argument is in its own register, that is where it is read.
+        assert_eq!(place(&[0x48, 0x89, 0xf8, 0x74, 0x02, 0xc3], FREE), Placement::emulated(3, 0));
+    }
+
+    /// A part of an argument, a copy that is overwritten, and a copy in memory are no copies.
+    #[test]
+    fn what_is_no_copy_does_not_count() {
+        let others: [&[u8]; 7] = [
+            &[0x89, 0xf8],                         // mov %edi,%eax
+            &[0x48, 0x63, 0xc7],                   // movslq %edi,%rax
+            &[0x48, 0x89, 0xf8, 0x31, 0xc0],       // mov %rdi,%rax; xor %eax,%eax
+            &[0x48, 0x89, 0xf8, 0x48, 0xff, 0xc0], // mov %rdi,%rax; inc %rax
+            &[0x48, 0x89, 0x3e],                   // mov %rdi,(%rsi)
+            &[0x48, 0x8b, 0x07],                   // mov (%rdi),%rax
+            &[0x48, 0x0f, 0x44, 0xc7],             // cmove %rdi,%rax
+        ];
+        for other in others {
+            let code = [other, &[0x31, 0xff, 0x74, 0x02, 0xc3]].concat();
+            assert_eq!(place(&code, FREE), Placement::entry(Reason::Clobbered), "{other:x?}");
+        }
+        // Exchanged, the argument is in neither for all that is known here.
+        let code = [0x48, 0x87, 0xc7, 0x74, 0x02, 0xc3]; // xchg %rax,%rdi
+        assert_eq!(place(&code, FREE), Placement::entry(Reason::Clobbered));
+    }
+
     /// Some instructions write registers that they do not name.
     #[test]
     fn hidden_writes_to_arguments_are_seen() {
@@ -391,6 +481,7 @@ mod tests {
             let expected = Placement {
                 offset: bytes.len() as u64,
                 sp_offset: 0,
+                copies: [None; 6],
                 emulated: false,
                 reason: Some(Reason::BlockEnded),
             };

@@ -11,13 +11,14 @@ use libbpf_rs::{Link, MapCore, MapFlags, ProgramMut, UprobeMultiOpts, UprobeOpts
 use super::{FileId, Tracker, open};
 use crate::elf::{self, Symbols};
 use crate::features::Backend;
+use crate::operand::Operand;
 use crate::placement::{self, Placement};
 use crate::skeleton::userspace_alloc::UserspaceAllocSkel;
-use crate::spec::{Attached, FunctionSpec, Library, ProbeSetSpec, Returns, Role, Size, needs};
+use crate::spec::{Attached, FunctionSpec, Library, ProbeSetSpec, Returns, Role, SetKind, Size, needs};
 use crate::types::{
     MAX_DOMAINS, MAX_PROBE_SET, bytes_of, memleak_function, memleak_function_flags as flags, memleak_role,
 };
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, usdt};
 
 /// The probes of one probe set in one file.
 pub(super) struct Plan {
@@ -48,6 +49,8 @@ pub(super) struct Probe {
     index: u32,
     returns: bool,
     symbol: String,
+    /// File offset of the counter that tells the program that somebody listens.
+    semaphore: Option<u64>,
 }
 
 impl Tracker {
@@ -102,6 +105,9 @@ impl Tracker {
         if self.targets.get(&instance).is_some_and(|t| t.plans.contains_key(&(id, set.number))) {
             return Ok(Vec::new());
         }
+        if set.kind == SetKind::Tracepoints {
+            return self.attach_tracepoints(instance, id, set, library);
+        }
         let symbols = self.symbols(set, library)?.clone();
         if symbols.stripped {
             return Err(Error::new(
@@ -109,7 +115,7 @@ impl Tracker {
                 format!("{} is stripped: it has no symbols to find functions by", library.name),
             ));
         }
-        if symbols.go && set.functions.iter().any(|f| f.role != Role::Free) {
+        if symbols.go && set.functions.iter().any(FunctionSpec::is_return_probed) {
             // The Go runtime moves stacks and would meet a return address that is not its own.
             let why = "is a Go program: a return probe on its own functions would crash it";
             return Err(Error::new(
@@ -134,11 +140,12 @@ impl Tracker {
                     continue;
                 }
                 let best = || placement::place(&function.code, needs(&spec));
-                let placement = if self.settings.at_entry { Placement::ENTRY } else { best() };
+                let placement = if self.settings.at_entry { placement::entry(&function.code) } else { best() };
                 let at = function.offset + placement.offset;
-                let index = self.function_index(id, set, &spec, placement)?;
-                let (returns, symbol) = (spec.role != Role::Free, spec.symbol.clone());
-                probes.push(Probe { function: function.offset, offset: at, index, returns, symbol });
+                let register = |n| Ok(Operand::Register(placement.register(n)));
+                let index = self.function_index(id, set, &spec, placement, at, register)?;
+                let (returns, symbol) = (spec.is_return_probed(), spec.symbol.clone());
+                probes.push(Probe { function: function.offset, offset: at, index, returns, symbol, semaphore: None });
                 report.push(Attached { symbol: spec.symbol.clone(), placement: Ok(placement) });
             }
         }
@@ -153,6 +160,46 @@ impl Tracker {
             *file == id && plan.domain == set.domain && plan.probes.iter().any(|p| p.function == function)
         });
         other.map(|(_, plan)| format!("probed by {} already", plan.set))
+    }
+
+    /// [`Tracker::attach`] for static tracepoints.
+    fn attach_tracepoints(
+        &mut self,
+        instance: u32,
+        id: FileId,
+        set: &ProbeSetSpec,
+        library: &Library,
+    ) -> Result<Vec<Attached>> {
+        let wrong = |what: String| Error::new(ErrorKind::Elf, format!("{}: {what}", library.name));
+        let all = usdt::read_tracepoints(&library.path)?;
+        let mut report = Vec::new();
+        let mut probes: Vec<Probe> = Vec::new();
+        for spec in &set.functions {
+            let symbol = &spec.symbol;
+            let mut missing = true;
+            for tracepoint in all.iter().filter(|t| t.name == *symbol) {
+                missing = false;
+                let argument = |n: u8| match tracepoint.arguments.get(usize::from(n)) {
+                    Some(Ok(operand)) => Ok(*operand),
+                    Some(Err(why)) => Err(wrong(format!("tracepoint {symbol}: {why}"))),
+                    None => Err(wrong(format!("tracepoint {symbol} has no argument {n}"))),
+                };
+                let at = tracepoint.placement();
+                let index = self.function_index(id, set, spec, at, tracepoint.offset, argument)?;
+                let (function, semaphore) = (tracepoint.offset, tracepoint.semaphore);
+                let symbol = symbol.clone();
+                probes.push(Probe { function, offset: function, index, returns: false, symbol, semaphore });
+                report.push(Attached { symbol: spec.symbol.clone(), placement: Ok(at) });
+            }
+            if missing && !spec.optional {
+                return Err(wrong(format!("it has no tracepoint {symbol}")));
+            }
+            if missing {
+                report.push(Attached { symbol: symbol.clone(), placement: Err("not in this library".into()) });
+            }
+        }
+        self.keep(instance, (id, set.number), set, library, probes)?;
+        Ok(report)
     }
 
     /// Remembers the probes of a probe set in a file, and attaches them unless windows have not been opened yet.
@@ -224,28 +271,40 @@ impl Tracker {
         result
     }
 
-    /// Attaches a probe set at the entry of functions whose file offsets are known, in the set's order.
+    /// Attaches a probe set at the entry of functions whose file offsets are known, in the set's order, and of which is
+    /// known whether the kernel emulates their first instruction.
     pub(crate) fn attach_at(
         &mut self,
         instance: u32,
         set: &ProbeSetSpec,
         library: &Library,
-        at: &[usize],
+        at: &[(usize, bool)],
     ) -> Result<()> {
         let id = file_id(&library.path)?;
         let mut probes = Vec::new();
-        for (spec, offset) in set.functions.iter().zip(at) {
-            let index = self.function_index(id, set, spec, Placement::ENTRY)?;
+        for (spec, &(offset, emulated)) in set.functions.iter().zip(at) {
+            let register = |n| Ok(Operand::Register(Placement::ENTRY.register(n)));
+            let placement = Placement { emulated, ..Placement::ENTRY };
+            let index = self.function_index(id, set, spec, placement, offset as u64, register)?;
             let symbol = spec.symbol.clone();
-            let (function, returns) = (*offset as u64, spec.role != Role::Free);
-            probes.push(Probe { function, offset: function, index, returns, symbol });
+            let (function, returns) = (offset as u64, spec.is_return_probed());
+            probes.push(Probe { function, offset: function, index, returns, symbol, semaphore: None });
         }
         self.keep(instance, (id, set.number), set, library, probes)
     }
 
     /// Index of a function in the kernel's table; it serves every process that maps the same file.
-    fn function_index(&mut self, id: FileId, set: &ProbeSetSpec, spec: &FunctionSpec, at: Placement) -> Result<u32> {
-        let key = (id, set.number, spec.symbol.clone(), at.sp_offset);
+    /// `offset` is that of the probe in the file, `locate` says where an argument is there.
+    fn function_index(
+        &mut self,
+        id: FileId,
+        set: &ProbeSetSpec,
+        spec: &FunctionSpec,
+        at: Placement,
+        offset: u64,
+        locate: impl Fn(u8) -> Result<Operand>,
+    ) -> Result<u32> {
+        let key = (id, set.number, spec.symbol.clone(), offset);
         if let Some(index) = self.functions.get(&key) {
             return Ok(*index);
         }
@@ -255,26 +314,34 @@ impl Tracker {
         }
         let domain = self.domain(&set.domain)?;
         let name = self.name(&spec.symbol);
-        let argument = |n: Option<u8>| n.map_or(-1, u8::cast_signed);
-        let (size_arg, times_arg, size_const) = match spec.size {
-            Size::Argument { arg, times } => (Some(arg), times, 0),
-            Size::Constant(bytes) => (None, None, bytes),
+        let argument = |n: Option<u8>| n.map_or(Ok(Operand::None), &locate);
+        let (size, times) = match spec.size {
+            Size::Argument { arg, times } => (argument(Some(arg))?, argument(times)?),
+            Size::Constant(bytes) => (Operand::Constant(bytes), Operand::None),
         };
-        let (out_arg, expect) = match spec.returns {
-            Returns::Value { failed } => (None, failed),
-            Returns::Pointer { arg, ok } => (Some(arg), u64::from(ok.cast_unsigned())),
+        let (out, expect, mut function_flags) = match spec.returns {
+            Returns::Value { failed } => (None, failed, flags(0)),
+            Returns::Pointer { arg, ok } => (Some(arg), u64::from(ok.cast_unsigned()), flags(0)),
+            Returns::InPlace => (None, 0, flags::FUNCTION_IN_PLACE),
+            Returns::AtEntry { .. } => (None, 0, flags::FUNCTION_AT_ENTRY),
         };
         let role = match spec.role {
             Role::Alloc => memleak_role::ROLE_ALLOC,
             Role::Realloc => memleak_role::ROLE_REALLOC,
             Role::Free => memleak_role::ROLE_FREE,
         };
-        let mut function_flags = flags(0);
         if spec.range {
             function_flags.0 |= flags::FUNCTION_RANGE.0;
         }
-        if set.functions.iter().any(|f| f.range) {
+        if set.kind == SetKind::Tracepoints {
+            function_flags.0 |= flags::FUNCTION_INSIDE.0;
+        }
+        // What tells of samples must not be sampled again.
+        if set.functions.iter().any(|f| f.range) || matches!(spec.returns, Returns::AtEntry { .. }) {
             function_flags.0 |= flags::FUNCTION_UNSAMPLED.0;
+        }
+        if !at.emulated {
+            function_flags.0 |= flags::FUNCTION_STEPPED.0;
         }
         let function = memleak_function {
             probe_set: set.number,
@@ -282,12 +349,11 @@ impl Tracker {
             role: role.0 as u8,
             domain,
             flags: function_flags.0 as u8,
-            size_arg: argument(size_arg),
-            times_arg: argument(times_arg),
-            block_arg: argument(spec.block_arg),
-            out_arg: argument(out_arg),
-            pad: 0,
-            size_const,
+            pad: [0; 5],
+            size: size.encode(),
+            times: times.encode(),
+            block: argument(spec.block())?.encode(),
+            out: argument(out)?.encode(),
             expect,
             sp_offset: at.sp_offset,
             followed: 0,
@@ -326,6 +392,34 @@ impl Tracker {
         at as u32
     }
 
+    /// Takes the breakpoints out of the children that a process has forked. They inherit them and pay for each hit although
+    /// nobody counts it, because the kernel looks for processes in which no probe is wanted only when one is detached: so
+    /// one more, which does nothing, is attached to the process itself and detached again. Perf events need no help: the
+    /// kernel removes their breakpoints from a child at the first hit. Does nothing while no probe is attached.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn release_children(&self, instance: u32) -> Result<()> {
+        let Some(target) = self.targets.get(&instance).filter(|t| t.attached) else { return Ok(()) };
+        let (prog, session) = match self.backend {
+            Backend::Session => (&self.skel.progs.alloc_session, true),
+            Backend::Multi => (&self.skel.progs.alloc_multi_enter, false),
+            Backend::Perf | Backend::PerfPlain => return Ok(()),
+        };
+        for plan in target.plans.values().filter(|p| !p.links.is_empty()) {
+            let opts = UprobeMultiOpts {
+                offsets: plan.probes.iter().map(|p| offset(p.offset)).collect::<Result<_>>()?,
+                // No function has this index: the program returns at once.
+                cookies: vec![u64::from(u32::MAX); plan.probes.len()],
+                session,
+                ..UprobeMultiOpts::default()
+            };
+            let link = prog.attach_uprobe_multi_with_opts(target.pid.cast_signed(), plan.path(), "", opts);
+            drop(link.map_err(|e| Error::bpf(format!("release the children of process {}", target.pid), &e))?);
+        }
+        Ok(())
+    }
+
     /// Attaches all probes of one library, the way the backend does it.
     fn attach_probes(&self, pid: i32, plan: &Plan) -> Result<Vec<Link>> {
         let failed = |e: &libbpf_rs::Error| Error::bpf(format!("attach to {} in process {pid}", plan.name), e);
@@ -338,6 +432,7 @@ impl Tracker {
             let opts = UprobeMultiOpts {
                 offsets: probes.iter().map(|p| offset(p.offset)).collect::<Result<_>>()?,
                 cookies: probes.iter().map(|p| p.index.into()).collect(),
+                ref_ctr_offsets: semaphores(probes)?,
                 retprobe,
                 session,
                 ..UprobeMultiOpts::default()
@@ -345,7 +440,8 @@ impl Tracker {
             prog.attach_uprobe_multi_with_opts(pid, &path, "", opts).map_err(|e| failed(&e))
         };
         let perf = |prog: &ProgramMut<'_>, probe: &Probe, retprobe, cookie| -> Result<Link> {
-            let opts = UprobeOpts { retprobe, cookie, ..UprobeOpts::default() };
+            let ref_ctr_offset = probe.semaphore.map_or(Ok(0), offset)?;
+            let opts = UprobeOpts { retprobe, cookie, ref_ctr_offset, ..UprobeOpts::default() };
             prog.attach_uprobe_with_opts(pid, &path, offset(probe.offset)?, opts).map_err(|e| failed(&e))
         };
         // Where probes appear one by one, frees come first and returns before entries: a free or a return whose
@@ -424,6 +520,14 @@ impl Tracker {
         }
         open.load().map_err(|e| Error::bpf(what, &e))
     }
+}
+
+/// The counters of tracepoints, as a list as long as that of the probes; empty when there are none.
+fn semaphores(probes: &[&Probe]) -> Result<Vec<usize>> {
+    if probes.iter().all(|p| p.semaphore.is_none()) {
+        return Ok(Vec::new());
+    }
+    probes.iter().map(|p| p.semaphore.map_or(Ok(0), offset)).collect()
 }
 
 /// The set's functions as they are named in a file: under each prefix under which all that are not optional are there.

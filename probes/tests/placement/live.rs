@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use memleak_probes::{Backend, Features, FunctionSpec, Library, ProbeSetSpec, Returns, Role, Settings, Size, Tracker};
+use memleak_probes::{
+    Backend, Features, FunctionSpec, Library, ProbeSetSpec, Returns, Role, SetKind, Settings, Size, Tracker,
+};
 
 use crate::programs;
 
@@ -51,6 +53,7 @@ fn probe_set(number: u32, known: Known) -> ProbeSetSpec {
     let size = Size::Argument { arg, times };
     let function = FunctionSpec { symbol: symbol.into(), role, size, block_arg, returns, range: false, optional: true };
     ProbeSetSpec {
+        kind: SetKind::Functions,
         number,
         name: symbol.into(),
         domain: "memory".into(),

@@ -58,7 +58,8 @@ const NAMES: [&[&str]; 7] = [
     &["r9", "r9d", "r9w", "r9b"],
     &["rsp", "esp", "sp", "spl"],
 ];
-const SI_DI: u8 = 0b11;
+const DI: u8 = 0b1;
+const SI: u8 = 0b10;
 const DX: u8 = 0b100;
 const CX: u8 = 0b1000;
 const SP: u8 = 1 << 6;
@@ -76,9 +77,11 @@ pub fn written(instruction: &Instruction) -> u8 {
     let last = operands.last().map_or(0, |o| register(o));
     let all = operands.iter().fold(0, |mask, o| mask | register(o));
     let single = operands.len() == 1;
-    if operands.iter().any(|o| o.starts_with("%es:(%rdi)") || o.starts_with("%ds:(%rsi)")) {
+    let points = |at: &str| operands.iter().any(|o| o.starts_with(at));
+    let (to, from) = (points("%es:(%rdi)"), points("%ds:(%rsi)"));
+    if to || from {
         let repeats = prefixes.iter().any(|p| p.starts_with("rep"));
-        return SI_DI | if repeats { CX } else { 0 };
+        return if to { DI } else { 0 } | if from { SI } else { 0 } | if repeats { CX } else { 0 };
     }
     if starts(&["push"]) {
         return SP;
@@ -107,6 +110,68 @@ pub fn written(instruction: &Instruction) -> u8 {
     last
 }
 
+/// By argument: the names of the registers that hold it.
+type Holders = [Vec<String>; 6];
+
+fn at_entry() -> Holders {
+    std::array::from_fn(|n| vec![NAMES[n][0].to_owned()])
+}
+
+/// Names of the general-purpose registers by the processor's numbers.
+const NUMBERS: [&str; 16] =
+    ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
+
+/// The 64-bit register that a name is a part of.
+fn whole(name: &str) -> String {
+    let numbered = |n: &str| n.trim_end_matches(['d', 'w', 'b']).to_owned();
+    match name {
+        "eax" | "ax" | "al" | "ah" => "rax".into(),
+        "ebx" | "bx" | "bl" | "bh" => "rbx".into(),
+        "ebp" | "bp" | "bpl" => "rbp".into(),
+        n if n.starts_with('r') && n.as_bytes().get(1).is_some_and(u8::is_ascii_digit) => numbered(n),
+        n => NAMES.iter().find(|names| names.contains(&n)).map_or(n, |names| names[0]).to_owned(),
+    }
+}
+
+/// Follows an instruction: what it writes holds no argument any more, unless it copies one there.
+fn follow(holders: &mut Holders, instruction: &Instruction) {
+    let mask = written(instruction);
+    let named = |operand: &String| operand.strip_prefix('%').map(whole);
+    let last = instruction.operands.last().and_then(named);
+    let first = instruction.operands.first().and_then(named);
+    let copied = (instruction.mnemonic == "mov" && instruction.bytes.first().is_some_and(|b| b & 0xf8 == 0x48))
+        .then(|| holders.iter().position(|h| first.as_ref().is_some_and(|f| h.contains(f))))
+        .flatten();
+    let reads_only = ["cmp", "test", "bt", "push", "nop", "endbr", "ucomi", "comi", "prefetch", "ptest"];
+    let single = instruction.operands.len() == 1;
+    let products = ["mul", "imul", "div", "idiv"].iter().any(|p| instruction.mnemonic.starts_with(p)) && single;
+    let hidden = ["cltd", "cqto", "cwtd", "cltq", "cwtl", "cbtw", "cpuid", "rdtsc", "lods", "cmpxchg", "xgetbv", "rdp"];
+    for (n, registers) in holders.iter_mut().enumerate() {
+        registers.retain(|register| {
+            let hit = NAMES.iter().position(|names| names[0] == register).is_some_and(|at| mask & (1 << at) != 0);
+            let named =
+                Some(register) == last.as_ref() && !reads_only.iter().any(|p| instruction.mnemonic.starts_with(p));
+            let swapped = ["xchg", "xadd", "cmpxchg", "mulx"].iter().any(|p| instruction.mnemonic.starts_with(p))
+                && instruction.operands.iter().filter_map(|o| o.strip_prefix('%')).any(|o| whole(o) == *register);
+            let hides = hidden.iter().any(|p| instruction.mnemonic.starts_with(p));
+            let implied =
+                register == "rax" && (products || hides) || register == "rbx" && instruction.mnemonic == "cpuid";
+            !(hit || named || swapped || implied)
+        });
+        if copied == Some(n)
+            && let Some(last) = &last
+            && !registers.contains(last)
+        {
+            registers.push(last.clone());
+        }
+    }
+}
+
+/// True when every argument of the mask is held somewhere.
+fn held(holders: &Holders, mask: u8) -> bool {
+    (0..6).all(|n| mask & (1 << n) == 0 || !holders[n].is_empty())
+}
+
 fn ends_block(instruction: &Instruction) -> bool {
     let m = instruction.mnemonic.as_str();
     ["j", "call", "ret", "loop", "iret", "xbegin", "xabort", "int"].iter().any(|p| m.starts_with(p))
@@ -129,7 +194,7 @@ fn growth(instruction: &Instruction) -> Option<u64> {
 /// The first instruction of a function that qualifies: its offset and how deep the stack is there.
 pub fn best(file: &File, function: &Function, needs: Needs) -> Option<(u64, u64)> {
     let (start, end) = (function.start, function.end);
-    let (mut at, mut depth) = (start, 0);
+    let (mut at, mut depth, mut holders) = (start, 0, at_entry());
     while at < end && !(needs.returns && depth != 0) {
         let instruction = file.instructions.get(&at)?;
         if instruction.end() > end {
@@ -141,7 +206,8 @@ pub fn best(file: &File, function: &Function, needs: Needs) -> Option<(u64, u64)
             let looped = at > start && file.jumps_into(start + 1, at).any(|from| (start..end).contains(&from));
             return (!looped).then_some((at - start, depth));
         }
-        if ends_block(instruction) || written(instruction) & needs.arguments != 0 {
+        follow(&mut holders, instruction);
+        if ends_block(instruction) || !held(&holders, needs.arguments) {
             return None;
         }
         depth += growth(instruction)?;
@@ -154,14 +220,15 @@ pub fn best(file: &File, function: &Function, needs: Needs) -> Option<(u64, u64)
 pub fn fault(file: &File, function: &Function, place: Placement, needs: Needs) -> Option<String> {
     let Placement { offset, sp_offset: depth, .. } = place;
     let start = function.start;
-    let (mut at, mut down) = (start, 0);
+    let (mut at, mut down, mut holders) = (start, 0, at_entry());
     while at < start + offset {
         let Some(instruction) = file.instructions.get(&at) else { return Some(format!("no instruction at {at:#x}")) };
         if ends_block(instruction) {
             return Some(format!("the first block ends at {at:#x} ({})", instruction.mnemonic));
         }
-        if written(instruction) & needs.arguments != 0 {
-            return Some(format!("an argument is written at {at:#x} ({})", instruction.mnemonic));
+        follow(&mut holders, instruction);
+        if !held(&holders, needs.arguments) {
+            return Some(format!("an argument is lost at {at:#x} ({})", instruction.mnemonic));
         }
         match growth(instruction) {
             Some(bytes) => down += bytes,
@@ -171,6 +238,12 @@ pub fn fault(file: &File, function: &Function, place: Placement, needs: Needs) -
     }
     if at != start + offset || !file.instructions.contains_key(&at) {
         return Some(format!("{:#x} is inside an instruction", start + offset));
+    }
+    for n in (0..6).filter(|n| needs.arguments & (1 << n) != 0) {
+        let told = NUMBERS[usize::from(place.register(n))];
+        if !holders[usize::from(n)].iter().any(|register| register == told) {
+            return Some(format!("argument {n} is in {:?}, not in {told}", holders[usize::from(n)]));
+        }
     }
     if down != depth {
         return Some(format!("the stack pointer is {down} bytes down, not {depth}"));

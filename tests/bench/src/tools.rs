@@ -47,6 +47,13 @@ pub const TOOLS: &[Tool] = &[
         least_s: 0,
     },
     Tool {
+        id: "sampled",
+        title: "memleak, sampled",
+        kind: Kind::Attach(&["collector.budget=off", "collector.sample_bytes=512KiB"]),
+        warm_up_s: 1,
+        least_s: 0,
+    },
+    Tool {
         id: "classic",
         title: "memleak, classic placement",
         kind: Kind::Attach(&["collector.budget=off", "collector.placement=entry"]),

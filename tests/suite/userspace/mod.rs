@@ -8,6 +8,7 @@ mod mappings;
 mod sampling;
 mod targets;
 mod threads;
+mod tracepoints;
 mod user_sets;
 
 use memleak_tests::{Counts, Memleak, Program, Snapshot};

@@ -1,6 +1,7 @@
 //! Probe sets that a user adds with a manifest alone: a pool allocator, and handles instead of memory.
 
 use std::fs;
+use std::process::Command;
 
 use memleak_tests::{Counts, Feature, Memleak, Program, needs, program_path};
 use tempfile::TempDir;
@@ -82,6 +83,32 @@ fn pool_allocator_is_counted_from_its_manifest() {
     ];
     assert_sites(&snapshot, &expected);
     assert!(snapshot.sites.iter().all(|site| site.probe_set == "pool"), "{:#?}", snapshot.callers());
+}
+
+// An update replaces a library under a running program: a breakpoint at an offset of the new file would corrupt the old one.
+#[test]
+fn library_replaced_on_disk_is_probed_as_it_is_mapped() {
+    needs!(Feature::Bpf);
+    let manifest = plugins(POOL);
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let copy = |from: &str, to: &str| {
+        let to = folder.path().join(to);
+        fs::copy(program_path(from).expect("it was built"), &to).expect("it can be copied");
+        to
+    };
+    let (program, library) = (copy("pool", "pool"), copy("libpool.so", "libpool.so"));
+    let mut program = Program::start_command(&mut Command::new(program));
+    // Another library under the same name, as a package manager puts it there.
+    fs::rename(copy("libplugin.so", "new"), library).expect("it can be renamed");
+    let mut memleak = Memleak::watch_with(program.pid(), &option(&manifest));
+    memleak.wait_for_message("libpool.so (replaced or deleted on disk: the file that is mapped is probed)");
+    program.step("done");
+    let snapshot = memleak.settled();
+    assert_clean(&snapshot, program.pid());
+    assert_eq!(snapshot.site("pool_leak").counts, Counts::kept(31, 79));
+    assert_eq!(snapshot.site("pool_leak_large").counts, Counts::kept(5, 2001));
+    program.step("done");
+    program.finish();
 }
 
 // A free that nobody saw shows itself when the address is handed out again: the old block is closed and counted.

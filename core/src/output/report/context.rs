@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::site::{Heading, SiteView, name};
 use super::truth::Truth;
 use super::{AlertStatus, AlertView, PluginStatus, RuleStatus, RunInfo, trend};
+use crate::coverage::Coverage;
 use crate::finding::Severity;
 use crate::history::{History, Sample, SiteHistory};
 use crate::output::text::clip;
@@ -135,6 +136,9 @@ pub(super) struct ProcessView {
     outstanding_bytes: u64,
     outstanding_count: u64,
     rss_bytes: Option<u64>,
+    rss_anon_bytes: Option<u64>,
+    coverage: Option<Coverage>,
+    hard_stops: u64,
     hits: u64,
     cpu_s: Option<f64>,
     overhead_s: f64,
@@ -150,6 +154,8 @@ struct Cost {
     overhead_share: Option<f64>,
     own_cpu_s: Option<f64>,
     own_rss_bytes: Option<u64>,
+    own_map_bytes: Option<u64>,
+    own_snapshot_cpu_s: Option<f64>,
 }
 
 impl Report {
@@ -388,6 +394,9 @@ impl ProcessView {
             outstanding_bytes: totals.outstanding_bytes(),
             outstanding_count: totals.outstanding_count(),
             rss_bytes: p.rss_bytes,
+            rss_anon_bytes: p.rss_anon_bytes,
+            coverage: p.coverage,
+            hard_stops: p.hard_stops,
             hits: p.hits,
             cpu_s: p.cpu_s,
             overhead_s: p.overhead_s,
@@ -407,6 +416,8 @@ impl Cost {
             overhead_share: share(overhead_s, cpu_s),
             own_cpu_s: run.own_cpu_s,
             own_rss_bytes: run.own_rss_bytes,
+            own_map_bytes: run.own_map_bytes,
+            own_snapshot_cpu_s: run.own_snapshot_cpu_s,
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use super::{AlertStatus, AlertView, PluginState, PluginStatus, Report, RuleStatus, RunInfo};
+use crate::coverage::{Baseline, Coverage};
 use crate::finding::Severity;
 use crate::history::{Bounds, History};
 use crate::labels::Labels;
@@ -72,6 +73,8 @@ pub(super) fn report() -> Report {
         budget: Some("5 % of the target's CPU time, kept".into()),
         own_cpu_s: Some(0.5),
         own_rss_bytes: Some(20 << 20),
+        own_map_bytes: Some(30 << 20),
+        own_snapshot_cpu_s: Some(0.001),
         report_path: Some("memleak-report.html".into()),
         alerts_path: Some("memleak-alerts.ndjson".into()),
     };
@@ -125,6 +128,7 @@ fn snapshot(number: u32, process: &Arc<Process>, sites: &[Arc<Site>]) -> Snapsho
         last_allocation_s: time_s,
         cohorts: vec![cohort],
         lifetimes,
+        reachability: None,
     };
     Snapshot {
         number: n,
@@ -138,6 +142,9 @@ fn snapshot(number: u32, process: &Arc<Process>, sites: &[Arc<Site>]) -> Snapsho
             unmatched_frees: 7,
             losses: Losses { missed_returns: 3, ..Losses::default() },
             rss_bytes: Some(50 << 20),
+            rss_anon_bytes: Some(40 << 20),
+            coverage: Some(Coverage::new(0.1, &Baseline::default(), 40 << 20, Some(30 << 20), 5 << 20)),
+            hard_stops: 1,
             cpu_s: Some(time_s),
             overhead_s: 0.01 * time_s,
             ..ProcessSample::default()

@@ -4,9 +4,12 @@ use serde::Serialize;
 
 use super::site::SiteView;
 use super::{PluginState, RunInfo};
+use crate::coverage::Coverage;
 use crate::history::History;
 use crate::output::filters::{format_count, format_percent};
-use crate::snapshot::{Losses, Mode, StackCounts};
+use crate::output::text::visible;
+use crate::snapshot::{Losses, Mode, ProcessSample, StackCounts};
+use crate::units::{format_bytes, format_duration_s};
 
 /// The report's statement about its own numbers.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -31,6 +34,8 @@ pub struct Truth {
     pub unnamed_sites: usize,
     /// What was not seen at all, one sentence each.
     pub unseen: Vec<String>,
+    /// How much of the growth of each process its sites explain, one sentence each.
+    pub coverage: Vec<String>,
 }
 
 /// One kind of loss.
@@ -98,7 +103,8 @@ impl Truth {
             truncated_sites: truncated_reasons.iter().map(|r| r.sites).sum(),
             truncated_reasons,
             unnamed_sites: sites.iter().filter(|s| s.frames.iter().all(|f| f.function.is_none())).count(),
-            unseen: unseen(run, unmatched),
+            unseen: unseen(run, unmatched).into_iter().chain(limits(history)).collect(),
+            coverage: coverage(history),
         }
     }
 }
@@ -202,9 +208,117 @@ fn unseen(run: &RunInfo, unmatched_frees: u64) -> Vec<String> {
     out
 }
 
+/// Most processes that get a sentence of their own; the others are summed up.
+const MAX_PROCESSES: usize = 8;
+
+/// Why numbers of single processes are weaker than others.
+fn limits(history: &History) -> Vec<String> {
+    let mut processes: Vec<_> = history.processes().collect();
+    processes.sort_by_key(|p| p.process.instance);
+    let mut out = Vec::new();
+    for p in processes {
+        let name = visible(&p.process.comm);
+        let pid = p.process.pid;
+        if let Some(why) = p.stopped {
+            out.push(format!("{name} ({pid}) is not traced at the moment: {}.", why.as_str()));
+        }
+        if p.hard_stops > 0 {
+            let times = if p.hard_stops == 1 { "once".to_owned() } else { format!("{} times", p.hard_stops) };
+            out.push(format!("All tracing of {name} ({pid}) was stopped {times} for a while to protect it."));
+        }
+        if let Some(window_s) = p.window_s.filter(|w| *w < FULL_WINDOW_S && p.mode == Mode::Estimated) {
+            out.push(format!(
+                "{name} ({pid}) was seen through windows of at most {}: blocks that live longer than half of that look \
+                 like survivors, so verdicts are weaker.",
+                format_duration_s(window_s)
+            ));
+        }
+    }
+    summed_up(out)
+}
+
+/// Windows that are shorter than this are worth a remark, seconds.
+const FULL_WINDOW_S: f64 = 0.1;
+
+/// How much of the growth of each process its sites explain, largest growth first.
+fn coverage(history: &History) -> Vec<String> {
+    let mut grown: Vec<(&ProcessSample, Coverage)> =
+        history.processes().filter_map(|p| p.coverage.map(|c| (p, c))).collect();
+    grown.sort_by_key(|(p, c)| (std::cmp::Reverse(c.growth_bytes), p.process.instance));
+    summed_up(grown.into_iter().map(|(p, c)| coverage_sentence(p, &c)).collect())
+}
+
+fn summed_up(mut sentences: Vec<String>) -> Vec<String> {
+    let more = sentences.len().saturating_sub(MAX_PROCESSES);
+    if more > 0 {
+        sentences.truncate(MAX_PROCESSES);
+        sentences.push(format!("The same is known of {more} more; see the snapshots of --json."));
+    }
+    sentences
+}
+
+fn coverage_sentence(p: &ProcessSample, c: &Coverage) -> String {
+    let who = format!("{} ({})", visible(&p.process.comm), p.process.pid);
+    let before = format!(
+        "{} were in use before, in a heap of {} and elsewhere.",
+        format_bytes(c.before_bytes),
+        format_bytes(c.heap_before_bytes)
+    );
+    let grown = format_bytes(c.growth_bytes.max(0).unsigned_abs());
+    match (c.share, c.explained_bytes, c.mapped_bytes, c.other_bytes) {
+        (Some(share), Some(explained), Some(mapped), Some(other)) => {
+            let mut rest = Vec::new();
+            if mapped > 0 {
+                rest.push(format!(
+                    "up to {} were mapped directly (mmap, stacks of threads) and are not traced",
+                    format_bytes(mapped)
+                ));
+            }
+            if other > 0 {
+                rest.push(format!("{} are the allocator's overhead and fragmentation", format_bytes(other)));
+            }
+            let rest = if rest.is_empty() { String::new() } else { format!("; {}", rest.join(", ")) };
+            format!(
+                "{who} grew by {grown} of anonymous memory since the attach: sites explain {} ({}){rest}. {before}",
+                format_bytes(explained),
+                format_percent(share)
+            )
+        }
+        (_, None, ..) if c.growth_bytes > 0 => format!(
+            "{who} grew by {grown} of anonymous memory; through windows it is not known how much of it the sites explain. \
+             {before}"
+        ),
+        _ => format!("{who} hardly grew since the attach: its anonymous memory by {grown}. {before}"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::coverage::Baseline;
+
+    /// The parts are said with their names, and what is not known is not made up.
+    #[test]
+    fn coverage_names_its_parts() {
+        const MIB: u64 = 1 << 20;
+        let process =
+            std::sync::Arc::new(crate::snapshot::Process { pid: 7, comm: "shop".into(), ..Default::default() });
+        let p = ProcessSample { process, ..ProcessSample::default() };
+        let before = Baseline { resident_bytes: 10 * MIB, heap_bytes: 4 * MIB, regions: Vec::new() };
+        let say = |resident: u64, outstanding: Option<u64>, untraced: u64| {
+            let c = Coverage::new(1.0, &before, resident * MIB, outstanding.map(|b| b * MIB), untraced * MIB);
+            coverage_sentence(&p, &c)
+        };
+        assert_eq!(
+            say(60, Some(20), 25),
+            "shop (7) grew by 50.0 MiB of anonymous memory since the attach: sites explain 20.0 MiB (40 %); up to 25.0 MiB \
+             were mapped directly (mmap, stacks of threads) and are not traced, 5.0 MiB are the allocator's overhead and \
+             fragmentation. 10.0 MiB were in use before, in a heap of 4.0 MiB and elsewhere."
+        );
+        assert!(say(60, Some(70), 0).contains("sites explain 50.0 MiB (100 %). 10.0 MiB were"));
+        assert!(say(60, None, 25).contains("through windows it is not known"));
+        assert!(say(9, Some(20), 0).contains("hardly grew since the attach: its anonymous memory by 0 B"));
+    }
 
     /// Every kind of loss that exists must have an explanation of its own, also one added later.
     #[test]

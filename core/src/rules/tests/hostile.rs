@@ -281,6 +281,7 @@ fn cpu_time_is_bounded_over_all_sites() {
             last_allocation_s: 0.0,
             cohorts: Vec::new(),
             lifetimes: [0; crate::snapshot::LIFETIME_CLASSES],
+            reachability: None,
         });
     }
     let mut history = crate::history::History::default();

@@ -2,6 +2,7 @@
 
 mod engine;
 mod hostile;
+mod reachability;
 mod readme;
 mod reload;
 mod shapes;

@@ -8,7 +8,8 @@ use crate::finding::{Finding, Severity};
 use crate::history::{Bounds, History};
 use crate::rules::{Evaluation, RuleEngine};
 use crate::snapshot::{
-    Cohort, LIFETIME_CLASSES, Process, ProcessSample, Site, SiteKey, SiteSample, Snapshot, StandardErrors, Totals,
+    Cohort, LIFETIME_CLASSES, Process, ProcessSample, Site, SiteKey, SiteReach, SiteSample, Snapshot, StandardErrors,
+    Totals,
 };
 use crate::symbolize::Frame;
 
@@ -193,6 +194,8 @@ pub struct Simulation {
     pub process: ProcessSample,
     /// Standard errors that each site comes with.
     pub stderr: StandardErrors,
+    /// What scans say of each site.
+    pub reachability: Option<Arc<SiteReach>>,
     interval_s: f64,
     number: u64,
     rng: Rng,
@@ -241,6 +244,7 @@ impl Simulation {
                 ..Default::default()
             },
             stderr: StandardErrors::default(),
+            reachability: None,
             interval_s,
             number: 0,
             rng: Rng(seed),
@@ -271,6 +275,7 @@ impl Simulation {
                 last_allocation_s: s.heap.last_s,
                 cohorts: s.heap.cohorts(),
                 lifetimes: s.heap.lifetimes,
+                reachability: self.reachability.clone(),
             });
             s.heap.advance(self.interval_s);
         }

@@ -1,0 +1,27 @@
+//! Leak or cache: which outstanding blocks can a process still reach?
+//!
+//! Works from outside on a process that keeps running. Its writable memory is read, and every aligned word that points
+//! at an outstanding block is a reference. What is not a tracked block is a root: globals, stacks, thread-local memory,
+//! blocks that are not tracked. A walk from the roots finds what is reachable. Because pointers move while the memory is
+//! being read, one scan proves nothing: a block is called lost when it was unreachable in several scans in a row
+//! ([`Series`]).
+//!
+//! - [`index`] finds the block that an address points into;
+//! - [`mark`] is one scan: references in, reachability of every block out;
+//! - [`memory`] is where the words come from, [`roots`] what their places are called;
+//! - [`scanner`] does a series of scans of a live process;
+//! - [`service`] does it in the background, for the collector;
+//! - [`verdict`] makes a site's verdict from several scans.
+
+pub mod index;
+pub mod mark;
+pub mod memory;
+pub mod roots;
+pub mod runtime;
+pub mod scanner;
+pub mod service;
+pub mod verdict;
+
+pub use index::{Block, Index};
+pub use mark::{Learned, Marked, Reach, Scan};
+pub use verdict::{Limits, Series, SiteVerdict, Verdict};

@@ -1,0 +1,362 @@
+//! Scans of watched processes in the background.
+//!
+//! The collector asks for a scan and takes results; the scan itself runs in a thread of its own, since it takes seconds
+//! and windows must be opened and closed meanwhile. What earlier scans have taught of a process goes into the next one
+//! and comes back with its result.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use memleak_probes::BlockReader;
+
+use super::mark::{Learned, Reach, Referrer};
+use super::memory::{Memory as _, ProcessMemory, Range, ranges};
+use super::roots::{Root, RootNames};
+use super::scanner::{self, Cost, Options, Scanned};
+use super::verdict::{Ledger, SiteVerdict};
+use super::{Block, Index, runtime};
+use crate::error::{Error, ErrorKind, Result};
+use crate::maps::Maps;
+use crate::process::ProcDir;
+use crate::snapshot::SiteKey;
+
+/// Blocks of a site whose way to a root is looked at.
+const EXAMPLES: usize = 8;
+/// Bytes read at once in the search for what refers to a new block.
+const CHUNK: usize = 1 << 20;
+/// Longest way that is followed, in references.
+const MAX_CHAIN: usize = 100_000;
+/// Most links of a way that are kept, at each end.
+const KEPT_LINKS: usize = 4;
+
+/// What to scan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Subject {
+    /// Instance number.
+    pub instance: u32,
+    /// Process id.
+    pub pid: u32,
+    /// Start time in clock ticks after boot: with the pid it names the process.
+    pub start_ticks: u64,
+}
+
+/// One step on the way from a root to a block.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// So many blocks of a site, each referring to the next.
+    Blocks(SiteKey, usize),
+    /// So many references that are not shown.
+    Skipped(usize),
+}
+
+/// Why a block is reachable: the root, and the blocks on the way from it, outermost first; the block itself is left out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Way {
+    /// Where the way begins.
+    pub root: Root,
+    /// What lies between.
+    pub steps: Vec<Step>,
+}
+
+/// What a series of scans says of one process.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Each site with blocks.
+    pub sites: Vec<(SiteKey, SiteVerdict, Option<Way>)>,
+    /// What it took.
+    pub cost: Cost,
+}
+
+/// What is kept of a process between scans.
+#[derive(Debug, Default)]
+struct Memory {
+    /// Numbers of sites; they must mean the same in every scan.
+    numbers: HashMap<(u32, u64), u32>,
+    keys: Vec<SiteKey>,
+    learned: Learned,
+    ledger: Ledger,
+}
+
+impl Memory {
+    fn number(&mut self, key: SiteKey) -> u32 {
+        let keys = &mut self.keys;
+        *self.numbers.entry((key.probe_set, key.stack)).or_insert_with(|| {
+            keys.push(key);
+            (keys.len() - 1) as u32
+        })
+    }
+}
+
+struct Job {
+    thread: JoinHandle<(Memory, Result<Outcome>)>,
+    over: Arc<AtomicBool>,
+}
+
+/// Runs scans, at most one per process at a time. A scan under way is given up when this is dropped.
+#[derive(Default)]
+pub struct Service {
+    jobs: HashMap<u32, Job>,
+    memories: HashMap<u32, Memory>,
+}
+
+impl Service {
+    /// Starts a scan, unless one of the process is under way.
+    ///
+    /// # Errors
+    /// No thread can be started.
+    pub fn start(&mut self, subject: Subject, reader: BlockReader, options: Options) -> Result<()> {
+        if self.jobs.contains_key(&subject.instance) {
+            return Ok(());
+        }
+        let mut memory = self.memories.remove(&subject.instance).unwrap_or_default();
+        let over = Arc::new(AtomicBool::new(false));
+        let theirs = Arc::clone(&over);
+        let work = move || {
+            let outcome = work(subject, &reader, &options, &mut memory, &theirs);
+            (memory, outcome)
+        };
+        let thread = std::thread::Builder::new().name("memleak-scan".to_owned()).spawn(work);
+        let thread = thread.map_err(|e| Error::io("failed to start a thread for a scan", e))?;
+        self.jobs.insert(subject.instance, Job { thread, over });
+        Ok(())
+    }
+
+    /// Whether a scan of an instance is under way.
+    pub fn is_running(&self, instance: u32) -> bool {
+        self.jobs.contains_key(&instance)
+    }
+
+    /// Whether any scan is under way.
+    pub fn is_busy(&self) -> bool {
+        !self.jobs.is_empty()
+    }
+
+    /// Results of scans that have ended since the last call, by instance.
+    pub fn take_finished(&mut self) -> Vec<(u32, Result<Outcome>)> {
+        let done: Vec<u32> = self.jobs.iter().filter(|(_, j)| j.thread.is_finished()).map(|(i, _)| *i).collect();
+        let mut finished = Vec::new();
+        for instance in done {
+            let Some(job) = self.jobs.remove(&instance) else { continue };
+            let (memory, outcome) = job.thread.join().unwrap_or_else(|_| {
+                (Memory::default(), Err(Error::new(ErrorKind::Kernel, "failed to scan: the scan panicked")))
+            });
+            self.memories.insert(instance, memory);
+            finished.push((instance, outcome));
+        }
+        finished
+    }
+
+    /// Looks whether blocks that were called lost have been freed since. Says so in the verdicts of their sites.
+    pub fn check_ledger(&mut self, instance: u32, reader: &BlockReader, apply: &mut dyn FnMut(SiteKey, u64, u64)) {
+        let Some(memory) = self.memories.get_mut(&instance) else { return };
+        memory.ledger.check(|address, birth_ns| reader.is_outstanding(instance, address, birth_ns));
+        for (site, called, refuted) in memory.ledger.counts() {
+            if let Some(key) = memory.keys.get(site as usize) {
+                apply(*key, called, refuted);
+            }
+        }
+    }
+
+    /// Forgets a process that has ended.
+    pub fn forget(&mut self, instance: u32) {
+        self.memories.remove(&instance);
+        if let Some(job) = self.jobs.remove(&instance) {
+            job.over.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        for (_, job) in self.jobs.drain() {
+            job.over.store(true, Ordering::Relaxed);
+            let _ = job.thread.join();
+        }
+    }
+}
+
+fn work(
+    subject: Subject,
+    reader: &BlockReader,
+    options: &Options,
+    memory: &mut Memory,
+    over: &AtomicBool,
+) -> Result<Outcome> {
+    let dir = ProcDir::open_same(subject.pid, subject.start_ticks)?;
+    if let Some(runtime) = runtime::moving_collector(&dir) {
+        let why = format!("failed to scan process {}: {runtime} moves and hides its references", subject.pid);
+        return Err(Error::new(ErrorKind::Target, why));
+    }
+    let mut learned = std::mem::take(&mut memory.learned);
+    let mut blocks = || {
+        let mut blocks = Vec::new();
+        reader.for_each(subject.instance, |b| {
+            let key = SiteKey { instance: subject.instance, probe_set: b.probe_set, stack: b.stack };
+            let site = memory.number(key);
+            blocks.push(Block { address: b.address, size: b.size, birth_ns: b.birth_ns, site });
+        })?;
+        Ok(blocks)
+    };
+    let scanned = scanner::scan(&dir, options, &mut learned, &mut blocks, &|| over.load(Ordering::Relaxed));
+    // Blocks that were allocated during the last scan are not in its index, and may be what the others hang on.
+    let newest = Index::new(blocks().unwrap_or_default());
+    memory.learned = learned;
+    let scanned = scanned?;
+    memory.ledger.call(&scanned.series, &scanned.index, &scanned.marked);
+    let verdicts = scanned.series.verdicts(&scanned.index, &scanned.marked, &options.limits);
+    let mut ways = ways(&scanned, &newest, dir, &memory.keys);
+    let sites = verdicts.into_iter().filter_map(|(site, mut verdict)| {
+        memory.ledger.apply(site, &mut verdict);
+        Some((*memory.keys.get(site as usize)?, verdict, ways.remove(&site)))
+    });
+    Ok(Outcome { sites: sites.collect(), cost: scanned.cost })
+}
+
+/// For each site with reachable blocks, the way by which most of some examples are reached.
+fn ways(scanned: &Scanned, newest: &Index, dir: ProcDir, keys: &[SiteKey]) -> HashMap<u32, Way> {
+    let Scanned { index, marked, maps, .. } = scanned;
+    let mut counts: HashMap<u32, usize> = HashMap::new();
+    let reachable = |n: &u32| marked.reach(*n) == Reach::Reachable;
+    let numbers = 0..index.blocks().len() as u32;
+    for number in numbers.clone().filter(reachable) {
+        *counts.entry(index.blocks()[number as usize].site).or_default() += 1;
+    }
+    let mut seen: HashMap<u32, usize> = HashMap::new();
+    let pid = dir.pid();
+    let mut names = RootNames::new(dir, maps.clone());
+    let mut found: HashMap<u32, Vec<Way>> = HashMap::new();
+    for number in numbers.filter(reachable) {
+        let site = index.blocks()[number as usize].site;
+        let at = seen.entry(site).or_default();
+        // Spread evenly over the site's blocks.
+        if *at * EXAMPLES / counts[&site] != (*at + 1) * EXAMPLES / counts[&site] || *at == 0 {
+            found.entry(site).or_default().extend(way(scanned, number, &mut names, keys));
+        }
+        *at += 1;
+    }
+    name_newest(found.values_mut().flatten(), newest, pid, maps, &mut names, keys);
+    let most_frequent = |ways: Vec<Way>| {
+        let votes = |way: &Way| ways.iter().filter(|w| same_root(&w.root, &way.root)).count();
+        // A variable says most; of equals the shortest way.
+        let best = ways.iter().max_by_key(|way| {
+            (matches!(way.root, Root::Global { .. }), votes(way), std::cmp::Reverse(way.steps.len()))
+        });
+        best.cloned()
+    };
+    found.into_iter().filter_map(|(site, ways)| Some((site, most_frequent(ways)?))).collect()
+}
+
+/// Leads ways on that begin in a block too new for the scan: to whatever has a name and refers to that block's start.
+fn name_newest<'a>(
+    ways: impl Iterator<Item = &'a mut Way>,
+    newest: &Index,
+    pid: u32,
+    maps: &Maps,
+    names: &mut RootNames,
+    keys: &[SiteKey],
+) {
+    let block_at = |way: &Way| match way.root {
+        Root::Untracked { address } => newest.find(address).map(|(number, _)| newest.blocks()[number as usize]),
+        _ => None,
+    };
+    let new: Vec<(&mut Way, Block)> = ways.filter_map(|way| block_at(way).map(|block| (way, block))).collect();
+    if new.is_empty() {
+        return;
+    }
+    let mut referrers: HashMap<u64, Option<u64>> = new.iter().map(|(_, block)| (block.address, None)).collect();
+    let mut memory = ProcessMemory::new(pid);
+    let mut buffer = vec![0; CHUNK];
+    for Range { start, end } in ranges(maps).0 {
+        let mut at = start;
+        while at < end {
+            let got = memory.read(at, &mut buffer[..((end - at) as usize).min(CHUNK)]);
+            for (i, word) in buffer[..got].as_chunks::<8>().0.iter().enumerate() {
+                if let Some(referrer) = referrers.get_mut(&u64::from_ne_bytes(*word)) {
+                    referrer.get_or_insert(at + 8 * i as u64);
+                }
+            }
+            at += (got as u64).max(4096);
+        }
+    }
+    for (way, block) in new {
+        if let (Some(Some(address)), Some(key)) = (referrers.get(&block.address), keys.get(block.site as usize)) {
+            way.root = names.name(*address);
+            match way.steps.first_mut() {
+                Some(Step::Blocks(first, count)) if first == key => *count += 1,
+                _ => way.steps.insert(0, Step::Blocks(*key, 1)),
+            }
+        }
+    }
+}
+
+/// Whether two roots are the same thing: elements of one array are.
+fn same_root(a: &Root, b: &Root) -> bool {
+    match (a, b) {
+        (Root::Global { module: a, name: Some(x), .. }, Root::Global { module: b, name: Some(y), .. }) => {
+            (a, x) == (b, y)
+        }
+        (Root::Untracked { .. }, Root::Untracked { .. }) => true,
+        _ => a == b,
+    }
+}
+
+fn way(scanned: &Scanned, block: u32, names: &mut RootNames, keys: &[SiteKey]) -> Option<Way> {
+    let chain = scanned.marked.chain(block, MAX_CHAIN);
+    let Some(Referrer::Root(address)) = chain.last() else { return None };
+    let root = names.name(*address);
+    let mut steps: Vec<Step> = Vec::new();
+    for referrer in chain.iter().rev() {
+        let Referrer::Block(number) = referrer else { continue };
+        let key = *keys.get(scanned.index.blocks()[*number as usize].site as usize)?;
+        match steps.last_mut() {
+            Some(Step::Blocks(last, count)) if *last == key => *count += 1,
+            _ => steps.push(Step::Blocks(key, 1)),
+        }
+    }
+    Some(Way { root, steps: shorten(steps) })
+}
+
+/// Keeps the ends of a way with many steps.
+fn shorten(steps: Vec<Step>) -> Vec<Step> {
+    if steps.len() <= 2 * KEPT_LINKS + 1 {
+        return steps;
+    }
+    let blocks = |s: &Step| match s {
+        Step::Blocks(_, n) | Step::Skipped(n) => *n,
+    };
+    let middle = &steps[KEPT_LINKS..steps.len() - KEPT_LINKS];
+    let skipped = Step::Skipped(middle.iter().map(blocks).sum());
+    [&steps[..KEPT_LINKS], &[skipped], &steps[steps.len() - KEPT_LINKS..]].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(stack: u64, count: usize) -> Step {
+        Step::Blocks(SiteKey { instance: 1, probe_set: 0, stack }, count)
+    }
+
+    // A way through a hundred tables is told by its ends, and says how much is left out.
+    #[test]
+    fn long_ways_keep_their_ends() {
+        let short: Vec<Step> = (0..9).map(|n| step(n, 2)).collect();
+        assert_eq!(shorten(short.clone()), short);
+        let long: Vec<Step> = (0..100).map(|n| step(n, 2)).collect();
+        let shown = shorten(long.clone());
+        assert_eq!((shown.len(), &shown[4]), (9, &Step::Skipped(184)));
+        assert_eq!((&shown[..4], &shown[5..]), (&long[..4], &long[96..]));
+    }
+
+    // Slots of one table are one root; a variable's neighbours are not.
+    #[test]
+    fn elements_of_an_array_are_one_root() {
+        let global = |name: &str, offset| Root::Global { module: "m".into(), name: Some(name.into()), offset };
+        assert!(same_root(&global("a", 0), &global("a", 64)));
+        assert!(!same_root(&global("a", 0), &global("b", 0)));
+        assert!(same_root(&Root::Untracked { address: 8 }, &Root::Untracked { address: 64 }));
+        assert!(!same_root(&Root::Stack { tid: Some(1) }, &Root::Stack { tid: Some(2) }));
+    }
+}
