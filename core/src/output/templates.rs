@@ -30,11 +30,12 @@ const EMBEDDED: [(&str, &str); 7] = [
 ];
 
 /// Style sheets and scripts in the binary, by name.
-const EMBEDDED_ASSETS: [(&str, &str); 7] = [
+const EMBEDDED_ASSETS: [(&str, &str); 8] = [
     ("report.css", include_str!("../../../templates/report.css")),
     ("report_data.js", include_str!("../../../templates/report_data.js")),
     ("report_charts.js", include_str!("../../../templates/report_charts.js")),
     ("report_detail.js", include_str!("../../../templates/report_detail.js")),
+    ("report_flame.js", include_str!("../../../templates/report_flame.js")),
     ("report.js", include_str!("../../../templates/report.js")),
     ("uPlot.min.css", include_str!("../../../templates/vendor/uplot/uPlot.min.css")),
     ("uPlot.iife.min.js", include_str!("../../../templates/vendor/uplot/uPlot.iife.min.js")),
