@@ -19,9 +19,11 @@ use super::text::visible;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Templates in the binary, by name.
-const EMBEDDED: [(&str, &str); 7] = [
+const EMBEDDED: [(&str, &str); 9] = [
     ("alert.txt.tera", include_str!("../../../templates/alert.txt.tera")),
     ("alert.webhook.json.tera", include_str!("../../../templates/alert.webhook.json.tera")),
+    ("diff.html.tera", include_str!("../../../templates/diff.html.tera")),
+    ("diff.txt.tera", include_str!("../../../templates/diff.txt.tera")),
     ("report.html.tera", include_str!("../../../templates/report.html.tera")),
     ("report.txt.tera", include_str!("../../../templates/report.txt.tera")),
     ("_collector.html.tera", include_str!("../../../templates/_collector.html.tera")),
