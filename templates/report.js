@@ -319,6 +319,7 @@ function start() {
   drawSeverities();
   refresh();
   themeChanged();
+  startFlame();
 }
 
 start();

@@ -13,6 +13,7 @@ use clap_complete::Shell;
 
 use crate::config::{self, Config, Override, TargetSpec};
 use crate::error::{Error, Result};
+use crate::{diff, export, import};
 
 const ABOUT: &str = "Finds memory leaks in running processes, without changing or restarting them";
 
@@ -129,6 +130,19 @@ enum Subcommands {
         #[arg(short, long, value_name = "OUT", value_hint = ValueHint::FilePath)]
         out: Option<PathBuf>,
     },
+    /// Make a recording of a log of bcc's memleak
+    ///
+    /// Reads what memleak of bcc (python) and of its libbpf-tools print, with and without -a and --combined-only, of
+    /// processes and of the kernel. Diff and export work on the recording. Lines that cannot be read are counted and
+    /// shown; they end nothing.
+    Import(import::Args),
+    /// Write a snapshot of a recording in the format of another tool
+    Export(export::Args),
+    /// Show what has changed between two recordings, or two times of one
+    ///
+    /// Sites are matched by build id and offset, and across builds by the functions in their stacks. Exit code 1 when
+    /// there is a new or a grown site, see --fail-on.
+    Diff(diff::Args),
     /// Print a completion script for a shell
     Completions {
         /// Shell to complete for
@@ -267,7 +281,7 @@ impl FromStr for CommandLine {
 }
 
 /// What is to be done.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Command {
     /// Watch the targets of the settings; there is at least one.
     Run {
@@ -297,6 +311,12 @@ pub enum Command {
         /// Where the result is written.
         out: PathBuf,
     },
+    /// Make a recording of a log.
+    Import(import::Args),
+    /// Write a snapshot of a recording in another format.
+    Export(export::Args),
+    /// Compare two snapshots.
+    Diff(diff::Args),
     /// Print a completion script.
     Completions(Shell),
     /// Print the manual page of memleak, or of one of its subcommands.
@@ -347,6 +367,9 @@ impl Cli {
                 let debug_dirs = debug_dir.into_iter().chain(usual).collect();
                 Ok(plain(Command::Symbolize { report, debug_dirs, out }))
             }
+            Some(Subcommands::Import(args)) => Ok(plain(Command::Import(args))),
+            Some(Subcommands::Export(args)) => Ok(plain(Command::Export(args))),
+            Some(Subcommands::Diff(args)) => Ok(plain(Command::Diff(args))),
             Some(Subcommands::Completions { shell }) => Ok(plain(Command::Completions(shell))),
             Some(Subcommands::Man { subcommand }) => Ok(plain(Command::Man(subcommand))),
         }

@@ -10,7 +10,7 @@ use memleak_core::engine::{self, Output};
 use memleak_core::stop::Stop;
 use memleak_core::symbolize::offline::DebugFolders;
 use memleak_core::symbolize::worker;
-use memleak_core::{Result, doctor, resymbolize, trace};
+use memleak_core::{Result, diff, doctor, export, import, resymbolize, trace};
 
 /// Nothing found.
 const CLEAN: u8 = 0;
@@ -61,6 +61,13 @@ fn run(invocation: Invocation) -> Result<u8> {
             let summary = resymbolize::symbolize(&report, &mut folders, &out)?;
             cli::print(&summary.to_string()).map(|()| CLEAN)
         }
+        Command::Import(args) => {
+            let summary = import::run(&args)?;
+            eprint!("{summary}");
+            Ok(CLEAN)
+        }
+        Command::Export(args) => export::run(&args).map(|()| CLEAN),
+        Command::Diff(args) => Ok(if diff::run(&args)? { FINDINGS } else { CLEAN }),
         Command::Completions(shell) => cli::write_completions(shell, &mut io::stdout()).map(|()| CLEAN),
         Command::Man(subcommand) => cli::write_man(subcommand.as_deref(), &mut io::stdout()).map(|()| CLEAN),
     }

@@ -245,6 +245,52 @@ pub fn format_time_utc(unix_s: f64) -> String {
     )
 }
 
+/// Reads a time in UTC as [`format_time_utc`] writes it, also without `Z`, fraction, seconds, or time of day, and with a
+/// space in place of the `T`: seconds since 1970.
+///
+/// # Errors
+/// It has another form, no such day, or is before 1970.
+pub fn parse_time_utc(text: &str) -> Result<f64, String> {
+    read_time_utc(text.trim()).ok_or_else(|| not_a("time", text, "\"2026-03-02T09:30:00Z\" or \"2026-03-02\""))
+}
+
+fn read_time_utc(text: &str) -> Option<f64> {
+    let number = |text: &str, digits: usize| {
+        let whole = text.len() == digits && text.bytes().all(|b| b.is_ascii_digit());
+        text.parse::<u64>().ok().filter(|_| whole)
+    };
+    let (date, time) = text.split_once(['T', ' ']).unwrap_or((text, "00:00"));
+    let mut date = date.split('-');
+    let (year, month, day) = (number(date.next()?, 4)?, number(date.next()?, 2)?, number(date.next()?, 2)?);
+    let leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let length = match month {
+        2 => 28 + u64::from(leap),
+        4 | 6 | 9 | 11 => 30,
+        1..=12 => 31,
+        _ => return None,
+    };
+    if year < 1970 || !(1..=length).contains(&day) || date.next().is_some() {
+        return None;
+    }
+    // Years that begin in March, so that the leap day is the last one; 719,468 days lie between 0000-03-01 and 1970.
+    let (y, m) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let days = 365 * y + y / 4 - y / 100 + y / 400 + (153 * m + 2) / 5 + day - 1 - 719_468;
+    let mut time = time.strip_suffix('Z').unwrap_or(time).split(':');
+    let (hours, minutes) = (number(time.next()?, 2)?, number(time.next()?, 2)?);
+    let (seconds, fraction) = time.next().map_or(("00", ""), |s| s.split_once('.').unwrap_or((s, "")));
+    let seconds = number(seconds, 2)?;
+    if hours > 23
+        || minutes > 59
+        || seconds > 59
+        || time.next().is_some()
+        || number(fraction, fraction.len()).is_none() && !fraction.is_empty()
+    {
+        return None;
+    }
+    let fraction: f64 = format!("0.{fraction}0").parse().ok()?;
+    Some((days * 86_400 + hours * 3600 + minutes * 60 + seconds) as f64 + fraction)
+}
+
 /// A decimal number as it was written: exact, unlike a float.
 #[derive(Clone, Copy)]
 struct Number<'a> {

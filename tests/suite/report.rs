@@ -51,6 +51,12 @@ fn report_text_fits_a_terminal_and_cannot_steer_it() {
     }
 }
 
+/// Scrolls to the flame graph, which is drawn once it is to be seen.
+fn show_flame_graph(browser: &Browser) {
+    browser.run("document.getElementById('flame').scrollIntoView()");
+    browser.wait_for("return document.querySelector('#flame-graph .frame') !== null");
+}
+
 /// The realistic report, opened in a browser of its own.
 fn opened() -> (Browser, Page) {
     let browser = Browser::start();
@@ -216,6 +222,60 @@ fn report_charts_a_selected_site() {
     assert_quiet(&browser, &page.path);
 }
 
+/// The flame graph's widths are the bytes of the sites, it zooms by mouse and keyboard, and growth is red or blue.
+#[test]
+fn report_flame_graph_is_to_scale_and_zooms() {
+    needs!(Feature::Command("chromedriver"));
+    let (browser, page) = opened();
+    show_flame_graph(&browser);
+    // Largest difference between a process's width and the share of its sites' bytes, in parts of the whole.
+    let error = browser.run(
+        "const data = JSON.parse(document.getElementById('data').textContent);
+         const all = data.sites.reduce((sum, s) => sum + s.bytes, 0), held = new Map();
+         for (const s of data.sites) held.set(s.process, (held.get(s.process) || 0) + s.bytes);
+         const frames = [...document.querySelectorAll('#flame-graph .frame')].filter(f => f.style.top === '21px');
+         return [frames.length === held.size, Math.max(...frames.map(f => {
+           const name = f.textContent;
+           const [process] = [...held].find(([n]) => name === `${data.strings[data.processes[n].comm]} (${data.processes[n].pid})`);
+           return Math.abs(parseFloat(f.style.width) / 100 - held.get(process) / all);
+         }))]",
+    );
+    assert_eq!(error[0], true, "{error}");
+    assert!(error[1].as_f64().expect("number") < 1e-5, "{error}");
+    // Nobody's frame sticks out of its caller's.
+    let outside = browser.run(
+        "const edge = f => [parseFloat(f.style.left), parseFloat(f.style.left) + parseFloat(f.style.width)];
+         const frames = [...document.querySelectorAll('#flame-graph .frame')];
+         return frames.filter(f => f.style.top !== '0px' && !frames.some(up => parseFloat(up.style.top) + 21 === parseFloat(f.style.top)
+           && edge(up)[0] <= edge(f)[0] + 1e-3 && edge(up)[1] >= edge(f)[1] - 1e-3)).length",
+    );
+    assert_eq!(outside, 0);
+    let count = "return document.querySelectorAll('#flame-graph .frame').length";
+    let everything = browser.run(count);
+    assert!(everything.as_u64().expect("number") > 50, "{everything}");
+    browser.run(
+        "[...document.querySelectorAll('#flame-graph .frame')].find(f => f.textContent.startsWith('redis')).click()",
+    );
+    assert_eq!(browser.run("return document.querySelectorAll('#flame-graph .outer').length"), 1);
+    assert_eq!(browser.run("return document.activeElement.style.width"), "100%");
+    assert_eq!(browser.run("return document.getElementById('flame-reset').hidden"), false);
+    browser.keys("#flame-graph .frame[tabindex='0']", "\u{e015}");
+    assert_eq!(browser.run("return document.activeElement.style.top"), "42px");
+    browser.keys("#flame-graph .frame[tabindex='0']", "\u{e00c}");
+    assert_eq!(browser.run(count), everything);
+    browser.click("#flame-modes [data-mode=growth]");
+    let colours = "return [document.querySelectorAll('[class*=grew-]').length > 0, document.querySelectorAll('[class*=shrank-]').length > 0,
+                           document.querySelectorAll('[class*=held-]').length, document.getElementById('flame-note').textContent]";
+    let note = "Width is change since the first snapshot: red grew, blue shrank.";
+    assert_eq!(browser.run(colours), json!([true, true, 0, note]));
+    // Hostile names stay text in it, too.
+    assert_eq!(
+        browser.run("return document.querySelectorAll('#flame-graph .frame > :not(bdi), #flame-graph bdi > *').length"),
+        0
+    );
+    assert_quiet(&browser, &page.path);
+}
+
 /// Names from the traced system must be read, never run, and never vanish.
 #[test]
 fn report_shows_hostile_names_as_text() {
@@ -253,6 +313,7 @@ fn report_fits_a_phone() {
     assert_eq!(browser.run(width), json!([390, true]));
     browser.run("document.querySelectorAll('#table .expand').forEach(b => b.click())");
     assert_eq!(browser.run(width), json!([390, true]));
+    show_flame_graph(&browser);
     // What sticks out is only allowed in a box that scrolls by itself.
     let outside = browser.run(
         "return [...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll, .toggles, .visually-hidden, .skip, .plot'))

@@ -14,6 +14,7 @@ mod truth;
 use serde::{Deserialize, Serialize};
 
 pub use context::Report;
+pub(crate) use context::nonce;
 pub use site::heading;
 
 use super::templates::Templates;

@@ -19,9 +19,11 @@ use super::text::visible;
 use crate::error::{Error, ErrorKind, Result};
 
 /// Templates in the binary, by name.
-const EMBEDDED: [(&str, &str); 7] = [
+const EMBEDDED: [(&str, &str); 9] = [
     ("alert.txt.tera", include_str!("../../../templates/alert.txt.tera")),
     ("alert.webhook.json.tera", include_str!("../../../templates/alert.webhook.json.tera")),
+    ("diff.html.tera", include_str!("../../../templates/diff.html.tera")),
+    ("diff.txt.tera", include_str!("../../../templates/diff.txt.tera")),
     ("report.html.tera", include_str!("../../../templates/report.html.tera")),
     ("report.txt.tera", include_str!("../../../templates/report.txt.tera")),
     ("_collector.html.tera", include_str!("../../../templates/_collector.html.tera")),
@@ -30,11 +32,12 @@ const EMBEDDED: [(&str, &str); 7] = [
 ];
 
 /// Style sheets and scripts in the binary, by name.
-const EMBEDDED_ASSETS: [(&str, &str); 7] = [
+const EMBEDDED_ASSETS: [(&str, &str); 8] = [
     ("report.css", include_str!("../../../templates/report.css")),
     ("report_data.js", include_str!("../../../templates/report_data.js")),
     ("report_charts.js", include_str!("../../../templates/report_charts.js")),
     ("report_detail.js", include_str!("../../../templates/report_detail.js")),
+    ("report_flame.js", include_str!("../../../templates/report_flame.js")),
     ("report.js", include_str!("../../../templates/report.js")),
     ("uPlot.min.css", include_str!("../../../templates/vendor/uplot/uPlot.min.css")),
     ("uPlot.iife.min.js", include_str!("../../../templates/vendor/uplot/uPlot.iife.min.js")),

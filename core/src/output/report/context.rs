@@ -429,7 +429,7 @@ fn share(overhead_s: f64, cpu_s: Option<f64>) -> Option<f64> {
 
 /// 128 bits that nothing in the report's data can have known: the standard library seeds its hashers from the
 /// operating system's random numbers.
-fn nonce() -> String {
+pub(crate) fn nonce() -> String {
     use std::hash::{BuildHasher, RandomState};
     let random = || RandomState::new().hash_one(0_u8);
     format!("{:016x}{:016x}", random(), random())

@@ -14,7 +14,8 @@ use crate::units::{format_bytes, format_duration_s};
 /// The report's statement about its own numbers.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Truth {
-    /// `exact`, `sampled`, `estimated`, or `mixed` when processes differ; `none` without any process.
+    /// `exact`, `sampled`, `estimated`, or `mixed` when processes differ; `imported` from a log; `none` without any
+    /// process.
     pub mode: &'static str,
     /// True when the numbers are exact and nothing was lost.
     pub complete: bool,
@@ -60,6 +61,13 @@ pub struct Reason {
     pub sites: usize,
 }
 
+/// What numbers from a log are.
+const IMPORTED: &str =
+    "Numbers come from a log of bcc's memleak, which lists what is outstanding in the largest stacks.";
+/// What such a log leaves out.
+const NOT_LOGGED: &str = "The log does not say what was allocated and freed between two lists, how old blocks are, or what \
+                          was lost: totals are the least that must have happened, and ages are upper bounds.";
+
 impl Truth {
     /// The statement about `history`; `sites` are those of the report.
     pub(super) fn new(history: &History, sites: &[SiteView], run: &RunInfo) -> Truth {
@@ -93,17 +101,22 @@ impl Truth {
             }
         }
         truncated_reasons.sort_by(|a, b| b.sites.cmp(&a.sites).then_with(|| a.reason.cmp(&b.reason)));
+        let imported = run.backend == crate::import::BACKEND;
         Truth {
-            mode,
-            complete: mode == "exact" && losses_total == 0,
-            headline: headline(mode, losses_total, allocations),
+            mode: if imported { "imported" } else { mode },
+            complete: mode == "exact" && losses_total == 0 && !imported,
+            headline: if imported { IMPORTED.to_owned() } else { headline(mode, losses_total, allocations) },
             losses_total,
             losses: explained(&losses),
             complete_stacks: stacks.complete_share(),
             truncated_sites: truncated_reasons.iter().map(|r| r.sites).sum(),
             truncated_reasons,
             unnamed_sites: sites.iter().filter(|s| s.frames.iter().all(|f| f.function.is_none())).count(),
-            unseen: unseen(run, unmatched).into_iter().chain(limits(history)).collect(),
+            unseen: if imported {
+                vec![NOT_LOGGED.to_owned()]
+            } else {
+                unseen(run, unmatched).into_iter().chain(limits(history)).collect()
+            },
             coverage: coverage(history),
         }
     }
