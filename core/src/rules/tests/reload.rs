@@ -160,7 +160,10 @@ fn files_come_and_go() {
     assert_eq!(w.says(), None);
 
     let own = "return { name = 'growth', description = 'mine', evaluate = function() end }";
-    let description = |w: &Watched| w.engine.rules().next().map(|r| r.description.clone()).unwrap_or_default();
+    let description = |w: &Watched| {
+        let growth = w.engine.rules().find(|r| &*r.name == "growth");
+        growth.map(|r| r.description.clone()).unwrap_or_default()
+    };
     write(&w.path("growth.lua"), own);
     assert!(matches!(w.events()[..], [ReloadEvent { outcome: ReloadOutcome::Changed, .. }]));
     assert_eq!(description(&w), "mine");
