@@ -28,6 +28,7 @@ pub mod process;
 pub mod recording;
 pub mod resymbolize;
 pub mod rules;
+pub mod run;
 pub mod selfstats;
 pub mod snapshot;
 pub mod stats;

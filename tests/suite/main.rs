@@ -12,6 +12,7 @@ mod export;
 mod governor;
 mod import;
 mod report;
+mod run;
 mod servers;
 mod symbols;
 mod userspace;

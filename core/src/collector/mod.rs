@@ -25,11 +25,13 @@ use crate::{Error, ErrorKind, Result};
 
 mod attach;
 mod cohorts;
+mod end;
 mod launch;
 mod windows;
 
 pub use attach::{PluginState, PluginStatus};
 use cohorts::{Generations, SiteCohorts};
+pub use end::{End, Ended};
 use launch::Launched;
 
 /// Most sites of a process that are symbolized when it ends, largest first: nobody can do it later.
@@ -44,6 +46,17 @@ enum Life {
     Running,
     /// Has ended; the next snapshot is its last.
     Ended,
+}
+
+/// What a collector is started for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To watch its targets for as long as they live.
+    Watch,
+    /// To show every event: without a budget.
+    Trace,
+    /// To account for a launched command and all of its descendants from their first instruction to their end.
+    Run,
 }
 
 /// A watched process instance.
@@ -62,6 +75,8 @@ struct Watched {
     governor: Governor,
     /// When the last window was opened, CLOCK_MONOTONIC.
     window_opened_ns: u64,
+    /// How it ended, and what was outstanding when it called exit().
+    ended: Ended,
 }
 
 /// A site and what is needed to read its cohorts.
@@ -114,6 +129,11 @@ pub struct Collector {
     budget: BudgetSettings,
     /// CPU seconds per second that tracing all targets may cost.
     total_budget: f64,
+    purpose: Purpose,
+    /// How processes have ended, until somebody asks.
+    ended: HashMap<u32, Ended>,
+    command_ended: bool,
+    command_status: Option<std::process::ExitStatus>,
     next_instance: u32,
     snapshots: u64,
     started: Instant,
@@ -126,7 +146,8 @@ impl Collector {
     /// # Errors
     /// Wrong settings or manifests, a missing privilege or kernel feature, a pid that does not exist, or a command
     /// that cannot be started.
-    pub fn start(config: &Config, trace_events: bool) -> Result<Collector> {
+    pub fn start(config: &Config, purpose: Purpose) -> Result<Collector> {
+        let trace_events = purpose == Purpose::Trace;
         let plugins: Vec<Plugin> = plugin::load(&config.plugins)?.into_iter().filter(|p| p.enabled).collect();
         if plugins.is_empty() {
             return Err(Error::config("every probe set is switched off ([plugins.NAME] enabled = false)"));
@@ -153,6 +174,7 @@ impl Collector {
             sample_bytes: if trace_events { 0 } else { c.sample_bytes.0 },
             trace_events,
             at_entry: c.placement == Placement::Entry,
+            stop_children: purpose == Purpose::Run,
         })?;
         let mut collector = Collector {
             watchdog,
@@ -174,6 +196,10 @@ impl Collector {
             // A trace is asked for in order to see everything.
             budget: BudgetSettings { share: c.budget.share.filter(|_| !trace_events), ..c.budget },
             total_budget: c.budget.total * std::thread::available_parallelism().map_or(1.0, |n| n.get() as f64),
+            purpose,
+            ended: HashMap::new(),
+            command_ended: false,
+            command_status: None,
             next_instance: 1,
             snapshots: 0,
             started: Instant::now(),
@@ -263,18 +289,25 @@ impl Collector {
         self.govern()?;
         while let Some(event) = self.tracker.next_process_event() {
             match event {
-                ProcessEvent::Exit { instance, .. } => self.end(instance),
+                ProcessEvent::Exit { pid, instance, status } => {
+                    self.end_with(instance, End::of_status(status));
+                    self.descendant_ended(pid);
+                }
                 ProcessEvent::Exec { pid, instance } => {
                     let followed = instance.and_then(|i| self.watched.get(&i)).is_some_and(|w| w.followed);
                     if let Some(instance) = instance {
-                        self.end(instance);
+                        self.end_with(instance, End::Exec);
                     }
-                    self.started_program(pid, followed);
+                    self.started_program(pid, followed, true);
                 }
-                ProcessEvent::Fork { instance, child, .. } => {
+                ProcessEvent::Fork { instance, child, shares_memory, .. } => {
                     let followed = self.watched.get(&instance).is_some_and(|w| w.followed);
-                    self.started_program(child, followed);
+                    self.descends(child, followed);
+                    if !shares_memory {
+                        self.started_program(child, followed, false);
+                    }
                 }
+                ProcessEvent::Exiting { pid, instance } => self.exiting(pid, instance)?,
                 ProcessEvent::Load { instance, .. } => self.loaded(instance),
             }
         }
@@ -288,7 +321,7 @@ impl Collector {
     /// When /proc cannot be read.
     pub fn scan(&mut self) -> Result<()> {
         for process in self.matcher.scan(&self.known)? {
-            self.watch(process.pid, false);
+            self.watch(process.pid, false, false);
         }
         // Events of exits can be lost when their ring buffer is full.
         let gone: Vec<u32> = (self.watched.iter())
@@ -310,22 +343,23 @@ impl Collector {
     }
 
     /// A process runs a new program, or is a new child.
-    fn started_program(&mut self, pid: u32, followed: bool) {
+    fn started_program(&mut self, pid: u32, followed: bool, by_exec: bool) {
         let launched = self.launched.iter().any(|l| l.pid == pid);
         if launched || followed {
-            self.watch(pid, true);
+            self.watch(pid, true, launched && by_exec);
         } else if let Ok(stat) = ProcessStat::read(pid)
             && self.matcher.matches(&stat).is_some()
         {
-            self.watch(pid, false);
+            self.watch(pid, false, false);
         }
         if launched {
             self.go_on(pid);
         }
     }
 
-    /// Starts watching a process.
-    fn watch(&mut self, pid: u32, followed: bool) {
+    /// Starts watching a process. One that is `starting` has been stopped after exec, and stops when its libraries have
+    /// been mapped.
+    fn watch(&mut self, pid: u32, followed: bool, starting: bool) {
         let fail = |reason: String| Notice::Failed { pid, reason };
         let stat = match ProcessStat::read(pid) {
             Ok(stat) => stat,
@@ -340,8 +374,7 @@ impl Collector {
             return;
         }
         let instance = self.next_instance;
-        let launched = self.launched.iter().any(|l| l.pid == pid);
-        if let Err(e) = self.tracker.add_target(pid, instance, launched) {
+        if let Err(e) = self.tracker.add_target(pid, instance, starting) {
             self.known.insert((pid, stat.start_ticks));
             self.notices.push(fail(e.to_string()));
             return;
@@ -365,6 +398,7 @@ impl Collector {
                 usage: process::Usage { rss_bytes: stat.rss_bytes, cpu_s: stat.cpu_s },
                 governor: Governor::new(self.budget, self.tracker.cost_per_hit_ns() / 1e9, u64::from(instance)),
                 window_opened_ns: 0,
+                ended: Ended::default(),
             },
         );
         self.attach_to(instance);
@@ -386,6 +420,14 @@ impl Collector {
             watched.announced = true;
             self.notices.push(Notice::Watching(Arc::clone(&watched.process), watched.status.clone()));
         }
+    }
+
+    /// Ends the watch of an instance in a way that is known.
+    fn end_with(&mut self, instance: u32, how: End) {
+        if let Some(watched) = self.watched.get_mut(&instance) {
+            watched.ended.how = how;
+        }
+        self.end(instance);
     }
 
     /// Ends the watch of an instance; its last totals are read by the next snapshot.
@@ -544,13 +586,21 @@ impl Collector {
     fn forget_ended(&mut self, sites: &[SiteSample]) -> Result<()> {
         let ended: Vec<u32> = self.watched.iter().filter(|(_, w)| w.life == Life::Ended).map(|(i, _)| *i).collect();
         for instance in ended {
-            let theirs = sites.iter().filter(|s| s.site.key.instance == instance && s.totals.outstanding_bytes() > 0);
-            for sample in theirs.take(NAMED_AT_END) {
+            let before = self.watched.get(&instance).and_then(|w| w.ended.before_handlers.as_ref());
+            let was_held = |s: &SiteSample| before.is_some_and(|b| b.contains_key(&s.site.key));
+            let theirs = sites.iter().filter(|s| s.site.key.instance == instance);
+            let theirs = theirs.filter(|s| s.totals.outstanding_bytes() > 0 || was_held(s));
+            let named = if self.purpose == Purpose::Run { usize::MAX } else { NAMED_AT_END };
+            for sample in theirs.take(named) {
                 self.symbolizer.symbolize(&sample.site);
             }
             self.symbolizer.purge(instance);
             self.tracker.forget(instance)?;
-            self.watched.remove(&instance);
+            if let Some(watched) = self.watched.remove(&instance)
+                && self.purpose == Purpose::Run
+            {
+                self.ended.insert(instance, watched.ended);
+            }
             self.sites.retain(|key, _| key.instance != instance);
         }
         Ok(())

@@ -125,6 +125,7 @@ impl Collector {
             usage,
             governor,
             window_opened_ns: 0,
+            ended: super::Ended::default(),
         };
         self.watched.insert(instance, new);
         self.attach_to(instance);

@@ -2,8 +2,8 @@
 
 mod engine;
 mod hostile;
+mod kit;
 mod readme;
 mod reload;
-mod shapes;
 mod shipped;
 mod support;
