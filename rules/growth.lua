@@ -102,4 +102,13 @@ return {
   },
   min_outstanding = "min_bytes",
   evaluate = evaluate,
+  examples = {
+    { name = "a steady leak", shape = "leak", rate = "30KiB/s", size = "4KiB", snapshots = 25, expect = "warning" },
+    { name = "a fast cache that is still filling", shape = "bounded_cache", rate = "1MB/s", period = 50, snapshots = 55,
+      expect = "info" },
+    { name = "a cache that has filled", shape = "keyed_cache", expect = "quiet" },
+    { name = "start-up work that stays", shape = "warm_up", expect = "quiet" },
+    { name = "a buffer that is flushed", shape = "sawtooth", period = 15, expect = "quiet" },
+    { name = "connections until the load is reached", shape = "load_ramp", expect = "quiet" },
+  },
 }

@@ -75,4 +75,10 @@ return {
   },
   min_outstanding = "min_bytes",
   evaluate = evaluate,
+  examples = {
+    { name = "a leak in bursts", shape = "bursts", rate = "15KiB/s", size = "512B", period = 7, snapshots = 120,
+      expect = "warning" },
+    { name = "a queue", shape = "queue", period = 3, expect = "quiet" },
+    { name = "a cache that has filled", shape = "bounded_cache", rate = "200kB/s", period = 15, expect = "quiet" },
+  },
 }

@@ -85,4 +85,10 @@ return {
   },
   min_outstanding = "min_bytes",
   evaluate = evaluate,
+  examples = {
+    { name = "a slow leak over hours", shape = "leak", rate = "4KiB/min", size = "256B", interval = "10s", snapshots = 360,
+      seed = 5, expect = "warning" },
+    { name = "a cache at its bound", shape = "wandering_cache", interval = "10s", snapshots = 360, expect = "quiet" },
+    { name = "a pool that grows in steps", shape = "thread_pool", interval = "10s", snapshots = 360, expect = "quiet" },
+  },
 }

@@ -47,4 +47,9 @@ return {
     stacks = {},
   },
   suppress = suppress,
+  examples = {
+    { name = "a known function", shape = "leak", func = "g_quark_new", params = { functions = { "g_quark_*" } },
+      snapshots = 30, expect = "suppressed" },
+    { name = "another function", shape = "leak", params = { functions = { "g_quark_*" } }, snapshots = 30, expect = "quiet" },
+  },
 }

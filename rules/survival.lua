@@ -95,4 +95,11 @@ return {
   },
   min_outstanding = "min_bytes",
   evaluate = evaluate,
+  examples = {
+    { name = "a leak buried in churn", shape = "churn", rate = "100KiB/s", size = "256B", lifetime = "10ms", leaked = 0.02,
+      expect = "warning" },
+    { name = "churn alone", shape = "churn", rate = "60kB/s", size = "300B", lifetime = "100ms", expect = "quiet" },
+    { name = "a queue", shape = "queue", period = 12, expect = "quiet" },
+    { name = "a cache at its bound", shape = "wandering_cache", expect = "quiet" },
+  },
 }

@@ -110,4 +110,11 @@ return {
     settle = "2min",
   },
   evaluate_snapshot = evaluate_snapshot,
+  examples = {
+    { name = "survivors in a process that grows", shape = "leak", rate = "20kB/s", size = "500B", mode = "estimated",
+      rss_rate = "20kB/s", snapshots = 200, expect = "warning" },
+    { name = "survivors in a process that does not", shape = "leak", rate = "20kB/s", size = "500B", mode = "estimated",
+      snapshots = 200, expect = "quiet" },
+    { name = "a process that is traced exactly", shape = "leak", rss_rate = "20kB/s", snapshots = 200, expect = "quiet" },
+  },
 }

@@ -60,4 +60,10 @@ return {
     critical = 4,
   },
   evaluate_snapshot = evaluate_snapshot,
+  examples = {
+    { name = "off until it is set", shape = "warm_up", snapshots = 20, expect = "quiet" },
+    { name = "more than it may hold", shape = "warm_up", snapshots = 20, params = { max_bytes = "1MiB" }, expect = "warning" },
+    { name = "far more blocks than it may hold", shape = "warm_up", snapshots = 20, params = { max_count = 100 },
+      expect = "critical" },
+  },
 }

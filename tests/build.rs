@@ -51,6 +51,7 @@ const BUILDS: &[Build] = &[
     gcc("fork", "programs/fork.c", &[]),
     gcc("exec", "programs/exec.c", &[]),
     gcc("exit", "programs/exit.c", &[]),
+    gcc("run", "programs/run.c", &[]),
     gcc("leaker", "programs/leaker.c", &[]),
     gcc("busy", "programs/busy.c", &[]),
     gcc("shapes", "programs/shapes.c", &[]),

@@ -41,7 +41,8 @@ pub fn outputs(config: &Config) -> Vec<Error> {
     outputs.into_iter().filter_map(|(what, path)| output(what, path?).err()).collect()
 }
 
-fn output(what: &str, path: &Path) -> Result<(), Error> {
+/// That a file can be written, as far as its folder is concerned.
+pub(crate) fn output(what: &str, path: &Path) -> Result<(), Error> {
     let object = format!("the {what} {}", path.display());
     if path.is_dir() {
         return Err(Error::config(format!("failed to prepare {object}: it is a folder; name a file in it")));

@@ -6,6 +6,7 @@
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand, ValueHint};
@@ -13,6 +14,8 @@ use clap_complete::Shell;
 
 use crate::config::{self, Config, Override, TargetSpec};
 use crate::error::{Error, Result};
+use crate::run::{self, ExitCode, FailOn, Format};
+use crate::units;
 use crate::{diff, export, import};
 
 const ABOUT: &str = "Finds memory leaks in running processes, without changing or restarting them";
@@ -28,6 +31,13 @@ Exit codes:
   0  clean: no alert was raised
   1  at least one alert was raised
   2  could not run: wrong settings, missing privileges, no such process";
+
+const RUN_EXIT_CODES: &str = "\
+Exit codes:
+  0  no finding fails the run (--fail-on), whatever the command's own exit code, which the report shows
+  1  a finding fails the run
+  2  could not run
+With --exit-code command, a command that fails passes its own code on (128 and the number of a signal).";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -94,6 +104,13 @@ enum Subcommands {
         #[command(flatten)]
         settings: SettingsArgs,
     },
+    /// Run a command to its end and report what it leaves outstanding: for tests and CI
+    ///
+    /// The command and all processes that it starts are followed from their first instruction, with every call traced
+    /// whatever it costs. What is outstanding when a process has ended, after its exit handlers, is reported by call
+    /// site; whether something still pointed to it is not checked. docs/ci.md has examples.
+    #[command(after_long_help = RUN_EXIT_CODES)]
+    Run(LaunchArgs),
     /// Print every allocation and free of a process as a line
     ///
     /// Each line has time, PID, TID, comm, address, size, at a free the lifetime, and the call stack. Lines that a
@@ -143,6 +160,11 @@ enum Subcommands {
     /// Sites are matched by build id and offset, and across builds by the functions in their stacks. Exit code 1 when
     /// there is a new or a grown site, see --fail-on.
     Diff(diff::Args),
+    /// List, test and make rules
+    Rules {
+        #[command(subcommand)]
+        command: RulesCommand,
+    },
     /// Print a completion script for a shell
     Completions {
         /// Shell to complete for
@@ -185,6 +207,11 @@ struct SettingsArgs {
     /// Folder with templates (*.tera) that replace the built-in ones of the same name
     #[arg(long, value_name = "DIR", value_parser = path(), value_hint = ValueHint::DirPath)]
     templates: Option<PathBuf>,
+    /// File of suppressions: findings about known code are silenced
+    ///
+    /// One per line, as LeakSanitizer has them (leak:PATTERN), or function:, module:, file: or stack: PATTERN.
+    #[arg(long, value_name = "FILE", value_parser = path(), value_hint = ValueHint::FilePath)]
+    suppressions: Option<PathBuf>,
     /// Log more on standard error; -vv logs everything
     #[arg(short, long, action = ArgAction::Count)]
     verbose: u8,
@@ -268,6 +295,127 @@ struct RunArgs {
     json: bool,
 }
 
+#[derive(Debug, Subcommand)]
+enum RulesCommand {
+    /// Show every rule with its parameters, their values and units
+    List {
+        /// Print one JSON object per rule
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        settings: SettingsArgs,
+    },
+    /// Run the examples that rules bring along; exit code 1 when a rule says something else than they expect
+    Test {
+        /// Name of a rule, or a folder with rules; without it all rules are tested
+        #[arg(value_name = "RULE|DIR")]
+        what: Option<String>,
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        settings: SettingsArgs,
+    },
+    /// Write the file of a new rule, with examples, to start from
+    New {
+        /// Name of the rule
+        name: String,
+        /// Folder for it
+        #[arg(long, value_name = "DIR", default_value = "rules", value_hint = ValueHint::DirPath)]
+        dir: PathBuf,
+    },
+}
+
+/// What is to be done about rules.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RulesTask {
+    /// Show them, as JSON lines or as text.
+    List {
+        /// As JSON lines.
+        json: bool,
+    },
+    /// Run the examples of a rule, of a folder, or all.
+    Test(Option<String>),
+    /// Write a new one into a folder.
+    New {
+        /// Its name.
+        name: String,
+        /// The folder.
+        dir: PathBuf,
+    },
+}
+
+/// What `memleak run` takes.
+#[derive(Debug, Args)]
+struct LaunchArgs {
+    /// What makes the run fail: info, warning, critical, the name of a rule, or never; repeatable or a comma list
+    #[arg(long, value_name = "WHAT", value_delimiter = ',', default_value = "warning")]
+    fail_on: Vec<FailOn>,
+    /// Format of the report
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+    /// Where the report is written, "-" for standard output; without it to standard error
+    ///
+    /// The command's own output is left alone. Beside a report in a file the text still goes to standard error.
+    #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    output: Option<PathBuf>,
+    /// Judge only processes whose name or executable matches this glob; repeatable
+    ///
+    /// Other processes, such as the shell around a test, are followed too, but what they leave is not reported.
+    #[arg(long, value_name = "GLOB", value_parser = config::parse_glob)]
+    only: Vec<String>,
+    /// How long to wait for processes that outlive the command
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::parse_duration)]
+    wait: Duration,
+    /// Whose exit code to end with
+    #[arg(long, value_enum, default_value_t)]
+    exit_code: ExitCode,
+    /// What tracing may cost, such as 5%; without it every call is traced whatever it costs
+    ///
+    /// With a budget a busy process is watched through windows: what it leaves is an estimate and never fails the run.
+    #[arg(long, value_name = "SHARE")]
+    budget: Option<String>,
+    /// End the command (SIGTERM) after this time, such as 5m
+    #[arg(long, value_name = "TIME")]
+    duration: Option<String>,
+    /// No text on standard error beside a report in a file
+    #[arg(short, long)]
+    quiet: bool,
+    #[command(flatten)]
+    config: ConfigArgs,
+    #[command(flatten)]
+    settings: SettingsArgs,
+    /// Command to run, after `--`
+    #[arg(last = true, required = true, value_name = "CMD")]
+    command: Vec<String>,
+}
+
+impl LaunchArgs {
+    fn resolve(self, read_file: impl FnOnce(&Path) -> Result<String>) -> Result<Invocation> {
+        let options = run::Options {
+            fail_on: self.fail_on,
+            format: self.format,
+            out: self.output,
+            wait: self.wait,
+            only: self.only,
+            exit_code: self.exit_code,
+            quiet: self.quiet,
+        };
+        let mut settings = self.settings;
+        // Exact unless somebody says otherwise; --set still wins.
+        settings.sets.insert(0, Override::flag("memleak run", "collector.budget", "off".to_owned()));
+        let flags: Vec<Override> =
+            [("--budget", "collector.budget", self.budget), ("--duration", "duration", self.duration)]
+                .into_iter()
+                .filter_map(|(name, key, value)| Some(Override::flag(name, key, value?)))
+                .collect();
+        let mut resolved = settings.resolve(Command::Launch(Box::new(options)), self.config.file, &flags, read_file)?;
+        resolved.config.targets = vec![TargetSpec { command: self.command, ..TargetSpec::default() }];
+        Ok(resolved)
+    }
+}
+
 /// A command line split into words.
 #[derive(Clone, Debug)]
 struct CommandLine(Vec<String>);
@@ -290,6 +438,10 @@ pub enum Command {
         /// Snapshots and alerts as JSON lines on standard output.
         json: bool,
     },
+    /// Run the command of the settings' one target to its end.
+    Launch(Box<run::Options>),
+    /// Do something about rules.
+    Rules(RulesTask),
     /// Check the settings, which have been read already, and what they name.
     Check,
     /// Say what kernel and targets allow.
@@ -354,6 +506,7 @@ impl Cli {
             Some(Subcommands::Doctor { pid, config, settings }) => {
                 settings.resolve(Command::Doctor { pids: pid }, config.file, &[], read_file)
             }
+            Some(Subcommands::Run(arguments)) => arguments.resolve(read_file),
             Some(Subcommands::Trace { pid, json, duration, config, settings }) => {
                 let duration = duration.map(|d| Override::flag("--duration", "duration", d));
                 let mut resolved =
@@ -370,6 +523,15 @@ impl Cli {
             Some(Subcommands::Import(args)) => Ok(plain(Command::Import(args))),
             Some(Subcommands::Export(args)) => Ok(plain(Command::Export(args))),
             Some(Subcommands::Diff(args)) => Ok(plain(Command::Diff(args))),
+            Some(Subcommands::Rules { command }) => match command {
+                RulesCommand::List { json, config, settings } => {
+                    settings.resolve(Command::Rules(RulesTask::List { json }), config.file, &[], read_file)
+                }
+                RulesCommand::Test { what, config, settings } => {
+                    settings.resolve(Command::Rules(RulesTask::Test(what)), config.file, &[], read_file)
+                }
+                RulesCommand::New { name, dir } => Ok(plain(Command::Rules(RulesTask::New { name, dir }))),
+            },
             Some(Subcommands::Completions { shell }) => Ok(plain(Command::Completions(shell))),
             Some(Subcommands::Man { subcommand }) => Ok(plain(Command::Man(subcommand))),
         }
@@ -417,6 +579,7 @@ impl SettingsArgs {
         let overrides = [&self.sets, flags].concat();
         let mut config = Config::resolve(file.as_deref().zip(text.as_deref()), &overrides)?;
         override_path(&mut config.rules.dir, self.rules);
+        override_path(&mut config.rules.suppressions_file, self.suppressions);
         override_path(&mut config.plugins.dir, self.plugins);
         override_path(&mut config.templates_dir, self.templates);
         Ok(Invocation { command, config, verbosity: self.verbose })

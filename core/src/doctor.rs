@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use memleak_probes::Features;
 
-use crate::collector::{Collector, PluginState};
+use crate::collector::{Collector, PluginState, Purpose};
 use crate::config::{Config, TargetSpec};
 use crate::output::filters::{format_count, format_percent};
 use crate::output::text::visible;
@@ -58,7 +58,7 @@ fn section(out: &mut String, result: Result<String>) -> bool {
 /// Loads everything without a process.
 fn measure_cost(config: &Config) -> Result<String> {
     let config = Config { targets: Vec::new(), ..config.clone() };
-    let collector = Collector::start(&config, false)?;
+    let collector = Collector::start(&config, Purpose::Watch)?;
     Ok(cost_line(&collector))
 }
 
@@ -78,7 +78,7 @@ fn look_at(config: &Config, pid: u32) -> Result<String> {
     let mut config = Config { targets: vec![target], ..config.clone() };
     // What tracing everything costs is the question.
     config.collector.budget.share = None;
-    let mut collector = Collector::start(&config, false)?;
+    let mut collector = Collector::start(&config, Purpose::Watch)?;
     let mut out = cost_line(&collector);
     for (process, statuses) in collector.statuses() {
         let _ = writeln!(out, "process {} {} ({})", process.pid, visible(&process.comm), visible(&process.exe));

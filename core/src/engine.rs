@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::alert::{AlertEvent, AlertManager};
-use crate::collector::Collector;
+use crate::collector::{Collector, Purpose};
 use crate::config::Config;
 use crate::history::History;
 use crate::output::templates::Templates;
@@ -61,7 +61,7 @@ pub fn run(config: &Config, output: Output, stop: &Stop) -> Result<bool> {
     let templates = Arc::new(Templates::new(config.templates_dir.as_deref())?);
     let rules = RuleEngine::new(&config.rules)?;
     let sinks = Sinks::new(config, output, &templates)?;
-    let mut collector = Collector::start(config, false)?;
+    let mut collector = Collector::start(config, Purpose::Watch)?;
     collector.require_attached()?;
     let mut engine = Engine {
         config,

@@ -30,6 +30,7 @@ pub mod reachability;
 pub mod recording;
 pub mod resymbolize;
 pub mod rules;
+pub mod run;
 pub mod selfstats;
 pub mod snapshot;
 pub mod stats;

@@ -5,12 +5,14 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use memleak_core::check;
-use memleak_core::cli::{self, Cli, Command, Invocation};
+use memleak_core::cli::{self, Cli, Command, Invocation, RulesTask};
+use memleak_core::config::Config;
 use memleak_core::engine::{self, Output};
+use memleak_core::rules::kit;
 use memleak_core::stop::Stop;
 use memleak_core::symbolize::offline::DebugFolders;
 use memleak_core::symbolize::worker;
-use memleak_core::{Result, diff, doctor, export, import, resymbolize, trace};
+use memleak_core::{Result, diff, doctor, export, import, resymbolize, run, trace};
 
 /// Nothing found.
 const CLEAN: u8 = 0;
@@ -24,7 +26,7 @@ fn main() -> ExitCode {
         worker::serve();
         return ExitCode::SUCCESS;
     }
-    let result = Cli::parse().resolve().and_then(run);
+    let result = Cli::parse().resolve().and_then(invoke);
     ExitCode::from(result.unwrap_or_else(|e| {
         if cli::is_closed_pipe(&e) {
             return CLEAN;
@@ -35,7 +37,7 @@ fn main() -> ExitCode {
     }))
 }
 
-fn run(invocation: Invocation) -> Result<u8> {
+fn invoke(invocation: Invocation) -> Result<u8> {
     let Invocation { command, config, verbosity } = invocation;
     engine::start_log(verbosity);
     match command {
@@ -43,6 +45,11 @@ fn run(invocation: Invocation) -> Result<u8> {
             let raised = engine::run(&config, Output { quiet, json }, &Stop::listen()?)?;
             Ok(if raised { FINDINGS } else { CLEAN })
         }
+        Command::Launch(options) => {
+            let report = run::run(&config, &options, &Stop::listen()?)?;
+            Ok(report.exit_code(options.exit_code))
+        }
+        Command::Rules(task) => rules(&task, &config),
         Command::Check => {
             let problems = check::check(&config);
             for problem in &problems {
@@ -70,5 +77,21 @@ fn run(invocation: Invocation) -> Result<u8> {
         Command::Diff(args) => Ok(if diff::run(&args)? { FINDINGS } else { CLEAN }),
         Command::Completions(shell) => cli::write_completions(shell, &mut io::stdout()).map(|()| CLEAN),
         Command::Man(subcommand) => cli::write_man(subcommand.as_deref(), &mut io::stdout()).map(|()| CLEAN),
+    }
+}
+
+fn rules(task: &RulesTask, config: &Config) -> Result<u8> {
+    match task {
+        RulesTask::List { json } => cli::print(&kit::list(&config.rules, *json)?).map(|()| CLEAN),
+        RulesTask::Test(what) => {
+            let (text, good) = kit::test(&config.rules, what.as_deref())?;
+            cli::print(&text)?;
+            Ok(if good { CLEAN } else { FINDINGS })
+        }
+        RulesTask::New { name, dir } => {
+            let path = kit::create(name, dir)?;
+            cli::print(&format!("wrote {}; try it: memleak rules test {}\n", path.display(), dir.display()))?;
+            Ok(CLEAN)
+        }
     }
 }

@@ -9,7 +9,7 @@ use memleak_probes::{Event, EventKind};
 use serde::Serialize;
 
 use crate::cli::is_closed_pipe;
-use crate::collector::Collector;
+use crate::collector::{Collector, Purpose};
 use crate::config::Config;
 use crate::live::{frame_name, notice_line};
 use crate::output::alerts::json_line;
@@ -41,7 +41,7 @@ struct TraceLine<'a> {
 /// # Errors
 /// As [`Collector::start`], or standard output cannot be written; a closed pipe is a normal end.
 pub fn run(config: &Config, json: bool, stop: &Stop) -> Result<()> {
-    let mut collector = Collector::start(config, true)?;
+    let mut collector = Collector::start(config, Purpose::Trace)?;
     collector.require_attached()?;
     let started = Instant::now();
     let mut tracer = Tracer { json, out: BufWriter::new(io::stdout()), sites: HashMap::new(), printed: 0 };

@@ -25,6 +25,9 @@ static __always_inline bool session_is_return(void *ctx)
 	return false;
 }
 
+/* Signals to other tasks than the current one came with 6.13. */
+extern int bpf_send_signal_task(struct task_struct *task, int sig, enum pid_type type, u64 value) __ksym __weak;
+
 #if defined(__TARGET_ARCH_x86)
 /* `ret` pops the return address. */
 #define RETURN_SP_RISE 8

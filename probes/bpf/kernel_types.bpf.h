@@ -26,9 +26,39 @@ struct signal_struct {
 	atomic_t live; /* threads that have not exited */
 };
 
+struct ns_common {
+	unsigned int inum;
+};
+
+struct pid_namespace {
+	struct ns_common ns;
+};
+
+struct upid {
+	int nr;
+	struct pid_namespace *ns;
+};
+
+struct pid {
+	unsigned int level;
+	struct upid numbers[1]; /* one per namespace, the kernel's first one first */
+};
+
+struct mm_struct {
+	int map_count;
+};
+
 struct task_struct {
 	int tgid;
+	int exit_code;
 	struct signal_struct *signal;
+	struct mm_struct *mm;
+	struct pid *thread_pid;
+};
+
+enum pid_type {
+	PIDTYPE_PID,
+	PIDTYPE_TGID,
 };
 
 #pragma clang attribute pop

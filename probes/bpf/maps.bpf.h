@@ -32,7 +32,10 @@ struct {
 	__type(value, struct memleak_target);
 } targets SEC(".maps");
 
-/* Children that the collector has launched: tgid -> 1; stopped at each exec until the collector lets them go on. */
+/*
+ * Children that the collector has launched, and with process_fork_stop their descendants: tgid -> 1; stopped at each exec
+ * until the collector lets them go on. Full: the descendant is not stopped, and joined late.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, MEMLEAK_MAX_TARGETS);

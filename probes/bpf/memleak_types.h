@@ -285,13 +285,15 @@ enum memleak_process_event_kind {
 	PROCESS_EXIT = 2, /* a watched process has ended */
 	PROCESS_FORK = 3, /* a watched process has a child */
 	PROCESS_LOAD = 4, /* the dynamic linker of a watched process has mapped or unmapped something */
+	PROCESS_VFORK = 5, /* a watched process has a child that uses its memory until it calls exec */
+	PROCESS_EXITING = 6, /* a watched process has called exit() and is stopped before its handlers run */
 };
 
 struct memleak_process_event {
 	__u32 kind; /* enum memleak_process_event_kind */
 	__u32 pid; /* tgid in the collector's pid namespace */
 	__u32 instance; /* 0: not watched */
-	__u32 child; /* PROCESS_FORK: tgid of the child in the kernel's first pid namespace */
+	__u32 child; /* PROCESS_FORK, _VFORK: tgid of the child; PROCESS_EXIT: status, as wait(2) gives it */
 	__u64 time_ns;
 };
 

@@ -29,6 +29,8 @@ pub enum ProcessEvent {
         pid: u32,
         /// The instance that ended.
         instance: u32,
+        /// How it ended, as wait(2) gives it: exit code or signal.
+        status: i32,
     },
     /// A watched process has forked.
     Fork {
@@ -36,8 +38,18 @@ pub enum ProcessEvent {
         pid: u32,
         /// The parent's instance.
         instance: u32,
-        /// The child's process id in the kernel's first pid namespace.
+        /// The child's process id.
         child: u32,
+        /// The child uses its parent's memory until it calls exec (vfork).
+        shares_memory: bool,
+    },
+    /// A watched process has called exit() and is stopped (SIGSTOP) before its exit handlers run, see
+    /// [`crate::Tracker::attach_exit`].
+    Exiting {
+        /// Process id.
+        pid: u32,
+        /// Its instance.
+        instance: u32,
     },
     /// The dynamic linker of a watched process has mapped or unmapped something.
     Load {
@@ -146,8 +158,10 @@ fn decode_process_event(bytes: &[u8]) -> Option<ProcessEvent> {
     let memleak_process_event { pid, instance, child, .. } = raw;
     match process(raw.kind) {
         process::PROCESS_EXEC => Some(ProcessEvent::Exec { pid, instance: (instance != 0).then_some(instance) }),
-        process::PROCESS_EXIT => Some(ProcessEvent::Exit { pid, instance }),
-        process::PROCESS_FORK => Some(ProcessEvent::Fork { pid, instance, child }),
+        process::PROCESS_EXIT => Some(ProcessEvent::Exit { pid, instance, status: child.cast_signed() }),
+        process::PROCESS_FORK => Some(ProcessEvent::Fork { pid, instance, child, shares_memory: false }),
+        process::PROCESS_VFORK => Some(ProcessEvent::Fork { pid, instance, child, shares_memory: true }),
+        process::PROCESS_EXITING => Some(ProcessEvent::Exiting { pid, instance }),
         process::PROCESS_LOAD => Some(ProcessEvent::Load { pid, instance }),
         _ => None,
     }

@@ -7,6 +7,7 @@ use std::fmt;
 use std::mem::MaybeUninit;
 use std::path::Path;
 
+use libbpf_rs::btf::{self, Btf};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
 use libbpf_rs::{Link, ProgramMut, UprobeMultiOpts, UprobeOpts};
 
@@ -94,6 +95,12 @@ impl Features {
     pub fn results(&self) -> impl Iterator<Item = (Backend, Result<(), &str>)> {
         self.results.iter().map(|(b, r)| (*b, r.as_ref().copied().map_err(String::as_str)))
     }
+}
+
+/// Whether a BPF program can send a signal to another task than the current one (Linux 6.13+).
+pub(crate) fn can_signal_others() -> bool {
+    let types = Btf::from_vmlinux();
+    types.is_ok_and(|btf| btf.type_by_name::<btf::types::Func<'_>>("bpf_send_signal_task").is_some())
 }
 
 /// What must be there whatever the backend.

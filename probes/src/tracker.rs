@@ -12,7 +12,7 @@ use libbpf_rs::{Link, MapCore, MapFlags, ProgramMut};
 use crate::calibration::{self, Prices};
 use crate::elf::Symbols;
 use crate::events::{Event, ProcessEvent, Rings};
-use crate::features::{Backend, Features};
+use crate::features::{self, Backend, Features};
 use crate::reader::{self, Block, BlockReader, Counters, SiteKey, SiteTotals, Stack};
 use crate::skeleton::userspace_alloc::UserspaceAllocSkel;
 use crate::types::{CODE_RANGES, MAX_TARGETS, bytes_of, memleak_range, memleak_target};
@@ -49,6 +49,9 @@ pub struct Settings {
     pub trace_events: bool,
     /// Probe the first instruction of each function, whatever it costs: to compare.
     pub at_entry: bool,
+    /// Stop (SIGSTOP) every child of a watched process before its first instruction, and after every exec, as
+    /// [`Tracker::launch`] does; see [`Tracker::stops_children`].
+    pub stop_children: bool,
 }
 
 /// Identity of a mapped file.
@@ -59,8 +62,8 @@ struct Target {
     pid: u32,
     slot: u32,
     stop_on_load: bool,
-    /// The hooks of dynamic linkers, by file.
-    hooks: HashMap<FileId, Link>,
+    /// Probes on functions that say something about the process, by file and function.
+    hooks: HashMap<(FileId, &'static str), Link>,
     /// What is to be attached, by file and probe set.
     plans: HashMap<(FileId, u32), Plan>,
     /// Probes are attached; else they wait for a window.
@@ -87,6 +90,7 @@ pub struct Tracker {
     unwind: UnwindTables,
     cohort: u32,
     prices: Prices,
+    stops_children: bool,
 }
 
 impl Tracker {
@@ -103,6 +107,9 @@ impl Tracker {
         progs.alloc_multi_return.set_autoload(backend == Backend::Multi);
         progs.alloc_perf_enter.set_autoload(backend == Backend::Perf);
         progs.alloc_perf_return.set_autoload(backend == Backend::Perf);
+        let stops_children = settings.stop_children && features::can_signal_others();
+        progs.process_fork.set_autoload(!stops_children);
+        progs.process_fork_stop.set_autoload(stops_children);
         let mut skel = open.load().map_err(|e| Error::bpf("load the BPF programs", &e))?;
         let events: Option<&dyn MapCore> = settings.trace_events.then_some(&skel.maps.events);
         let rings = Rings::new(&skel.maps.process_events, events)?;
@@ -111,7 +118,11 @@ impl Tracker {
         };
         skel.links.process_exec = Some(attach(&mut skel.progs.process_exec, "sched_process_exec")?);
         skel.links.process_exit = Some(attach(&mut skel.progs.process_exit, "sched_process_exit")?);
-        skel.links.process_fork = Some(attach(&mut skel.progs.process_fork, "sched_process_fork")?);
+        if stops_children {
+            skel.links.process_fork_stop = Some(attach(&mut skel.progs.process_fork_stop, "sched_process_fork")?);
+        } else {
+            skel.links.process_fork = Some(attach(&mut skel.progs.process_fork, "sched_process_fork")?);
+        }
         let mut tracker = Tracker {
             skel,
             settings,
@@ -127,6 +138,7 @@ impl Tracker {
             unwind: UnwindTables::default(),
             cohort: 0,
             prices: Prices::default(),
+            stops_children,
         };
         tracker.prices = calibration::measure(&mut tracker)?;
         tracker.rings.discard()?;
@@ -146,6 +158,12 @@ impl Tracker {
     /// How uprobes are attached.
     pub fn backend(&self) -> Backend {
         self.backend
+    }
+
+    /// Whether children of watched processes are stopped until probes are attached; else the first allocations of a
+    /// child may go unseen.
+    pub fn stops_children(&self) -> bool {
+        self.stops_children
     }
 
     /// Name of an allocator function by the number in a [`Stack`] or an [`Event`]; empty when there is none.

@@ -14,6 +14,7 @@ mod governor;
 mod import;
 mod reachability;
 mod report;
+mod run;
 mod servers;
 mod stacks;
 mod symbols;

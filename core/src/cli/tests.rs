@@ -227,3 +227,20 @@ fn a_closed_pipe_is_success_and_a_full_disk_is_not() {
     assert!(!is_closed_pipe(&full));
     assert!(is_closed_pipe(&Error::io("failed to write a line", io::ErrorKind::BrokenPipe.into())));
 }
+
+/// People copy the examples of docs/ci.md: each must be a command line that is understood.
+#[test]
+fn the_examples_for_ci_are_understood() {
+    let text = include_str!("../../../docs/ci.md").replace("\\\n", " ");
+    let lines: Vec<&str> = text.lines().filter_map(|l| l.find("memleak run ").map(|at| &l[at..])).collect();
+    let lines: Vec<&&str> = lines.iter().filter(|l| l.contains(" -- ")).collect();
+    assert_eq!(lines.len(), 3, "{lines:?}");
+    for line in lines {
+        let resolved = resolve(line).unwrap_or_else(|e| panic!("{line}: {e}"));
+        assert!(matches!(resolved.command, Command::Launch(_)), "{line}");
+        assert_eq!(resolved.config.targets[0].command, ["./my-tests"], "{line}");
+        // Exact unless somebody says otherwise.
+        assert_eq!(resolved.config.collector.budget.share, None, "{line}");
+    }
+    assert_eq!(config("memleak run --budget 5% -- x").collector.budget.share, Some(0.05));
+}

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use memleak_probes::{Attached, Library, SetKind, elf, usdt};
 
-use super::{Collector, Watched};
+use super::{Collector, Purpose, Watched};
 use crate::maps::{Backing, FileId, Mapping, Maps, open_mapped};
 use crate::plugin::{Facts, Plugin};
 use crate::process::ProcDir;
@@ -130,6 +130,16 @@ impl Collector {
         let facts = self.libraries.facts(id, &file, &library, &self.plugins);
         let debug = facts.debug.as_ref();
         library.debug = debug.map(|debug| PathBuf::from(format!("/proc/self/fd/{}", debug.as_raw_fd())));
+        // musl's dynamic linker is its C library; a static program defines exit() itself.
+        let is_executable = self.watched.get(&instance).is_some_and(|w| w.process.exe == name);
+        let is_glibc = facts.names.soname.as_deref() == Some("libc.so.6");
+        let may_be_libc = is_executable || is_glibc || is_dynamic_linker(name);
+        if self.purpose == Purpose::Run
+            && may_be_libc
+            && let Err(e) = self.tracker.attach_exit(instance, &library)
+        {
+            tracing::debug!(file = name, "what exit handlers free will not be told apart: {e}");
+        }
         let replaced = matches!(mapping.backing, Backing::File { deleted: true, .. });
         let note = if replaced { " (replaced or deleted on disk: the file that is mapped is probed)" } else { "" };
         let shown = format!("{name}{note}");

@@ -4,6 +4,8 @@
 //! are attached before it runs; it stops again when its dynamic linker has mapped its libraries, before their
 //! constructors run. No debugger interface is involved. Should the collector die meanwhile, the kernel lets the child
 //! go on (parent-death signal SIGCONT).
+//!
+//! With [`super::Purpose::Run`] all descendants are handled the same way: the kernel side stops them as they are forked.
 
 use std::io::{PipeReader, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -30,8 +32,21 @@ pub(super) struct Launched {
     name: String,
     /// Names the process even when its pid has been given to another.
     pidfd: OwnedFd,
-    /// Brings the exit status.
-    ended: mpsc::Receiver<std::io::Result<ExitStatus>>,
+    /// Brings the exit status of a command; `None` for its descendants, which are their parents' to wait for.
+    ended: Option<mpsc::Receiver<std::io::Result<ExitStatus>>>,
+}
+
+impl Launched {
+    /// Whether it has ended, and if it is a command how.
+    fn poll(&self) -> Option<Option<ExitStatus>> {
+        match &self.ended {
+            Some(ended) => match ended.try_recv() {
+                Err(mpsc::TryRecvError::Empty) => None,
+                result => Some(result.ok().and_then(std::io::Result::ok)),
+            },
+            None => has_ended(&self.pidfd).then_some(None),
+        }
+    }
 }
 
 impl Collector {
@@ -79,7 +94,7 @@ impl Collector {
                 return Err(Error::new(ErrorKind::Target, format!("failed to start {name}: its thread has gone")));
             }
         }
-        self.launched.push(Launched { pid, target, name, pidfd, ended });
+        self.launched.push(Launched { pid, target, name, pidfd, ended: Some(ended) });
         Ok(())
     }
 
@@ -115,30 +130,58 @@ impl Collector {
         }
     }
 
-    /// Takes note of commands that have ended.
+    /// Takes note of commands and descendants that have ended.
     pub(super) fn reap(&mut self) {
         let mut ended = Vec::new();
-        self.launched.retain(|l| match l.ended.try_recv() {
-            Err(mpsc::TryRecvError::Empty) => true,
-            result => {
-                ended.push((l.pid, l.name.clone(), result));
+        self.launched.retain(|l| match l.poll() {
+            None => true,
+            Some(status) => {
+                ended.push((l.pid, l.name.clone(), l.ended.is_some(), status));
                 false
             }
         });
-        for (pid, name, result) in ended {
+        for (pid, name, is_command, status) in ended {
             self.tracker.launch_done(pid);
-            if let Ok(Ok(status)) = result
-                && !status.success()
-            {
+            if !is_command {
+                continue;
+            }
+            self.command_status = status;
+            self.command_ended = true;
+            if let Some(status) = status.filter(|s| !s.success()) {
                 let how = status.signal().map_or_else(|| status.to_string(), |s| format!("killed by signal {s}"));
                 tracing::warn!(pid, "the command has ended: {name}: {how}");
             }
         }
     }
 
+    /// How the launched command ended: `None` while it runs; inside, `None` when nobody can tell.
+    pub fn command_end(&self) -> Option<Option<ExitStatus>> {
+        self.command_ended.then_some(self.command_status)
+    }
+
+    /// The child of a followed process: it will stop after every exec.
+    /// `followed` is the target that it belongs to by descent.
+    pub(super) fn descends(&mut self, child: u32, followed: Option<usize>) {
+        let Some(target) = followed.filter(|_| self.tracker.stops_children()) else { return };
+        match open_pidfd(child) {
+            Ok(pidfd) => self.launched.push(Launched { pid: child, target, name: String::new(), pidfd, ended: None }),
+            // It has ended already; the kernel side need not stop whoever gets its number.
+            Err(_) => self.tracker.launch_done(child),
+        }
+    }
+
+    /// A watched process has ended: if it is a descendant, it is not waited for any more.
+    pub(super) fn descendant_ended(&mut self, pid: u32) {
+        let before = self.launched.len();
+        self.launched.retain(|l| l.pid != pid || l.ended.is_some());
+        if self.launched.len() < before {
+            self.tracker.launch_done(pid);
+        }
+    }
+
     /// Asks launched commands that still run to end (SIGTERM).
     pub fn terminate_launched(&self) {
-        for launched in &self.launched {
+        for launched in self.launched.iter().filter(|l| l.ended.is_some()) {
             send_signal(&launched.pidfd, libc::SIGTERM);
             send_signal(&launched.pidfd, libc::SIGCONT);
         }
@@ -177,6 +220,13 @@ fn open_pidfd(pid: u32) -> std::io::Result<OwnedFd> {
         Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
         _ => Err(std::io::Error::last_os_error()),
     }
+}
+
+/// Whether the process of a descriptor has ended, waited for or not.
+fn has_ended(pidfd: &OwnedFd) -> bool {
+    let mut poll = libc::pollfd { fd: pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one valid pollfd, and the count says one.
+    unsafe { libc::poll(&raw mut poll, 1, 0) == 1 }
 }
 
 /// Sends a signal; a process that has ended needs none.

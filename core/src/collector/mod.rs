@@ -31,12 +31,14 @@ mod attach;
 mod children;
 mod cohorts;
 mod coverage;
+mod end;
 mod launch;
 mod scans;
 mod windows;
 
 pub use attach::{PluginState, PluginStatus};
 use cohorts::{Generations, SiteCohorts};
+pub use end::{End, Ended};
 use launch::Launched;
 
 /// Most sites of a process that are symbolized when it ends, largest first: nobody can do it later.
@@ -51,6 +53,17 @@ enum Life {
     Running,
     /// Has ended; the next snapshot is its last.
     Ended,
+}
+
+/// What a collector is started for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To watch its targets for as long as they live.
+    Watch,
+    /// To show every event: without a budget.
+    Trace,
+    /// To account for a launched command and all of its descendants from their first instruction to their end.
+    Run,
 }
 
 /// A watched process instance.
@@ -72,6 +85,8 @@ struct Watched {
     governor: Governor,
     /// When the last window was opened, CLOCK_MONOTONIC.
     window_opened_ns: u64,
+    /// How it ended, and what was outstanding when it called exit().
+    ended: Ended,
 }
 
 /// A site and what is needed to read its cohorts.
@@ -161,6 +176,11 @@ pub struct Collector {
     total_budget: f64,
     /// When mappings may be looked at again, seconds.
     next_look_s: f64,
+    purpose: Purpose,
+    /// How processes have ended, until somebody asks.
+    ended: HashMap<u32, Ended>,
+    command_ended: bool,
+    command_status: Option<std::process::ExitStatus>,
     next_instance: u32,
     snapshots: u64,
     started: Instant,
@@ -173,7 +193,8 @@ impl Collector {
     /// # Errors
     /// Wrong settings or manifests, a missing privilege or kernel feature, a pid that does not exist, or a command
     /// that cannot be started.
-    pub fn start(config: &Config, trace_events: bool) -> Result<Collector> {
+    pub fn start(config: &Config, purpose: Purpose) -> Result<Collector> {
+        let trace_events = purpose == Purpose::Trace;
         let plugins: Vec<Plugin> = plugin::load(&config.plugins)?.into_iter().filter(|p| p.enabled).collect();
         if plugins.is_empty() {
             return Err(Error::config("every probe set is switched off ([plugins.NAME] enabled = false)"));
@@ -205,6 +226,7 @@ impl Collector {
             sample_bytes: if trace_events { 0 } else { c.sample_bytes.0 },
             trace_events,
             at_entry: c.placement == Placement::Entry,
+            stop_children: purpose == Purpose::Run,
         })?;
         let mut collector = Collector {
             watchdog,
@@ -234,6 +256,10 @@ impl Collector {
             budgets,
             total_budget: c.budget.total * std::thread::available_parallelism().map_or(1.0, |n| n.get() as f64),
             next_look_s: 0.0,
+            purpose,
+            ended: HashMap::new(),
+            command_ended: false,
+            command_status: None,
             next_instance: 1,
             snapshots: 0,
             started: Instant::now(),
@@ -332,20 +358,27 @@ impl Collector {
         }
         while let Some(event) = self.tracker.next_process_event() {
             match event {
-                ProcessEvent::Exit { instance, .. } => self.end(instance),
+                ProcessEvent::Exit { pid, instance, status } => {
+                    self.end_with(instance, End::of_status(status));
+                    self.descendant_ended(pid);
+                }
                 ProcessEvent::Exec { pid, instance } => {
                     self.forget_child(pid);
                     let followed = instance.and_then(|i| self.followed_target(i));
                     if let Some(instance) = instance {
-                        self.end(instance);
+                        self.end_with(instance, End::Exec);
                     }
-                    self.started_program(pid, followed);
+                    self.started_program(pid, followed, true);
                 }
-                ProcessEvent::Fork { instance, child, .. } => {
+                ProcessEvent::Fork { instance, child, shares_memory, .. } => {
                     let followed = self.followed_target(instance);
-                    self.started_program(child, followed);
-                    self.note_child(instance, child);
+                    self.descends(child, followed);
+                    if !shares_memory {
+                        self.started_program(child, followed, false);
+                        self.note_child(instance, child);
+                    }
                 }
+                ProcessEvent::Exiting { pid, instance } => self.exiting(pid, instance)?,
                 ProcessEvent::Load { instance, .. } => self.loaded(instance),
             }
         }
@@ -360,7 +393,7 @@ impl Collector {
     /// When /proc cannot be read.
     pub fn scan(&mut self) -> Result<()> {
         for (process, target) in self.matcher.scan(&self.known)? {
-            self.watch(process.pid, target, false);
+            self.watch(process.pid, target, false, false);
         }
         // Events of exits can be lost when their ring buffer is full.
         let gone: Vec<u32> = (self.watched.iter())
@@ -387,22 +420,23 @@ impl Collector {
     }
 
     /// A process runs a new program, or is a new child; `followed` is the target that it belongs to by descent.
-    fn started_program(&mut self, pid: u32, followed: Option<usize>) {
+    fn started_program(&mut self, pid: u32, followed: Option<usize>, by_exec: bool) {
         let launched = self.launched.iter().find(|l| l.pid == pid).map(|l| l.target);
         if let Some(target) = launched.or(followed) {
-            self.watch(pid, target, true);
+            self.watch(pid, target, true, launched.is_some() && by_exec);
         } else if let Ok(stat) = ProcessStat::read(pid)
             && let Some(target) = self.matcher.matches(&stat)
         {
-            self.watch(pid, target, false);
+            self.watch(pid, target, false, false);
         }
         if launched.is_some() {
             self.go_on(pid);
         }
     }
 
-    /// Starts watching a process that meets a target.
-    fn watch(&mut self, pid: u32, target: usize, followed: bool) {
+    /// Starts watching a process that meets a target. One that is `starting` has been stopped after exec, and stops when
+    /// its libraries have been mapped.
+    fn watch(&mut self, pid: u32, target: usize, followed: bool, starting: bool) {
         let fail = |reason: String| Notice::Failed { pid, reason };
         let stat = match ProcessStat::read(pid) {
             Ok(stat) => stat,
@@ -417,8 +451,7 @@ impl Collector {
             return;
         }
         let instance = self.next_instance;
-        let launched = self.launched.iter().any(|l| l.pid == pid);
-        if let Err(e) = self.tracker.add_target(pid, instance, launched) {
+        if let Err(e) = self.tracker.add_target(pid, instance, starting) {
             self.known.insert((pid, stat.start_ticks));
             self.notices.push(fail(e.to_string()));
             return;
@@ -445,6 +478,7 @@ impl Collector {
                 growth: coverage::Growth::default(),
                 governor: Governor::new(budget, u64::from(instance)),
                 window_opened_ns: 0,
+                ended: Ended::default(),
             },
         );
         self.attach_to(instance);
@@ -469,6 +503,14 @@ impl Collector {
             watched.announced = true;
             self.notices.push(Notice::Watching(Arc::clone(&watched.process), watched.status.clone()));
         }
+    }
+
+    /// Ends the watch of an instance in a way that is known.
+    fn end_with(&mut self, instance: u32, how: End) {
+        if let Some(watched) = self.watched.get_mut(&instance) {
+            watched.ended.how = how;
+        }
+        self.end(instance);
     }
 
     /// Ends the watch of an instance; its last totals are read by the next snapshot.
@@ -677,8 +719,12 @@ impl Collector {
     fn forget_ended(&mut self, sites: &[SiteSample]) -> Result<()> {
         let ended: Vec<u32> = self.watched.iter().filter(|(_, w)| w.life == Life::Ended).map(|(i, _)| *i).collect();
         for instance in ended {
-            let theirs = sites.iter().filter(|s| s.site.key.instance == instance && s.totals.outstanding_bytes() > 0);
-            for sample in theirs.take(NAMED_AT_END) {
+            let before = self.watched.get(&instance).and_then(|w| w.ended.before_handlers.as_ref());
+            let was_held = |s: &SiteSample| before.is_some_and(|b| b.contains_key(&s.site.key));
+            let theirs = sites.iter().filter(|s| s.site.key.instance == instance);
+            let theirs = theirs.filter(|s| s.totals.outstanding_bytes() > 0 || was_held(s));
+            let named = if self.purpose == Purpose::Run { usize::MAX } else { NAMED_AT_END };
+            for sample in theirs.take(named) {
                 self.symbolizer.symbolize(&sample.site);
             }
             self.symbolizer.purge(instance);
@@ -687,7 +733,11 @@ impl Collector {
             }
             self.scans.forget(instance);
             self.tracker.forget(instance)?;
-            self.watched.remove(&instance);
+            if let Some(watched) = self.watched.remove(&instance)
+                && self.purpose == Purpose::Run
+            {
+                self.ended.insert(instance, watched.ended);
+            }
             self.sites.retain(|key, _| key.instance != instance);
         }
         Ok(())

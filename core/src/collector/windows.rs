@@ -152,6 +152,7 @@ impl Collector {
             growth,
             governor,
             window_opened_ns: 0,
+            ended: super::Ended::default(),
         };
         self.watched.insert(instance, new);
         self.attach_to(instance);

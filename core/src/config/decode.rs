@@ -203,6 +203,7 @@ fn plugins(mut s: Section<'_>, config: &mut Config) {
 
 fn rules(mut s: Section<'_>, config: &mut Config) {
     s.path("dir", &mut config.rules.dir);
+    s.path("suppressions_file", &mut config.rules.suppressions_file);
     s.integer("max_instructions", 1_000..=1_000_000_000_000, &mut config.rules.max_instructions);
     s.bytes("max_memory", Bytes(256 << 10)..=Bytes(64 << 30), &mut config.rules.max_memory);
     for (name, entry) in s.rest() {

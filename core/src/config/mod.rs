@@ -349,6 +349,8 @@ pub struct PluginSettings {
 pub struct RuleSettings {
     /// Folder with rules that are added to, or win over, the embedded ones; watched for changes.
     pub dir: Option<PathBuf>,
+    /// File of suppressions, LeakSanitizer's or ours; `None` is none.
+    pub suppressions_file: Option<PathBuf>,
     /// Instructions that one call of a rule may use.
     pub max_instructions: u64,
     /// Memory that one rule may use.
@@ -359,7 +361,13 @@ pub struct RuleSettings {
 
 impl Default for RuleSettings {
     fn default() -> Self {
-        RuleSettings { dir: None, max_instructions: 1_000_000, max_memory: Bytes(32 << 20), params: BTreeMap::new() }
+        RuleSettings {
+            dir: None,
+            suppressions_file: None,
+            max_instructions: 1_000_000,
+            max_memory: Bytes(32 << 20),
+            params: BTreeMap::new(),
+        }
     }
 }
 

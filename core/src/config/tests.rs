@@ -112,6 +112,7 @@ fn every_key_reaches_its_field() {
         glibc.enabled = false
         [rules]
         dir = "r"
+        suppressions_file = "s"
         max_instructions = 1018
         max_memory = "1MiB"
         growth = { enabled = false, list = ["a", "b"], share = 0.5 }
@@ -196,6 +197,7 @@ fn every_key_reaches_its_field() {
         plugins: PluginSettings { dir: Some("p".into()), enabled: BTreeMap::from([("glibc".to_owned(), false)]) },
         rules: RuleSettings {
             dir: Some("r".into()),
+            suppressions_file: Some("s".into()),
             max_instructions: 1018,
             max_memory: Bytes(1 << 20),
             params: BTreeMap::from([("growth".to_owned(), growth)]),

@@ -3,7 +3,9 @@
 pub mod alerts;
 pub mod atomic;
 pub mod filters;
+pub mod junit;
 pub mod report;
+pub mod sarif;
 pub mod snapshots;
 pub mod templates;
 pub mod text;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use mlua::{Function, Integer, Lua, MultiValue, Table, UserData, UserDataFields, UserDataMethods, Value};
 
-use super::view::{Context, Range, SeriesView, SiteView, Stat, TIME_SLACK_S, View};
+use super::view::{Context, Ending, Range, SeriesView, SiteView, Stat, TIME_SLACK_S, View};
 use crate::history::Sample;
 use crate::labels::Labels;
 use crate::snapshot::{LIFETIME_CLASSES, Mode, Site, SiteReach};
@@ -377,6 +377,7 @@ impl UserData for ProcessRef {
     fn add_fields<F: UserDataFields<Self>>(fields: &mut F) {
         fields.add_field_method_get("pid", |_, this| this.with(|p| p.sample.process.pid));
         fields.add_field_method_get("mode", |_, this| this.with(|p| mode(p.sample.mode)));
+        fields.add_field_method_get("ended", |_, this| Ok(this.context.ending().map(Ending::as_str)));
         fields.add_field_method_get("comm", |_, this| this.with(|p| p.sample.process.comm.clone()));
         fields.add_field_method_get("exe", |_, this| this.with(|p| p.sample.process.exe.clone()));
         fields.add_field_method_get("cmdline", |_, this| this.with(|p| p.sample.process.cmdline.clone()));

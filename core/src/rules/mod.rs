@@ -10,36 +10,45 @@
 mod api;
 mod budget;
 mod error;
+mod examples;
+pub mod kit;
 mod params;
 mod pattern;
 mod reload;
 mod rule;
 mod sandbox;
+mod simulate;
 mod source;
 mod strings;
+mod suppressions;
 mod view;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 
 pub use error::RuleError;
+pub use examples::ExampleResult;
 pub use params::{ParamInfo, ParamValue};
 pub use reload::{ReloadEvent, ReloadOutcome};
 pub use rule::RuleInfo;
 pub use source::Origin;
+pub use suppressions::SuppressionUse;
+pub use view::Ending;
 
 use crate::config::RuleSettings;
 use crate::finding::Finding;
 use crate::history::History;
-use crate::snapshot::{ProcessSample, Site};
+use crate::snapshot::{ProcessSample, Site, Totals};
 use crate::{Error, Result};
 use params::hint;
 use reload::Watcher;
-use rule::{Draft, Rule, Setup};
+use rule::{Draft, Moment, Rule, Setup};
 use sandbox::Limits;
 use source::Sources;
-use view::Context;
+use suppressions::Suppressions;
+use view::{Context, SiteView};
 
 /// Least that losses leave of a finding's confidence.
 const MIN_LOSS_FACTOR: f64 = 0.5;
@@ -65,6 +74,7 @@ pub struct RuleEngine {
     rules: BTreeMap<String, Rule>,
     sources: Sources,
     watcher: Option<Watcher>,
+    suppressions: Option<Suppressions>,
 }
 
 impl RuleEngine {
@@ -80,8 +90,9 @@ impl RuleEngine {
         if let Some(first) = errors.into_iter().next() {
             return Err(first);
         }
+        let suppressions = settings.suppressions_file.as_deref().map(Suppressions::load).transpose()?;
         let watcher = settings.dir.as_ref().zip(files).map(|(dir, files)| Watcher::start(dir.clone(), files));
-        Ok(RuleEngine { setup, context: Rc::default(), rules, sources, watcher })
+        Ok(RuleEngine { setup, context: Rc::default(), rules, sources, watcher, suppressions })
     }
 
     /// Everything that is wrong with the rules and their settings; empty when [`RuleEngine::new`] would succeed.
@@ -90,7 +101,9 @@ impl RuleEngine {
             Ok(files) => files,
             Err(error) => return vec![error],
         };
-        build(settings, &Sources::merge(settings.dir.as_deref().zip(files.as_ref()))).2
+        let mut errors = build(settings, &Sources::merge(settings.dir.as_deref().zip(files.as_ref()))).2;
+        errors.extend(settings.suppressions_file.as_deref().and_then(|path| Suppressions::load(path).err()));
+        errors
     }
 
     /// The rules that are loaded, those switched off included, in the order of their files.
@@ -106,13 +119,34 @@ impl RuleEngine {
     /// A finding's confidence is what the rule says, lowered by what was lost in the site's process: with `l` lost
     /// events of `h` traced calls it is multiplied by `1 - 5 l / (h + l)`, though never by less than 0.5.
     pub fn evaluate(&mut self, history: &History, symbolize: &mut dyn FnMut(&Arc<Site>)) -> Evaluation {
-        let context = Rc::clone(&self.context);
+        self.judge(&Rc::clone(&self.context), Moment::Snapshot, history, symbolize)
+    }
+
+    /// Runs the rules for ends of processes (`evaluate_exit`) over processes that have come to the same `ending`: the
+    /// history holds their last snapshot as if they still ran. Otherwise like [`RuleEngine::evaluate`].
+    pub fn evaluate_exit(
+        &mut self,
+        ended: &History,
+        ending: Ending,
+        symbolize: &mut dyn FnMut(&Arc<Site>),
+    ) -> Evaluation {
+        // A context of its own: the other one goes on with the processes that run.
+        self.judge(&Rc::new(Context::of_ending(ending)), Moment::Exit, ended, symbolize)
+    }
+
+    fn judge(
+        &mut self,
+        context: &Rc<Context>,
+        moment: Moment,
+        history: &History,
+        symbolize: &mut dyn FnMut(&Arc<Site>),
+    ) -> Evaluation {
         let _entered = context.enter(history);
         let mut evaluation = Evaluation::default();
         let mut found: Vec<(usize, Arc<str>, Draft)> = Vec::new();
         let mut exhausted = Vec::new();
         for (file, rule) in self.rules.iter().filter(|(_, r)| r.info.enabled) {
-            let (drafts, error) = rule.evaluate(&context, Some(&mut *symbolize));
+            let (drafts, error) = rule.evaluate(context, moment, Some(&mut *symbolize));
             found.extend(drafts.into_iter().map(|(site, draft)| (site, Arc::clone(&rule.info.name), draft)));
             if let Some(error) = error {
                 evaluation.errors.push(error);
@@ -126,7 +160,7 @@ impl RuleEngine {
                     found.iter().map(|f| f.0).filter(|site| !reasons.contains_key(site)).collect();
                 sites.sort_unstable();
                 sites.dedup();
-                let (suppressed, error) = rule.suppress(&context, Some(&mut *symbolize), &sites);
+                let (suppressed, error) = rule.suppress(context, Some(&mut *symbolize), &sites);
                 reasons.extend(suppressed);
                 if let Some(error) = error {
                     evaluation.errors.push(error);
@@ -135,9 +169,14 @@ impl RuleEngine {
             }
         }
         for (index, rule, draft) in found {
-            let Some(finding) = self.finding(index, rule, draft) else { continue };
-            match reasons.get(&index) {
-                Some(why) => evaluation.suppressed.push((finding, why.clone())),
+            let Some((finding, totals)) = finding(context, index, rule, draft) else { continue };
+            let mut why = reasons.get(&index).cloned();
+            if let (None, Some(suppressions)) = (&why, &mut self.suppressions) {
+                symbolize(&finding.site);
+                why = suppressions.silence(&finding, totals.outstanding_bytes(), totals.outstanding_count());
+            }
+            match why {
+                Some(why) => evaluation.suppressed.push((finding, why)),
                 None => evaluation.findings.push(finding),
             }
         }
@@ -147,19 +186,9 @@ impl RuleEngine {
         evaluation
     }
 
-    fn finding(&self, index: usize, rule: Arc<str>, draft: Draft) -> Option<Finding> {
-        let site = self.context.with(self.context.epoch(), |view| {
-            view.sites.get(index).map(|s| (Arc::clone(s.site()), s.process.as_ref().map(|p| loss_factor(&p.sample))))
-        });
-        let (site, factor) = site.flatten()?;
-        Some(Finding {
-            id: finding_id(&rule, site.id),
-            rule,
-            severity: draft.severity,
-            confidence: draft.confidence * factor.unwrap_or(1.0),
-            reason: draft.reason,
-            site,
-        })
+    /// The file of suppressions and what each of its lines has silenced so far; `None` without one.
+    pub fn suppressions(&self) -> Option<(&Path, Vec<SuppressionUse>)> {
+        self.suppressions.as_ref().map(|s| (s.path(), s.uses()))
     }
 
     /// Gives a rule that failed a fresh state: whatever it had piled up or half changed is gone.
@@ -179,6 +208,24 @@ impl RuleEngine {
         let Some(scan) = self.watcher.as_ref().and_then(Watcher::newest) else { return Vec::new() };
         self.apply(scan, history)
     }
+}
+
+/// A finding, and the site's totals.
+fn finding(context: &Rc<Context>, index: usize, rule: Arc<str>, draft: Draft) -> Option<(Finding, Totals)> {
+    let found = context.with(context.epoch(), |view| {
+        let factor = |s: &SiteView| s.process.as_ref().map(|p| loss_factor(&p.sample));
+        view.sites.get(index).map(|s| (Arc::clone(s.site()), factor(s), s.totals))
+    });
+    let (site, factor, totals) = found.flatten()?;
+    let finding = Finding {
+        id: finding_id(&rule, site.id),
+        rule,
+        severity: draft.severity,
+        confidence: draft.confidence * factor.unwrap_or(1.0),
+        reason: draft.reason,
+        site,
+    };
+    Some((finding, totals))
 }
 
 /// Compiles all rules: those that work, and everything that is wrong.

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
 
 use super::error::RuleError;
-use super::rule::Rule;
+use super::rule::{Moment, Rule};
 use super::source::{self, DirFiles, LuaFile, Origin, Sources};
 use super::{RuleEngine, duplicate};
 use crate::history::History;
@@ -245,7 +245,7 @@ impl RuleEngine {
         }
         let _entered = self.context.enter(history);
         // Frames are left alone: symbolizing is paid for by findings, not by trials.
-        if let (_, Some(error)) = rule.evaluate(&self.context, None) {
+        if let (_, Some(error)) = rule.evaluate(&self.context, Moment::Snapshot, None) {
             return Err(failed(error));
         }
         if rule.suppresses() {

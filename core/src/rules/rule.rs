@@ -25,8 +25,17 @@ const MAX_FINDINGS: usize = 100_000;
 /// Longest name of a rule, in bytes.
 const MAX_NAME: usize = 64;
 /// Keys that a rule file may return.
-const KEYS: [&str; 7] =
-    ["name", "description", "params", "min_outstanding", "evaluate", "evaluate_snapshot", "suppress"];
+const KEYS: [&str; 9] = [
+    "name",
+    "description",
+    "params",
+    "min_outstanding",
+    "evaluate",
+    "evaluate_snapshot",
+    "evaluate_exit",
+    "suppress",
+    "examples",
+];
 /// Keys of a finding.
 const RESULT_KEYS: [&str; 4] = ["severity", "confidence", "reason", "site"];
 
@@ -61,6 +70,15 @@ pub(super) struct Setup {
     pub(super) params: Rc<BTreeMap<String, toml::Table>>,
 }
 
+/// When a rule is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Moment {
+    /// At a snapshot: `evaluate` and `evaluate_snapshot`.
+    Snapshot,
+    /// At the end of processes: `evaluate_exit`.
+    Exit,
+}
+
 /// A function of a rule, with the line where it starts.
 struct Entry {
     function: Function,
@@ -77,7 +95,10 @@ pub(super) struct Rule {
     min_outstanding: u64,
     evaluate: Option<Entry>,
     evaluate_snapshot: Option<Entry>,
+    evaluate_exit: Option<Entry>,
     suppress: Option<Entry>,
+    /// The table of examples, for `memleak rules test`.
+    pub(super) examples: Option<Table>,
 }
 
 /// Callback that symbolizes a site.
@@ -106,17 +127,31 @@ impl Rule {
             Ok(other) => Err(broken(format!("{key} must be a function, not a {}", other.type_name()))),
             Err(error) => Err(broken(error.to_string())),
         };
-        let (evaluate, evaluate_snapshot, suppress) =
-            (entry("evaluate")?, entry("evaluate_snapshot")?, entry("suppress")?);
-        if evaluate.is_none() && evaluate_snapshot.is_none() && suppress.is_none() {
-            return Err(broken("the table has none of evaluate, evaluate_snapshot and suppress".to_owned()));
+        let (evaluate, evaluate_snapshot) = (entry("evaluate")?, entry("evaluate_snapshot")?);
+        let (evaluate_exit, suppress) = (entry("evaluate_exit")?, entry("suppress")?);
+        if [&evaluate, &evaluate_snapshot, &evaluate_exit, &suppress].iter().all(|e| e.is_none()) {
+            let none = "the table has none of evaluate, evaluate_snapshot, evaluate_exit and suppress";
+            return Err(broken(none.to_owned()));
         }
-        let min_outstanding = least_bytes(&table, &info.params).map_err(broken)?;
-        let params = params::to_lua(&sandbox.lua, &info.params)
-            .map_err(|e| fail(RuleError::new(&info.name, file, None, e.to_string())))?;
-        let info = Arc::new(info);
-        let file = file.clone();
-        Ok(Rule { info, file, sandbox, params, min_outstanding, evaluate, evaluate_snapshot, suppress })
+        let examples = match table.raw_get::<Value>("examples") {
+            Ok(Value::Nil) => None,
+            Ok(Value::Table(examples)) => Some(examples),
+            _ => return Err(broken("examples must be a list of tables".to_owned())),
+        };
+        let min_outstanding = least_bytes(&table, &info.params).map_err(&broken)?;
+        let params = params::to_lua(&sandbox.lua, &info.params).map_err(|e| broken(e.to_string()))?;
+        Ok(Rule {
+            info: Arc::new(info),
+            file: file.clone(),
+            sandbox,
+            params,
+            min_outstanding,
+            evaluate,
+            evaluate_snapshot,
+            evaluate_exit,
+            suppress,
+            examples,
+        })
     }
 
     /// Runs the file: the state and the table that it returns.
@@ -181,7 +216,8 @@ impl Rule {
         self.suppress.is_some()
     }
 
-    /// Runs `evaluate` for every site with something outstanding, and `evaluate_snapshot`, over the current view.
+    /// Runs `evaluate` for every site with something outstanding, and `evaluate_snapshot`, over the current view; or at
+    /// the end of processes `evaluate_exit` for every such site.
     ///
     /// `symbolize` is called when the rule asks for frames; `None` leaves frames as they are. The findings name
     /// sites by their index in the view. A failed call costs that site's finding alone; a limit or too many failures
@@ -189,15 +225,20 @@ impl Rule {
     pub(super) fn evaluate(
         &self,
         context: &Rc<Context>,
+        moment: Moment,
         symbolize: Option<Symbolizer<'_>>,
     ) -> (Vec<(usize, Draft)>, Option<RuleError>) {
         let mut drafts = Vec::new();
         let mut run = Run { rule: self, context, error: None, over: false };
         let outcome = self.scoped(context, symbolize, || {
-            if let Some(entry) = &self.evaluate {
+            let (each_site, whole) = match moment {
+                Moment::Snapshot => (&self.evaluate, &self.evaluate_snapshot),
+                Moment::Exit => (&self.evaluate_exit, &None),
+            };
+            if let Some(entry) = each_site {
                 run.sites(entry, &mut drafts);
             }
-            if let (Some(entry), false) = (&self.evaluate_snapshot, run.over) {
+            if let (Some(entry), false) = (whole, run.over) {
                 run.snapshot(entry, &mut drafts);
             }
         });

@@ -15,7 +15,8 @@ const MAX_FILE: u64 = 1 << 20;
 const LIB_DIR: &str = "lib";
 
 /// Shipped rules: file name and text.
-const RULES: [(&str, &str); 9] = [
+const RULES: [(&str, &str); 10] = [
+    ("at_exit.lua", include_str!("../../../rules/at_exit.lua")),
     ("definitely_lost.lua", include_str!("../../../rules/definitely_lost.lua")),
     ("growth.lua", include_str!("../../../rules/growth.lua")),
     ("imbalance.lua", include_str!("../../../rules/imbalance.lua")),

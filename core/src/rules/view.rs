@@ -290,9 +290,42 @@ pub(super) struct Context {
     view: RefCell<Option<View>>,
     epoch: Cell<u64>,
     processes: RefCell<Processes>,
+    ending: Option<Ending>,
+}
+
+/// How the processes of a look at their ends came to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// By themselves: exit handlers had their chance.
+    Exit,
+    /// By a signal.
+    Signal,
+    /// They have not: the run ends before them.
+    Running,
+}
+
+impl Ending {
+    /// Its name in rules: `site.process.ended`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Ending::Exit => "exit",
+            Ending::Signal => "signal",
+            Ending::Running => "running",
+        }
+    }
 }
 
 impl Context {
+    /// A context for a look at ends of processes.
+    pub(super) fn of_ending(ending: Ending) -> Context {
+        Context { ending: Some(ending), ..Context::default() }
+    }
+
+    /// How the processes came to their end; `None` at an ordinary snapshot.
+    pub(super) fn ending(&self) -> Option<Ending> {
+        self.ending
+    }
+
     /// Makes the history's newest state the current view until the guard is dropped.
     pub(super) fn enter(&self, history: &History) -> Entered<'_> {
         let mut processes = self.processes.borrow_mut();

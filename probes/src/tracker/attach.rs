@@ -13,7 +13,7 @@ use crate::elf::{self, Symbols};
 use crate::features::Backend;
 use crate::operand::Operand;
 use crate::placement::{self, Placement};
-use crate::skeleton::userspace_alloc::UserspaceAllocSkel;
+use crate::skeleton::userspace_alloc::{UserspaceAllocProgs, UserspaceAllocSkel};
 use crate::spec::{Attached, FunctionSpec, Library, ProbeSetSpec, Returns, Role, SetKind, Size, needs};
 use crate::types::{
     MAX_DOMAINS, MAX_PROBE_SET, bytes_of, memleak_function, memleak_function_flags as flags, memleak_role,
@@ -61,22 +61,42 @@ impl Tracker {
     /// When the file has no such hook or the kernel refuses; without it, loads are noticed later.
     pub fn attach_loader(&mut self, instance: u32, linker: &Library) -> Result<()> {
         // Exported for debuggers by glibc and musl.
-        const HOOKS: [&str; 2] = ["_dl_debug_state", "__dl_debug_state"];
+        self.attach_hook(instance, linker, &["_dl_debug_state", "__dl_debug_state"], |p| &p.process_load)
+    }
+
+    /// Attaches to exit() in `libc`: the process then stops (SIGSTOP) when it calls it, before its exit handlers run,
+    /// and that is told as [`crate::ProcessEvent::Exiting`].
+    ///
+    /// # Errors
+    /// When the file does not define exit() or the kernel refuses.
+    pub fn attach_exit(&mut self, instance: u32, libc: &Library) -> Result<()> {
+        self.attach_hook(instance, libc, &["exit"], |p| &p.process_exiting)
+    }
+
+    /// Attaches a program to the first of `names` that a file defines, once per process and file.
+    fn attach_hook(
+        &mut self,
+        instance: u32,
+        library: &Library,
+        names: &'static [&'static str],
+        program: impl for<'a> Fn(&'a UserspaceAllocProgs<'static>) -> &'a ProgramMut<'static>,
+    ) -> Result<()> {
         let Some(pid) = self.targets.get(&instance).map(|t| t.pid) else { return Ok(()) };
-        let id = file_id(&linker.path)?;
-        if self.targets.get(&instance).is_some_and(|t| t.hooks.contains_key(&id)) {
+        let key = (file_id(&library.path)?, names[0]);
+        if self.targets.get(&instance).is_some_and(|t| t.hooks.contains_key(&key)) {
             return Ok(());
         }
-        let symbols = elf::read_symbols(&linker.path, None, &HOOKS)?;
-        let function = HOOKS.iter().find_map(|name| symbols.functions.get(*name)?.first()).ok_or_else(|| {
-            Error::new(ErrorKind::Elf, format!("{} has no hook for debuggers ({})", linker.name, HOOKS[0]))
-        })?;
+        let symbols = elf::read_symbols(&library.path, library.debug.as_deref(), names)?;
+        let function = names
+            .iter()
+            .find_map(|name| symbols.functions.get(*name)?.first())
+            .ok_or_else(|| Error::new(ErrorKind::Elf, format!("{} does not define {}", library.name, names[0])))?;
         let opts = UprobeOpts::default();
-        let link = (self.skel.progs.process_load)
-            .attach_uprobe_with_opts(pid.cast_signed(), &linker.path, offset(function.offset)?, opts)
-            .map_err(|e| Error::bpf(format!("attach to {}", linker.name), &e))?;
+        let link = program(&self.skel.progs)
+            .attach_uprobe_with_opts(pid.cast_signed(), &library.path, offset(function.offset)?, opts)
+            .map_err(|e| Error::bpf(format!("attach to {}", library.name), &e))?;
         if let Some(target) = self.targets.get_mut(&instance) {
-            target.hooks.insert(id, link);
+            target.hooks.insert(key, link);
         }
         Ok(())
     }
@@ -495,6 +515,8 @@ impl Tracker {
             &mut progs.process_exec,
             &mut progs.process_exit,
             &mut progs.process_fork,
+            &mut progs.process_fork_stop,
+            &mut progs.process_exiting,
             &mut progs.process_load,
         ] {
             prog.set_autoload(false);

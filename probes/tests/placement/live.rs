@@ -77,6 +77,7 @@ fn tracker(backend: Option<Backend>) -> Tracker {
         sample_bytes: 0,
         trace_events: false,
         at_entry: false,
+        stop_children: false,
     };
     Tracker::load(settings).unwrap()
 }

@@ -5,7 +5,6 @@ use std::fs;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use super::shapes;
 use super::support::*;
 use crate::config::RuleSettings;
 use crate::history::History;
@@ -56,6 +55,7 @@ fn shipped_rules_describe_themselves() {
     assert_eq!(
         names,
         [
+            "at_exit",
             "definitely_lost",
             "growth",
             "imbalance",
@@ -197,7 +197,7 @@ fn check_reports_every_problem() {
         ("c.lua", "a rule file must return a table, not integer"),
         ("d.lua", "the name \"Bad Name\" must be"),
         ("e.lua", "unknown key 'evalute'; did you mean evaluate?"),
-        ("f.lua", "none of evaluate, evaluate_snapshot and suppress"),
+        ("f.lua", "none of evaluate, evaluate_snapshot, evaluate_exit and suppress"),
         ("g.lua", "there is a rule of the same name in growth.lua"),
         ("h.lua", "evaluate must be a function, not a integer"),
         ("i.lua", "params.n: \"soon\" is not a size"),

@@ -32,7 +32,7 @@ fn run(body: &str) -> Evaluation {
     let dir = folder(body);
     let mut engine = engine(&dir);
     let shapes: Vec<(&'static str, Shape)> =
-        vec![("leak", super::shapes::leak(50_000.0, 1_000)), ("queue", super::shapes::queue(1.0, 3.0))];
+        vec![("leak", shapes::leak(50_000.0, 1_000)), ("queue", shapes::queue(1.0, 3.0))];
     let mut simulation = Simulation::new(1.0, 1, shapes);
     for _ in 0..30 {
         simulation.step();
@@ -122,7 +122,7 @@ fn a_rule_that_failed_starts_afresh() {
                 calls = calls + 1 if calls > 1 then error('call ' .. calls) end end }";
     std::fs::write(dir.path().join("test.lua"), text).expect("test rule");
     let mut engine = engine(&dir);
-    let mut simulation = Simulation::new(1.0, 1, vec![("leak", super::shapes::leak(50_000.0, 1_000))]);
+    let mut simulation = Simulation::new(1.0, 1, vec![("leak", shapes::leak(50_000.0, 1_000))]);
     simulation.step();
     let mut errors = Vec::new();
     for _ in 0..4 {
@@ -204,7 +204,7 @@ fn kept_objects_are_stale() {
                 kept = kept or site return kept.outstanding_bytes < 0 end }";
     std::fs::write(dir.path().join("test.lua"), text).expect("test rule");
     let mut engine = engine(&dir);
-    let mut simulation = Simulation::new(1.0, 1, vec![("leak", super::shapes::leak(50_000.0, 1_000))]);
+    let mut simulation = Simulation::new(1.0, 1, vec![("leak", shapes::leak(50_000.0, 1_000))]);
     simulation.step();
     simulation.step();
     assert!(evaluate(&mut engine, &simulation.history).errors.is_empty());

@@ -2,9 +2,9 @@
 
 mod engine;
 mod hostile;
+mod kit;
 mod reachability;
 mod readme;
 mod reload;
-mod shapes;
 mod shipped;
 mod support;

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use super::shapes::*;
 use super::support::*;
 use crate::finding::Severity;
 use crate::reachability::roots::Root;
 use crate::reachability::verdict::Tally;
 use crate::reachability::{SiteVerdict, Verdict};
+use crate::rules::simulate::shapes::*;
 use crate::snapshot::{ReachWay, SiteReach};
 
 fn reach(verdict: Verdict, lost: u64, reachable: u64) -> SiteReach {

@@ -2,7 +2,6 @@
 
 use std::fs;
 
-use super::shapes;
 use super::support::*;
 use crate::config::RuleSettings;
 use crate::rules::RuleEngine;

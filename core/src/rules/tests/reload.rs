@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use super::shapes;
 use super::support::*;
 use crate::config::RuleSettings;
 use crate::rules::{ReloadEvent, ReloadOutcome, RuleEngine};
@@ -160,10 +159,8 @@ fn files_come_and_go() {
     assert_eq!(w.says(), None);
 
     let own = "return { name = 'growth', description = 'mine', evaluate = function() end }";
-    let description = |w: &Watched| {
-        let growth = w.engine.rules().find(|r| &*r.name == "growth");
-        growth.map(|r| r.description.clone()).unwrap_or_default()
-    };
+    let growth = |w: &Watched| w.engine.rules().find(|r| &*r.name == "growth").map(|r| r.description.clone());
+    let description = |w: &Watched| growth(w).unwrap_or_default();
     write(&w.path("growth.lua"), own);
     assert!(matches!(w.events()[..], [ReloadEvent { outcome: ReloadOutcome::Changed, .. }]));
     assert_eq!(description(&w), "mine");

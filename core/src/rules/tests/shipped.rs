@@ -1,6 +1,6 @@
 //! Every shipped rule on what it must find and on what it must leave alone.
 
-use super::shapes::*;
+use super::support::shapes::*;
 use super::support::*;
 use crate::finding::Severity;
 use crate::rules::RuleEngine;

@@ -1,7 +1,7 @@
 //! What heaps of real programs look like over time. `unit_s` stretches a shape: everything that happens in it takes
 //! that many times as long, and fewer blocks per second make up for it.
 
-use super::support::{Heap, Rng, Shape};
+use super::{Heap, Rng, Shape};
 
 /// Blocks of `size` at `bytes_per_s`, never freed.
 pub fn leak(bytes_per_s: f64, size: u64) -> Shape {
