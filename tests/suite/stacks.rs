@@ -136,11 +136,12 @@ fn is_complete(command: &[&str], least: u64) {
 #[test]
 fn sqlite_has_complete_stacks() {
     needs!(Feature::Bpf, Feature::Command("sqlite3"));
-    let sql = ".output /dev/null\n create table t(a, b); create index i on t(b); \
+    let sql = "create table t(a, b); create index i on t(b); \
         with recursive n(x) as (select 1 union all select x + 1 from n where x < 2000) \
         insert into t select x, hex(randomblob(40)) from n; \
         select count(*), max(b), group_concat(a) from t where b like '%AB%' group by a % 7 order by 2;";
-    is_complete(&["sqlite3", ":memory:", sql], 200);
+    // What it prints would be mixed with the snapshots.
+    is_complete(&["sqlite3", ":memory:", ".output /dev/null", sql], 200);
 }
 
 // An interpreter and the extension modules that it loads while it runs. The tables of a module come a moment after it is
