@@ -21,6 +21,7 @@ pub mod maps;
 pub mod output;
 pub mod plugin;
 pub mod process;
+pub mod recorded;
 pub mod recording;
 pub mod rules;
 pub mod selfstats;

@@ -9,7 +9,7 @@ use memleak_core::cli::{self, Cli, Command, Invocation};
 use memleak_core::engine::{self, Output};
 use memleak_core::stop::Stop;
 use memleak_core::symbolize::worker;
-use memleak_core::{Result, doctor, trace};
+use memleak_core::{Result, doctor, recorded, trace};
 
 /// Nothing found.
 const CLEAN: u8 = 0;
@@ -55,6 +55,14 @@ fn run(invocation: Invocation) -> Result<u8> {
             Ok(if good { CLEAN } else { FAILED })
         }
         Command::Trace { json } => trace::run(&config, json, &Stop::listen()?).map(|()| CLEAN),
+        Command::Report { recording, output, filter, overrides } => {
+            recorded::report(&recording, &output, &filter, &overrides, config.templates_dir.as_deref())?;
+            Ok(CLEAN)
+        }
+        Command::Replay { recording, json, overrides } => {
+            let raised = recorded::replay(&recording, json, &overrides, config.rules.dir)?;
+            Ok(if raised { FINDINGS } else { CLEAN })
+        }
         Command::Completions(shell) => cli::write_completions(shell, &mut io::stdout()).map(|()| CLEAN),
         Command::Man(subcommand) => cli::write_man(subcommand.as_deref(), &mut io::stdout()).map(|()| CLEAN),
     }
