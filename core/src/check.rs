@@ -37,7 +37,11 @@ fn templates(config: &Config) -> Vec<Error> {
 
 /// Checks that report and alerts can be written: their folders exist and take files.
 pub fn outputs(config: &Config) -> Vec<Error> {
-    let outputs = [("report", config.report.path.as_deref()), ("alerts", config.alerts.file.as_deref())];
+    let outputs = [
+        ("report", config.report.path.as_deref()),
+        ("alerts", config.alerts.file.as_deref()),
+        ("recording", config.recording.path.as_deref()),
+    ];
     outputs.into_iter().filter_map(|(what, path)| output(what, path?).err()).collect()
 }
 

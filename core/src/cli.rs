@@ -14,6 +14,7 @@ use clap_complete::Shell;
 
 use crate::config::{self, Config, Override, TargetSpec};
 use crate::error::{Error, Result};
+use crate::recording::Filter;
 use crate::run::{self, ExitCode, FailOn, Format};
 use crate::units;
 use crate::{diff, export, import};
@@ -165,6 +166,34 @@ enum Subcommands {
         #[command(subcommand)]
         command: RulesCommand,
     },
+    /// Write the report of a recorded run
+    ///
+    /// The same page as at the end of the run itself. Needs no privileges and not the processes that were watched.
+    Report {
+        /// The recording
+        #[arg(value_name = "REC", value_hint = ValueHint::FilePath)]
+        recording: PathBuf,
+        /// Where the page is written
+        #[arg(short, long, value_name = "OUT.html", default_value = "memleak-report.html", value_hint = ValueHint::FilePath)]
+        output: PathBuf,
+        #[command(flatten)]
+        part: PartArgs,
+        #[command(flatten)]
+        settings: SettingsArgs,
+    },
+    /// Run rules over a recorded run
+    ///
+    /// Prints what they find, and when. Settings are those of the run; --set and --rules override them.
+    Replay {
+        /// The recording
+        #[arg(value_name = "REC", value_hint = ValueHint::FilePath)]
+        recording: PathBuf,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        settings: SettingsArgs,
+    },
     /// Print a completion script for a shell
     Completions {
         /// Shell to complete for
@@ -215,6 +244,29 @@ struct SettingsArgs {
     /// Log more on standard error; -vv logs everything
     #[arg(short, long, action = ArgAction::Count)]
     verbose: u8,
+}
+
+/// Part of a recording.
+#[derive(Debug, Default, Args)]
+struct PartArgs {
+    /// From this time after the start of the run on, such as 10m
+    #[arg(long, value_name = "TIME", value_parser = duration())]
+    since: Option<f64>,
+    /// Up to this time after the start of the run, such as 1h30m
+    #[arg(long, value_name = "TIME", value_parser = duration())]
+    until: Option<f64>,
+    /// Only these processes; repeat it or give a comma list
+    #[arg(short, long, value_name = "PID", value_delimiter = ',', value_parser = pid())]
+    pid: Vec<u32>,
+    /// Only sites of this probe set, such as glibc; repeatable
+    #[arg(long, value_name = "NAME")]
+    probe_set: Vec<String>,
+}
+
+impl PartArgs {
+    fn filter(self) -> Filter {
+        Filter { since_s: self.since, until_s: self.until, pids: self.pid, probe_sets: self.probe_set }
+    }
 }
 
 /// What to watch.
@@ -285,6 +337,9 @@ struct RunArgs {
     /// File that alerts are appended to as JSON lines [default: memleak-alerts.ndjson]
     #[arg(long, value_name = "OUT.ndjson", value_parser = path(), value_hint = ValueHint::FilePath)]
     alerts: Option<PathBuf>,
+    /// File that the run is recorded to, for `memleak report` and `memleak replay`; it must not exist
+    #[arg(long, value_name = "FILE.memleak", value_parser = path(), value_hint = ValueHint::FilePath)]
+    record: Option<PathBuf>,
     #[command(flatten)]
     settings: SettingsArgs,
     /// No live view; errors are still printed
@@ -469,6 +524,26 @@ pub enum Command {
     Export(export::Args),
     /// Compare two snapshots.
     Diff(diff::Args),
+    /// Write the report of a recording.
+    Report {
+        /// The recording.
+        recording: PathBuf,
+        /// Where the page is written.
+        output: PathBuf,
+        /// What part of it.
+        filter: Filter,
+        /// What overrides the settings of the run.
+        overrides: Vec<Override>,
+    },
+    /// Run rules over a recording.
+    Replay {
+        /// The recording.
+        recording: PathBuf,
+        /// As JSON.
+        json: bool,
+        /// What overrides the settings of the run.
+        overrides: Vec<Override>,
+    },
     /// Print a completion script.
     Completions(Shell),
     /// Print the manual page of memleak, or of one of its subcommands.
@@ -532,6 +607,15 @@ impl Cli {
                 }
                 RulesCommand::New { name, dir } => Ok(plain(Command::Rules(RulesTask::New { name, dir }))),
             },
+            Some(Subcommands::Report { recording, output, part, settings }) => {
+                let overrides = settings.sets.clone();
+                let command = Command::Report { recording, output, filter: part.filter(), overrides };
+                settings.resolve(command, None, &[], read_file)
+            }
+            Some(Subcommands::Replay { recording, json, settings }) => {
+                let overrides = settings.sets.clone();
+                settings.resolve(Command::Replay { recording, json, overrides }, None, &[], read_file)
+            }
             Some(Subcommands::Completions { shell }) => Ok(plain(Command::Completions(shell))),
             Some(Subcommands::Man { subcommand }) => Ok(plain(Command::Man(subcommand))),
         }
@@ -556,6 +640,7 @@ impl RunArgs {
         // Paths need no check and may be other than UTF-8: they do not go through the text of an override.
         override_path(&mut config.report.path, self.report);
         override_path(&mut config.alerts.file, self.alerts);
+        override_path(&mut config.recording.path, self.record);
         let targets = self.targets.into_specs();
         if !targets.is_empty() {
             config.targets = targets;
@@ -615,6 +700,11 @@ fn override_path(setting: &mut Option<PathBuf>, flag: Option<PathBuf>) {
 
 fn pid() -> clap::builder::RangedI64ValueParser<u32> {
     clap::value_parser!(u32).range(1..=config::MAX_PID)
+}
+
+/// A time in seconds.
+fn duration() -> impl TypedValueParser<Value = f64> {
+    clap::builder::StringValueParser::new().try_map(|text| units::parse_duration(&text).map(|d| d.as_secs_f64()))
 }
 
 /// A path that may be empty, which clap's own parser refuses.

@@ -13,14 +13,17 @@ use crate::collector::{Collector, Purpose};
 use crate::config::Config;
 use crate::history::History;
 use crate::output::templates::Templates;
-use crate::rules::{ReloadEvent, ReloadOutcome, RuleEngine};
+use crate::recording::EventKind;
+use crate::rules::{Evaluation, ReloadEvent, ReloadOutcome, RuleEngine};
 use crate::snapshot::Snapshot;
 use crate::stop::Stop;
 use crate::{Result, check};
 
+mod recorder;
 mod reporter;
 mod sinks;
 
+use recorder::Recorder;
 use reporter::Reporter;
 use sinks::Sinks;
 
@@ -63,11 +66,15 @@ pub fn run(config: &Config, output: Output, stop: &Stop) -> Result<bool> {
     let sinks = Sinks::new(config, output, &templates)?;
     let mut collector = Collector::start(config, Purpose::Watch)?;
     collector.require_attached()?;
+    let reporter = Reporter::new(config, &collector, templates);
+    let history = History::new(config.history);
+    let recorder = Recorder::start(config, &reporter.run_info(&history, &rules))?;
     let mut engine = Engine {
         config,
-        history: History::new(config.history),
+        history,
         alerts: AlertManager::new(&config.alerts),
-        reporter: Reporter::new(config, &collector, templates),
+        reporter,
+        recorder,
         collector,
         rules,
         sinks,
@@ -83,6 +90,7 @@ struct Engine<'a> {
     rules: RuleEngine,
     alerts: AlertManager,
     reporter: Reporter<'a>,
+    recorder: Option<Recorder>,
     sinks: Sinks,
     last: Option<Snapshot>,
 }
@@ -132,6 +140,7 @@ impl Engine<'_> {
         self.collector.scan_suspects(evaluation.findings.iter().map(|f| &*f.site))?;
         let events = self.alerts.update(&evaluation.findings, &self.history, snapshot.time_s, snapshot.wall_s);
         self.name(&snapshot, &events);
+        self.record(&snapshot, &evaluation, &events);
         let told = self.sinks.tell(&snapshot, &self.history, &self.alerts, &events);
         self.last = Some(snapshot);
         match told {
@@ -157,15 +166,32 @@ impl Engine<'_> {
         }
     }
 
+    /// Writes the recording, if there is one.
+    fn record(&mut self, snapshot: &Snapshot, evaluation: &Evaluation, events: &[AlertEvent]) {
+        let Some(recorder) = &mut self.recorder else { return };
+        let run = self.reporter.run_info(&self.history, &self.rules);
+        let said = recorder.push(snapshot, evaluation, (&self.alerts, events), &run, &mut self.collector);
+        if let Some(line) = said {
+            self.sinks.say(&line);
+        }
+    }
+
     fn follow_processes(&mut self) {
         for notice in self.collector.take_notices() {
             self.reporter.note_process(&notice);
+            if let Some(recorder) = &mut self.recorder {
+                recorder.note(&notice, self.collector.now_s());
+            }
             self.sinks.notice(&notice);
         }
     }
 
     fn reload_rules(&mut self) {
         for ReloadEvent { file, rule, outcome } in self.rules.poll(&self.history) {
+            if let Some(recorder) = &mut self.recorder {
+                let what = format!("rule {}: {outcome:?} ({})", rule.as_deref().unwrap_or("?"), file.display());
+                recorder.event(EventKind::Rule, self.collector.now_s(), None, what);
+            }
             let file = file.display();
             let name = rule.as_deref().unwrap_or("?");
             match outcome {
@@ -199,6 +225,10 @@ impl Engine<'_> {
     /// The last words: report, closing text, webhook.
     fn finish(&mut self) -> Result<bool> {
         let written = self.report();
+        if let Some(recorder) = self.recorder.take() {
+            let run = self.reporter.run_info(&self.history, &self.rules);
+            recorder.finish(self.last.as_ref(), &self.alerts, &run, &mut self.collector);
+        }
         self.collector.terminate_launched();
         let text = self.reporter.text(&self.history, &self.alerts, &self.rules);
         let told = self.sinks.finish(text);

@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use crate::recording::SnapshotInfo;
 use crate::snapshot::{ProcessSample, Site, SiteKey, SiteSample, Snapshot, Totals};
 
 /// Fewest points a series keeps however many sites there are.
@@ -100,6 +101,13 @@ impl Default for Bounds {
     }
 }
 
+impl Bounds {
+    /// Most samples of a site while there are so many sites.
+    pub(crate) fn cap(&self, sites: usize) -> usize {
+        (self.points / sites.max(1)).clamp(MIN_SAMPLES, self.samples.max(MIN_SAMPLES))
+    }
+}
+
 /// All series of a run.
 #[derive(Clone, Debug, Default)]
 pub struct History {
@@ -119,14 +127,35 @@ impl History {
         History { bounds, ..History::default() }
     }
 
+    /// A history whose parts were made elsewhere, as [`History::push`] would have made them.
+    pub(crate) fn from_parts(
+        bounds: Bounds,
+        sites: Vec<SiteHistory>,
+        totals: Series,
+        processes: Vec<ProcessSample>,
+        newest: &SnapshotInfo,
+        snapshots: u64,
+    ) -> History {
+        let mut history = History {
+            bounds,
+            sites: sites.into_iter().map(|h| (h.site().key, Arc::new(h))).collect(),
+            totals,
+            processes: processes.into_iter().map(|p| (p.process.instance, p)).collect(),
+            snapshots,
+            time_s: newest.time_s,
+            wall_s: newest.wall_s,
+        };
+        history.drop_ended();
+        history
+    }
+
     /// Takes a snapshot in. Sites whose process the snapshot says has ended are kept, marked as ended.
     pub fn push(&mut self, snapshot: &Snapshot) {
         self.snapshots += 1;
         self.time_s = snapshot.time_s;
         self.wall_s = snapshot.wall_s;
         self.totals.push(Sample { time_s: snapshot.time_s, totals: snapshot.totals() }, self.bounds.samples);
-        let cap =
-            (self.bounds.points / snapshot.sites.len().max(1)).clamp(MIN_SAMPLES, self.bounds.samples.max(MIN_SAMPLES));
+        let cap = self.bounds.cap(snapshot.sites.len());
         for s in &snapshot.sites {
             let sample = Sample { time_s: snapshot.time_s, totals: s.totals };
             match self.sites.get_mut(&s.site.key) {

@@ -27,6 +27,7 @@ pub mod output;
 pub mod plugin;
 pub mod process;
 pub mod reachability;
+pub mod recorded;
 pub mod recording;
 pub mod resymbolize;
 pub mod rules;

@@ -12,7 +12,7 @@ use memleak_core::rules::kit;
 use memleak_core::stop::Stop;
 use memleak_core::symbolize::offline::DebugFolders;
 use memleak_core::symbolize::worker;
-use memleak_core::{Result, diff, doctor, export, import, resymbolize, run, trace};
+use memleak_core::{Result, diff, doctor, export, import, recorded, resymbolize, run, trace};
 
 /// Nothing found.
 const CLEAN: u8 = 0;
@@ -75,6 +75,14 @@ fn invoke(invocation: Invocation) -> Result<u8> {
         }
         Command::Export(args) => export::run(&args).map(|()| CLEAN),
         Command::Diff(args) => Ok(if diff::run(&args)? { FINDINGS } else { CLEAN }),
+        Command::Report { recording, output, filter, overrides } => {
+            recorded::report(&recording, &output, &filter, &overrides, config.templates_dir.as_deref())?;
+            Ok(CLEAN)
+        }
+        Command::Replay { recording, json, overrides } => {
+            let raised = recorded::replay(&recording, json, &overrides, config.rules.dir)?;
+            Ok(if raised { FINDINGS } else { CLEAN })
+        }
         Command::Completions(shell) => cli::write_completions(shell, &mut io::stdout()).map(|()| CLEAN),
         Command::Man(subcommand) => cli::write_man(subcommand.as_deref(), &mut io::stdout()).map(|()| CLEAN),
     }

@@ -27,6 +27,7 @@ use crate::snapshot::{Process, Site};
 pub(crate) mod debug_file;
 mod demangle;
 mod image;
+mod locate;
 mod lookup;
 mod module;
 pub mod offline;

@@ -16,6 +16,7 @@ use crate::live;
 use crate::plugin::{self, Plugin};
 use crate::process::{self, ProcessStat};
 use crate::reachability::scanner::Cost;
+use crate::recording::Location;
 use crate::snapshot::{
     Losses, Mode, Process, ProcessSample, Sampling, Site, SiteKey, SiteSample, Snapshot, StackCounts, StandardErrors,
     Totals,
@@ -164,6 +165,8 @@ pub struct Collector {
     sites: HashMap<SiteKey, KnownSite>,
     /// Instances with new stacks that ended in code of which nothing is known.
     unclear: HashSet<u32>,
+    /// Where the stacks of new sites lie, until a recording takes them; `None` without a recording.
+    locations: Option<HashMap<SiteKey, Vec<Location>>>,
     generations: Generations,
     libraries: attach::Libraries,
     /// Without it stacks are walked by frame pointers.
@@ -245,6 +248,7 @@ impl Collector {
             }),
             sites: HashMap::new(),
             unclear: HashSet::new(),
+            locations: config.recording.path.is_some().then(HashMap::new),
             generations: Generations::new(config.interval.as_secs_f64()),
             libraries: attach::Libraries::default(),
             unwinder: match c.stacks {
@@ -291,6 +295,11 @@ impl Collector {
     /// Fills the site's frames, unless that has been done.
     pub fn symbolize(&mut self, site: &Site) {
         self.symbolizer.symbolize(site);
+    }
+
+    /// Where the return addresses of a site lie; once per site, and only with a recording.
+    pub fn take_locations(&mut self, key: SiteKey) -> Vec<Location> {
+        self.locations.as_mut().and_then(|known| known.remove(&key)).unwrap_or_default()
     }
 
     /// Name of a probe set by its number.
@@ -548,7 +557,8 @@ impl Collector {
                     site: Arc::clone(&known.site),
                     totals: to_totals(totals),
                     stderr: StandardErrors { bytes: totals.bytes_variance.sqrt(), count: totals.count_variance.sqrt() },
-                    last_allocation_s: age_ns as f64 / 1e9,
+                    // To the millisecond: finer says nothing, and would be the larger part of a recording.
+                    last_allocation_s: (age_ns / 1_000_000) as f64 / 1e3,
                     cohorts: known.cohorts.read(&self.generations, totals, time_s),
                     lifetimes: totals.lifetimes,
                     reachability: self.scans.of(key),
@@ -626,6 +636,9 @@ impl Collector {
         let probe_set: Arc<str> = self.probe_set_name(key.probe_set).into();
         let frames = self.symbolizer.normalize(key.instance, &addresses);
         let id = site_id(&process.exe, &probe_set, &function, &frames);
+        if let Some(locations) = &mut self.locations {
+            locations.insert(key, self.symbolizer.locations(key.instance, &addresses));
+        }
         let site = Arc::new(Site {
             key,
             id,

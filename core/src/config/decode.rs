@@ -36,6 +36,10 @@ pub(super) fn decode(reader: &mut Reader, entries: Entries) -> Config {
     rules(root.section("rules"), &mut config);
     alerts(root.section("alerts"), &mut config);
     report(root.section("report"), &mut config);
+    let mut recording = root.section("recording");
+    recording.path("path", &mut config.recording.path);
+    recording.bytes("max_size", Bytes(1 << 20)..=Bytes(1 << 40), &mut config.recording.max_size);
+    recording.finish();
     let mut templates = root.section("templates");
     templates.path("dir", &mut config.templates_dir);
     templates.finish();

@@ -43,6 +43,8 @@ pub struct Config {
     pub alerts: AlertSettings,
     /// The HTML report.
     pub report: ReportSettings,
+    /// The recording.
+    pub recording: RecordingSettings,
     /// Folder with templates that win over the embedded ones; `None` uses the embedded ones.
     pub templates_dir: Option<PathBuf>,
     /// The live view.
@@ -63,6 +65,7 @@ impl Default for Config {
             rules: RuleSettings::default(),
             alerts: AlertSettings::default(),
             report: ReportSettings::default(),
+            recording: RecordingSettings::default(),
             templates_dir: None,
             live: LiveSettings::default(),
             reachability: ReachabilitySettings::default(),
@@ -445,6 +448,21 @@ pub struct ReportSettings {
 impl Default for ReportSettings {
     fn default() -> Self {
         ReportSettings { path: Some(PathBuf::from("memleak-report.html")), every: None, max_sites: 2_000, title: None }
+    }
+}
+
+/// The recording of a run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RecordingSettings {
+    /// The file, which must not exist; `None` records nothing.
+    pub path: Option<PathBuf>,
+    /// Most bytes of the file; old snapshots are thinned to keep it.
+    pub max_size: Bytes,
+}
+
+impl Default for RecordingSettings {
+    fn default() -> Self {
+        RecordingSettings { path: None, max_size: Bytes(512 << 20) }
     }
 }
 

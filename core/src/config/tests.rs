@@ -133,6 +133,9 @@ fn every_key_reaches_its_field() {
         every = "24s"
         max_sites = 25
         title = "i"
+        [recording]
+        path = "q"
+        max_size = "27MiB"
         [templates]
         dir = "d"
         [live]
@@ -217,6 +220,7 @@ fn every_key_reaches_its_field() {
             }),
         },
         report: ReportSettings { path: Some("o".into()), every: Some(secs(24)), max_sites: 25, title: text("i") },
+        recording: RecordingSettings { path: Some("q".into()), max_size: Bytes(27 << 20) },
         templates_dir: Some("d".into()),
         live: LiveSettings { sites: 26 },
         reachability: ReachabilitySettings {

@@ -126,7 +126,8 @@ impl<'a> Reporter<'a> {
         Report::new(history, &views, &self.run_info(history, rules), self.config.report.max_sites)
     }
 
-    fn run_info(&self, history: &History, rules: &RuleEngine) -> RunInfo {
+    /// What the report says of the run.
+    pub(super) fn run_info(&self, history: &History, rules: &RuleEngine) -> RunInfo {
         let targets: Vec<String> = self.config.targets.iter().map(describe).collect();
         let own = own_cost();
         let shown = |path: &Option<PathBuf>| {
@@ -203,6 +204,7 @@ impl<'a> Reporter<'a> {
     }
 }
 
+/// An alert as the report needs it.
 fn view(alert: &Alert) -> AlertView {
     AlertView {
         id: alert.id.clone(),

@@ -12,8 +12,10 @@
 mod codec;
 mod create;
 mod details;
+mod history;
 mod reader;
 mod schema;
+mod settings;
 #[cfg(test)]
 mod tests;
 mod thin;
@@ -31,6 +33,7 @@ use crate::snapshot::{Site, SiteKey, Totals};
 
 pub use reader::{Filter, Reader, Snapshots};
 pub use schema::VERSION;
+pub use settings::{Settings, recorded};
 pub use writer::{Limits, Step, Writer};
 
 /// The machine that a run was on.

@@ -20,7 +20,7 @@ use super::{
 use crate::alert::Status;
 use crate::finding::Severity;
 use crate::output::text::visible;
-use crate::snapshot::{LIFETIME_CLASSES, Process, Site, SiteKey, SiteSample, Snapshot, Totals};
+use crate::snapshot::{LIFETIME_CLASSES, Process, ProcessSample, Site, SiteKey, SiteSample, Snapshot, Totals};
 use crate::symbolize::Frame;
 use crate::{Error, ErrorKind, Result};
 
@@ -274,6 +274,24 @@ impl Reader {
     /// Number of a site in the file.
     pub(super) fn known_id(&self, key: SiteKey) -> Option<u32> {
         self.by_key.get(&key).copied()
+    }
+
+    /// The highest number of a site in the file; 0 without one.
+    pub(super) fn max_number(&self) -> u32 {
+        // As many places as fit a number: checked when they were read.
+        self.sites.len().saturating_sub(1) as u32
+    }
+
+    /// The site of a number in the file.
+    pub(super) fn numbered(&self, id: u32) -> Option<&Arc<Site>> {
+        self.known(id).map(|k| &k.site)
+    }
+
+    /// The processes of the snapshot that a cursor has read last.
+    pub(super) fn process_samples(&self, cursor: &Cursor, filter: &Filter) -> Result<Vec<ProcessSample>> {
+        let mut processes = cursor.totals.processes(|instance| self.processes.get(&instance))?;
+        processes.retain(|p| filter.takes_process(&p.process));
+        Ok(processes)
     }
 
     /// Places of the snapshots that a filter takes.
@@ -536,15 +554,23 @@ pub(super) struct Cursor {
 impl Cursor {
     /// Ready to read the snapshot at a place of the contents.
     pub(super) fn new(reader: &Reader, place: usize) -> Result<Cursor> {
-        let max = reader.sites.len().saturating_sub(1) as u32;
-        let keyframe = reader.snapshots[..reader.snapshots.len().min(place + 1)].iter().rposition(|s| s.keyframe);
-        Ok(Cursor {
+        let max = reader.max_number();
+        let mut cursor = Cursor {
             totals: totals::Decoder::new(max),
             details: details::Decoder::new(max),
             decompressor: Decompressor::new()?,
             limit: (reader.sites.len() + reader.processes.len() + 16) * MAX_SITE_BYTES,
-            next: keyframe.unwrap_or(0),
-        })
+            next: 0,
+        };
+        cursor.seek(reader, place);
+        Ok(cursor)
+    }
+
+    /// Skips to the last keyframe before a place, that one included, unless it is behind what was read already.
+    pub(super) fn seek(&mut self, reader: &Reader, place: usize) {
+        let before = &reader.snapshots[..reader.snapshots.len().min(place + 1)];
+        let keyframe = before.iter().rposition(|s| s.keyframe).unwrap_or(0);
+        self.next = self.next.max(keyframe);
     }
 
     /// Reads up to a snapshot, that one included, with the details if they are wanted; these can only be had when they
@@ -598,8 +624,7 @@ impl Cursor {
 
     /// The snapshot that was read last.
     fn snapshot(&self, reader: &Reader, info: &SnapshotInfo, filter: &Filter) -> Result<Snapshot> {
-        let mut processes = self.totals.processes(|instance| reader.processes.get(&instance))?;
-        processes.retain(|p| filter.takes_process(&p.process));
+        let processes = reader.process_samples(self, filter)?;
         let mut sites = Vec::with_capacity(self.totals.present().len());
         for id in self.totals.present() {
             let Some(known) = reader.known(*id) else { return Err(damaged("a site of a snapshot is missing")) };
