@@ -1,7 +1,7 @@
 //! Unwind tables in the kernel's maps: rows in pages, and per process where its code has rows.
 //!
 //! [`Row`] and [`Rule`] are what `bpf/unwind.bpf.h` understands; whoever makes the rows (from `.eh_frame`) need not know
-//! how they are packed. [`UnwindTables`] owns the pages: a table lies in one or more of them, small ones share one, and
+//! how they are packed. `UnwindTables` owns the pages: a table lies in one or more of them, small ones share one, and
 //! a page goes when its last table is removed. Memory is bounded by the number of pages.
 
 use std::collections::HashMap;

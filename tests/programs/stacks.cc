@@ -139,15 +139,33 @@ FRAME static void work(unsigned rounds)
 {
 	for (unsigned i = 0; i < rounds; i++) {
 		switch (pick(9)) {
-		case 0: recurse(pick(40)); break;
-		case 1: variable(pick(30)); break;
-		case 2: aligned(pick(30)); break;
-		case 3: sorted(); break;
-		case 4: catches(pick(10)); break;
-		case 5: containers(pick(6)); break;
-		case 6: signalled(pick(4)); break;
-		case 7: threaded(pick(6)); break;
-		case 8: plugin(); break;
+		case 0:
+			recurse(pick(40));
+			break;
+		case 1:
+			variable(pick(30));
+			break;
+		case 2:
+			aligned(pick(30));
+			break;
+		case 3:
+			sorted();
+			break;
+		case 4:
+			catches(pick(10));
+			break;
+		case 5:
+			containers(pick(6));
+			break;
+		case 6:
+			signalled(pick(4));
+			break;
+		case 7:
+			threaded(pick(6));
+			break;
+		case 8:
+			plugin();
+			break;
 		}
 	}
 	asm volatile("");

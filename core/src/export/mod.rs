@@ -32,7 +32,7 @@ pub enum Format {
     Pprof,
     /// One line per call stack with its outstanding bytes, for flame graph tools
     Folded,
-    /// For https://www.speedscope.app
+    /// For <https://www.speedscope.app>
     Speedscope,
     /// The snapshot as `memleak --json` prints it, with every site
     Json,

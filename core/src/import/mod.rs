@@ -1,6 +1,6 @@
 //! Logs of other tools, made into recordings.
 //!
-//! [`run`] reads the text output of bcc's `memleak` line by line ([`bcc`] takes a line apart, [`assemble`] makes
+//! [`run`] reads the text output of bcc's `memleak` line by line (`bcc` takes a line apart, `assemble` makes
 //! snapshots of them) and writes each snapshot as soon as it is complete, so that a log of any size needs memory for its
 //! sites only. A line that cannot be read is counted and shown with its number; it ends nothing. A log without a single
 //! snapshot does, before a file is made.

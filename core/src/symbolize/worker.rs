@@ -1,6 +1,6 @@
 //! Reads debug information in a process of its own, so that it can be stopped.
 //!
-//! A thread that hangs in a file made for it cannot be ended; a process can. [`Worker`] starts this program again as
+//! A thread that hangs in a file made for it cannot be ended; a process can. `Worker` starts this program again as
 //! its worker, passes it the files to read (descriptors over a socket) and asks it one address at a time. A question
 //! that takes too much CPU time, or kills the worker, costs that one file its debug information; the next question
 //! starts a new worker. The worker gives up root and is bound in memory. [`serve`] is its side.
