@@ -41,4 +41,9 @@ return {
     max_age = "1h",
   },
   evaluate = evaluate,
+  examples = {
+    { name = "blocks that nothing refers to", shape = "thread_pool", reachability = "definite", expect = "critical" },
+    { name = "growth that is still referenced", shape = "leak", reachability = "reachable", expect = "quiet" },
+    { name = "a program that hides its pointers", shape = "leak", reachability = "unknown", expect = "quiet" },
+  },
 }

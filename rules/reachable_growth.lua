@@ -59,4 +59,9 @@ return {
     max_age = "10min",
   },
   evaluate = evaluate,
+  examples = {
+    { name = "a container that is never emptied", shape = "leak", reachability = "reachable", expect = "warning" },
+    { name = "a cache that has reached its bound", shape = "bounded_cache", reachability = "reachable", expect = "quiet" },
+    { name = "growth of lost blocks", shape = "leak", reachability = "definite", expect = "quiet" },
+  },
 }

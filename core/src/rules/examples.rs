@@ -10,6 +10,8 @@
 //! `memleak rules test` runs them, in the sandbox and within the limits of the rule. The shapes are those that the
 //! shipped rules are tested with.
 
+use std::sync::Arc;
+
 use mlua::{Table, Value};
 
 use super::params::hint;
@@ -18,7 +20,10 @@ use super::{Ending, RuleEngine};
 use crate::config::RuleSettings;
 use crate::finding::Severity;
 use crate::history::{Bounds, History};
-use crate::snapshot::{Mode, Snapshot};
+use crate::reachability::roots::Root;
+use crate::reachability::verdict::Tally;
+use crate::reachability::{SiteVerdict, Verdict};
+use crate::snapshot::{Mode, ReachWay, SiteReach, Snapshot};
 use crate::units::{self, Bytes};
 
 /// Most examples of one rule, and most snapshots of one example.
@@ -29,7 +34,7 @@ const MAX_BLOCKS: usize = 200_000;
 /// Most units of a shape that pass from one snapshot to the next.
 const MAX_UNITS: f64 = 100.0;
 /// Keys of an example.
-const KEYS: [&str; 18] = [
+const KEYS: [&str; 19] = [
     "name",
     "shape",
     "expect",
@@ -41,6 +46,7 @@ const KEYS: [&str; 18] = [
     "params",
     "mode",
     "rss_rate",
+    "reachability",
     "func",
     "at_exit",
     "rate",
@@ -89,6 +95,7 @@ struct Example {
     params: toml::Table,
     windows: bool,
     rss_rate: f64,
+    reachability: Option<Verdict>,
     func: String,
     at_exit: Option<Ending>,
     rate: f64,
@@ -145,6 +152,21 @@ fn judge(settings: &RuleSettings, rule: &str, example: Example) -> ExampleResult
     }
 }
 
+/// What scans of a hundred blocks say when they end in a verdict.
+fn scanned(verdict: Verdict, time_s: f64) -> SiteReach {
+    let of = |blocks| Tally { blocks, bytes: 1_000 * blocks };
+    let mut counts = SiteVerdict { scans: 3, ..SiteVerdict::default() };
+    match verdict {
+        Verdict::Definite => counts.lost = of(100),
+        Verdict::Possible => counts.possible = of(100),
+        Verdict::Reachable => counts.reachable = of(100),
+        Verdict::Unknown => counts.disguised = of(100),
+    }
+    let root = Root::Global { module: "/srv/app".to_owned(), name: Some("table".to_owned()), offset: 0 };
+    let way = (verdict == Verdict::Reachable).then(|| ReachWay { root, steps: Vec::new() });
+    SiteReach { verdict, counts, time_s, way }
+}
+
 /// The most that the rule said, and the snapshot at which it first said that.
 fn verdict(settings: &RuleSettings, rule: &str, example: &Example) -> Result<(String, Option<u64>), String> {
     let mut engine = RuleEngine::new(settings).map_err(|e| format!("{e:#}"))?;
@@ -164,6 +186,7 @@ fn verdict(settings: &RuleSettings, rule: &str, example: &Example) -> Result<(St
         }
         let grown = example.rss_rate * example.interval_s * n as f64;
         simulation.process.rss_bytes = Some((64 << 20) + grown as u64);
+        simulation.reachability = example.reachability.map(|v| Arc::new(scanned(v, simulation.history.time_s())));
         simulation.step();
         if let Some(site) = simulation.sites.iter().find(|s| s.heap.len() > MAX_BLOCKS) {
             let why = format!("grows beyond {MAX_BLOCKS} blocks: lower rate, or raise size");
@@ -290,6 +313,16 @@ fn read(number: usize, table: &Table) -> Result<Example, String> {
         Some("estimated") => true,
         Some(other) => return Err(format!("mode must be \"exact\" or \"estimated\", not {other:?}")),
     };
+    let reachability = match text("reachability")? {
+        None => None,
+        Some(word) => {
+            let verdicts = [Verdict::Definite, Verdict::Possible, Verdict::Reachable, Verdict::Unknown];
+            let found = verdicts.into_iter().find(|v| v.as_str() == word);
+            Some(found.ok_or_else(|| {
+                format!("reachability cannot be {word:?}; {}", hint(&word, verdicts.map(Verdict::as_str)))
+            })?)
+        }
+    };
     let at_exit = match text("at_exit")?.as_deref() {
         None => None,
         Some("exit") => Some(Ending::Exit),
@@ -314,6 +347,7 @@ fn read(number: usize, table: &Table) -> Result<Example, String> {
         params,
         windows,
         rss_rate: rate("rss_rate", 0.0)?,
+        reachability,
         func: text("func")?.unwrap_or_else(|| "allocate".to_owned()),
         at_exit,
         rate: rate("rate", 50_000.0)?,
