@@ -339,14 +339,13 @@ mod tests {
     /// Whatever else moves the stack pointer, by however much, ends the search.
     #[test]
     fn an_unclear_stack_pointer_ends_the_search() {
-        let movers: [&[u8]; 9] = [
+        let movers: [&[u8]; 8] = [
             &[0x48, 0x83, 0xec, 0x80],          // sub $-128,%rsp
             &[0x48, 0x81, 0xec, 0, 0, 0, 0x80], // sub $-2147483648,%rsp
             &[0x48, 0x83, 0xc4, 0xf8],          // add $-8,%rsp
             &[0x48, 0x83, 0xe4, 0xf0],          // and $-16,%rsp
             &[0x48, 0x89, 0xfc],                // mov %rdi,%rsp
             &[0x48, 0x29, 0xc4],                // sub %rax,%rsp
-            &[0xc8, 0x10, 0, 0],                // enter $16,$0
             &[0x58],                            // pop %rax
             &[0x66, 0x50],                      // push %ax
         ];
@@ -354,6 +353,8 @@ mod tests {
             let code = [mover, &[0x53, 0xc3]].concat();
             assert_eq!(place(&code, FREE), Placement::entry(Reason::StackMoved), "{mover:x?}");
         }
+        // enter $16,$0 writes rbp, too, which the caller's stack is unwound from.
+        assert_eq!(place(&[0xc8, 0x10, 0, 0, 0x53, 0xc3], FREE), Placement::entry(Reason::Clobbered));
     }
 
     /// `mov %rsi,%rdi` before the jump destroys argument 0, and so does a write to a part of it.
