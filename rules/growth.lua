@@ -17,7 +17,7 @@
 --   critical_rate  ... is at least this fast is "critical"
 --
 -- Where the process's memory has been scanned, growth of lost blocks is "critical" at once, and growth of blocks that
--- are still referenced no more than "info": see `definitely_lost` and `reachable_growth`.
+-- are still referenced no more than "warning": see `definitely_lost` and `reachable_growth`.
 --
 -- Sample finding
 --   warning 0.87: rose in 20 of 20 steps over 20s to 512.0 KiB: 25.6 KiB/s, 90.0 MiB an hour; a cache that is still

@@ -57,6 +57,10 @@ local function evaluate_site(site, p, total)
   local severity = site.age_s < p.settle and "info" or "warning"
   local doubt
   severity, doubt = grow.after_scan(site, severity, "")
+  if site.reachability and site.reachability.verdict == "reachable" then
+    -- Nothing but survival speaks for a leak here, and what is referenced survives.
+    severity = "info"
+  end
   return {
     site = site,
     severity = severity,

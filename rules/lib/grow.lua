@@ -55,7 +55,7 @@ function M.replaces_old(site, window)
 end
 
 -- Severity and doubt of a finding about growth after a look at whether the process can still reach the blocks: what is
--- lost is no longer in doubt, what is reachable is left to `reachable_growth`.
+-- lost is no longer in doubt, what is reachable may be a container that is never emptied and is no more than "warning".
 function M.after_scan(site, severity, doubt)
   local reach = site.reachability
   if not reach then
@@ -63,7 +63,8 @@ function M.after_scan(site, severity, doubt)
   elseif reach.verdict == "definite" then
     return "critical", string.format("; the process can no longer reach %s of its blocks", units.count(reach.lost_count))
   elseif reach.verdict == "reachable" then
-    return "info", "; the process still refers to its blocks" .. (reach.way and ": " .. reach.way or "")
+    local most = severity == "critical" and "warning" or severity
+    return most, "; the process still refers to its blocks" .. (reach.way and ": " .. reach.way or "")
   end
   return severity, doubt
 end

@@ -50,7 +50,8 @@ fn a_report_gets_names_from_a_debug_file() {
     let out = folder.path().join("named.html");
     let (code, stdout, stderr) = symbolize(&[&report, Path::new("--debug-dir"), &debug, Path::new("-o"), &out]);
     assert_eq!(code, Some(0), "{stderr}");
-    assert!(stdout.starts_with("named 2 of "), "{stdout}");
+    // lose_some() and main(), and _start() where the stack is unwound that far.
+    assert!(stdout.starts_with("named 2 of ") || stdout.starts_with("named 3 of 3"), "{stdout}");
     let after = fs::read_to_string(&out).expect("text");
     assert_eq!(fs::read_to_string(&report).expect("text"), before, "the report itself is left alone");
     let data = after.split_once("id=\"data\">").expect("data").1.split_once("</script>").expect("data").0;
