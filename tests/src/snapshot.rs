@@ -145,6 +145,14 @@ pub struct Tally {
     pub bytes: u64,
 }
 
+impl Tally {
+    /// The sum of both.
+    #[must_use]
+    pub fn plus(self, other: Tally) -> Self {
+        Tally { blocks: self.blocks + other.blocks, bytes: self.bytes + other.bytes }
+    }
+}
+
 impl SiteView {
     /// Function name of the innermost frame: the one that called the allocator.
     pub fn caller(&self) -> Option<&str> {
