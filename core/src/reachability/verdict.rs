@@ -31,8 +31,6 @@ impl Default for Limits {
     }
 }
 
-/// A set that loses more than this share of its blocks from one scan to the next still shrinks.
-const SHRINKING: f64 = 0.02;
 /// Refutations per block called lost from which on a site is unknown.
 const REFUTED: f64 = 0.05;
 /// Most blocks of a site that a ledger remembers.
@@ -191,7 +189,7 @@ impl Series {
         } else {
             let before = std::mem::take(&mut self.unreached);
             self.unreached = names.filter(|name| before.binary_search(name).is_ok()).collect();
-            self.shrinking = (self.unreached.len() as f64) < (1.0 - SHRINKING) * before.len() as f64;
+            self.shrinking = self.unreached.len() < before.len();
         }
         self.scans += 1;
     }
