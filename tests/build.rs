@@ -75,6 +75,8 @@ const BUILDS: &[Build] = &[
     gcc("own_malloc", "programs/own_malloc.c", &["-fno-builtin"]),
     gcc("tracepoints", "programs/tracepoints.c", &[]),
     gxx("operator_new", "programs/operator_new.cc", &[]),
+    // As distributions build: no frame pointers, jumps for calls.
+    gxx("stacks", "programs/stacks.cc", &["-O2", "-fomit-frame-pointer", "-foptimize-sibling-calls", "-ldl"]),
     gxx("operators", "programs/operators.cc", &["-std=c++17"]),
     gxx("own_operators", "programs/own_operators.cc", &[]),
 ];
