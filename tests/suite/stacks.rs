@@ -91,26 +91,6 @@ fn a_stack_within_the_limit_is_complete() {
     assert_eq!(addresses(site).len(), 101 + 6, "{site:?}");
 }
 
-// Kernels before 6.6 have other programs, without bpf_loop(); they must walk as far.
-#[test]
-fn every_backend_unwinds_completely() {
-    needs!(Feature::Bpf, Feature::Program("stacks"));
-    let mut stacks = Vec::new();
-    for backend in ["session", "multi", "perf", "perf-plain"] {
-        let setting = format!("collector.backend={backend}");
-        let command = ["setarch", "-R", &path("stacks"), &path("libplugin.so"), "shapes", "60"];
-        let snapshot = run(&[&setting], &command);
-        let mut found: BTreeMap<Vec<u64>, u64> = BTreeMap::new();
-        for site in snapshot.sites.iter().filter(|site| site.passes("work")) {
-            assert_eq!(site.truncated, None, "{backend}: {site:?}");
-            *found.entry(addresses(site)).or_default() += site.counts.allocated_count;
-        }
-        assert!(found.len() > 20, "{backend}: {} stacks", found.len());
-        stacks.push(found);
-    }
-    assert!(stacks.windows(2).all(|pair| pair[0] == pair[1]), "{stacks:x?}");
-}
-
 // The setting is for comparisons: without frame pointers in the program it shows the difference.
 #[test]
 fn frame_pointers_alone_end_early() {
