@@ -273,10 +273,11 @@ pub fn notice_line(notice: &Notice) -> String {
         ),
         Notice::Ended(process) => format!("ended {} {}", process.pid, visible(&process.comm)),
         Notice::Scanned { process, cost } => format!(
-            "{} {}: {} scans of {} in {} told what it can still reach",
+            "{} {}: {} scan{} of {} in {} told what it can still reach",
             process.pid,
             visible(&process.comm),
             cost.scans,
+            if cost.scans == 1 { "" } else { "s" },
             format_bytes(cost.read_bytes / u64::from(cost.scans.max(1))),
             format_duration_s(cost.wall_s)
         ),

@@ -148,9 +148,11 @@ struct Instance {
 }
 
 impl Instance {
-    /// The mapping that an address lies in, or last lay in.
+    /// The mapping that an address of code lies in, or last lay in. Data of a file is not it: then the file has gone, and
+    /// the map was not read since. (Memory without a file may change between data and code, as compilers at run time do.)
     fn find(&self, address: u64) -> Option<&Mapping> {
-        self.maps.find(address).or_else(|| self.retired.iter().find(|m| m.contains(address)))
+        let may_be_code = |m: &&Mapping| m.perms.execute || !matches!(m.backing, Backing::File { .. });
+        self.maps.find(address).filter(may_be_code).or_else(|| self.retired.iter().find(|m| m.contains(address)))
     }
 
     /// Reads the map again; false when nothing changed or the program is over.

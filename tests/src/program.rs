@@ -1,6 +1,7 @@
 //! Test programs: found, started, told to work, and ended.
 
 use std::ffi::OsStr;
+use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -14,6 +15,25 @@ const STEP: Duration = Duration::from_secs(60);
 pub fn program_path(name: &str) -> Option<PathBuf> {
     let path = Path::new(env!("MEMLEAK_TEST_PROGRAMS")).join(name);
     path.is_file().then_some(path)
+}
+
+/// A folder with the leaker, as `service`, and what it needs of the C library, and nothing else of this system: a root
+/// directory for tests about containers.
+///
+/// # Panics
+/// When it cannot be made.
+pub fn image() -> tempfile::TempDir {
+    let root = tempfile::tempdir().expect("a folder can be made");
+    let program = program_path("leaker").expect("the program was built");
+    let needed = Command::new("ldd").arg(&program).output().expect("ldd runs");
+    let needed = String::from_utf8(needed.stdout).expect("ldd prints text");
+    for library in needed.split_whitespace().filter(|word| word.starts_with('/')) {
+        let copy = root.path().join(&library[1..]);
+        fs::create_dir_all(copy.parent().expect("a library lies in a folder")).expect("folders can be made");
+        fs::copy(library, copy).expect("the library can be copied");
+    }
+    fs::copy(&program, root.path().join("service")).expect("the program can be copied");
+    root
 }
 
 /// A running test program; killed when dropped.

@@ -4,23 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use memleak_tests::program::program_path;
-use memleak_tests::{Counts, Feature, Memleak, Program, needs};
-
-/// A folder with the leaker and what it needs of the C library, and nothing else of this system.
-fn image() -> tempfile::TempDir {
-    let root = tempfile::tempdir().expect("a folder can be made");
-    let program = program_path("leaker").expect("the program was built");
-    let needed = Command::new("ldd").arg(&program).output().expect("ldd runs");
-    let needed = String::from_utf8(needed.stdout).expect("ldd prints text");
-    for library in needed.split_whitespace().filter(|word| word.starts_with('/')) {
-        let copy = root.path().join(&library[1..]);
-        fs::create_dir_all(copy.parent().expect("a library lies in a folder")).expect("folders can be made");
-        fs::copy(library, copy).expect("the library can be copied");
-    }
-    fs::copy(&program, root.path().join("service")).expect("the program can be copied");
-    root
-}
+use memleak_tests::{Counts, Feature, Memleak, Program, image, needs};
 
 /// The leaker in namespaces of its own, with that process id inside which the first process has.
 struct Container {

@@ -417,6 +417,8 @@ fn addresses_outside_of_code_say_what_they_are() {
     assert_eq!(frames[0].module.as_deref(), Some("[stack]"));
     assert_eq!(frames[0].reason.as_deref(), Some("the memory is [stack], which has no symbols"));
     assert_eq!(frames[1].function, None);
+    // Code was there, so that file is no more: its name would be a wrong one, and become part of the site's identity.
+    assert_eq!(frames[1].module, None);
     for frame in &frames[2..] {
         assert_eq!(frame.reason.as_deref(), Some("nothing is known to be mapped at the address"));
         assert_eq!((frame.module.as_deref(), frame.offset), (None, frame.address));

@@ -6,7 +6,7 @@ use std::process::Command;
 use memleak_tests::{Counts, Feature, Memleak, Program, Snapshot, library_path, needs, program_path};
 
 use super::glibc::{assert_nothing_else, expected_common_kinds, expected_kinds};
-use super::user_sets::{option, plugins};
+use super::user_sets::{assert_pool, option, plugins};
 use super::{Expected, assert_clean, assert_sites, freed, kept};
 
 /// Debian's shared libraries.
@@ -370,18 +370,7 @@ fn prefixed_names_are_found() {
         old = { arg = 0 }
         "#,
     );
-    let mut program = Program::start("pool");
-    let mut memleak = Memleak::watch_with(program.pid(), &option(&folder));
-    program.step("done");
-    let snapshot = memleak.settled();
-    assert_clean(&snapshot, program.pid());
-    let expected = [
-        kept("pool_leak", "pool_alloc", 31, 79),
-        freed("pool_churn", "pool_alloc", 37, 83),
-        kept("pool_leak_large", "pool_alloc_large", 5, 2001),
-        freed("pool_churn_large", "pool_alloc_large", 3, 2003),
-    ];
-    assert_sites(&snapshot, &expected);
+    assert_pool(&folder);
 }
 
 /// Splits the debug information of `program` off into `debug` and leaves a stripped program that names it.

@@ -5,7 +5,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use memleak_tests::{Counts, Feature, Memleak, Program, needs, program_path};
+use memleak_tests::{Counts, Feature, Memleak, Program, image, needs, program_path};
 
 use super::assert_clean;
 use super::lifecycle::copy_as;
@@ -128,17 +128,7 @@ fn process_is_found_by_its_cgroup() {
 #[test]
 fn process_in_another_root_is_counted_and_named() {
     needs!(Feature::Bpf, Feature::MountNamespace);
-    let root = tempfile::tempdir().expect("a folder can be made");
-    let program = program_path("leaker").expect("the program was built");
-    // The program with the loader and library that it needs, and nothing else of this system.
-    let needed = Command::new("ldd").arg(&program).output().expect("ldd runs");
-    let needed = String::from_utf8(needed.stdout).expect("ldd prints text");
-    for library in needed.split_whitespace().filter(|word| word.starts_with('/')) {
-        let copy = root.path().join(&library[1..]);
-        fs::create_dir_all(copy.parent().expect("a library lies in a folder")).expect("folders can be made");
-        fs::copy(library, copy).expect("the library can be copied");
-    }
-    fs::copy(&program, root.path().join("service")).expect("the program can be copied");
+    let root = image();
     let mut command = Command::new("unshare");
     command.args(["--mount", "chroot"]).arg(root.path()).arg("/service");
     let mut program = Program::start_command(&mut command);

@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::Command;
 
-use memleak_tests::{Counts, Feature, Memleak, Program, needs, program_path};
+use memleak_tests::{Counts, Feature, Memleak, Program, Snapshot, needs, program_path};
 use tempfile::TempDir;
 
 use super::{assert_clean, assert_sites, freed, kept};
@@ -65,13 +65,10 @@ pub(super) fn option(folder: &TempDir) -> [&str; 2] {
     ["--plugins", folder.path().to_str().expect("the folder has a plain name")]
 }
 
-// An allocator of one's own needs nothing but a manifest; a pool call that rests on malloc counts once.
-#[test]
-fn pool_allocator_is_counted_from_its_manifest() {
-    needs!(Feature::Bpf);
-    let folder = plugins(POOL);
+/// Runs the program `pool` with a folder's manifests and checks its account; returns the snapshot.
+pub(super) fn assert_pool(folder: &TempDir) -> Snapshot {
     let mut program = Program::start("pool");
-    let mut memleak = Memleak::watch_with(program.pid(), &option(&folder));
+    let mut memleak = Memleak::watch_with(program.pid(), &option(folder));
     program.step("done");
     let snapshot = memleak.settled();
     assert_clean(&snapshot, program.pid());
@@ -82,6 +79,15 @@ fn pool_allocator_is_counted_from_its_manifest() {
         freed("pool_churn_large", "pool_alloc_large", 3, 2003),
     ];
     assert_sites(&snapshot, &expected);
+    snapshot
+}
+
+// An allocator of one's own needs nothing but a manifest; a pool call that rests on malloc counts once.
+#[test]
+fn pool_allocator_is_counted_from_its_manifest() {
+    needs!(Feature::Bpf);
+    let folder = plugins(POOL);
+    let snapshot = assert_pool(&folder);
     assert!(snapshot.sites.iter().all(|site| site.probe_set == "pool"), "{:#?}", snapshot.callers());
 }
 
