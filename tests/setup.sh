@@ -58,7 +58,7 @@ list_packages() {
     case "$1" in
     build) ;;
     test | lint)
-        wanted="g++ musl-tools libjemalloc2 $(first_of libgoogle-perftools4 libgoogle-perftools4t64) $(first_of libtcmalloc-minimal4 libtcmalloc-minimal4t64) $(first_of libmimalloc2.0 libmimalloc3) redis-server redis-tools nginx memcached sqlite3 python3 perl gdb wrk golang-go bpftool util-linux xz-utils $(first_of chromium chromium-browser) $(first_of chromium-driver chromium-chromedriver)"
+        wanted="g++ musl-tools libjemalloc2 $(first_of libgoogle-perftools4 libgoogle-perftools4t64) $(first_of libtcmalloc-minimal4 libtcmalloc-minimal4t64) $(first_of libmimalloc2.0 libmimalloc3) redis-server redis-tools nginx memcached sqlite3 python3 perl nodejs gdb wrk golang-go bpftool util-linux xz-utils $(first_of chromium chromium-browser) $(first_of chromium-driver chromium-chromedriver)"
         if [ "$1" = lint ]; then
             wanted="$wanted $(first_of clang-format-19 clang-format)"
         fi

@@ -191,7 +191,7 @@ static __always_inline enum unwind_result unwind_frame(struct memleak_unwind_reg
 		rbp_offset = -16;
 		break;
 	}
-	*end = STACK_STRAYED;
+	*end = STACK_LOST;
 	if (cfa <= regs->sp)
 		return UNWIND_ENDED;
 	*end = STACK_UNREADABLE;
@@ -205,7 +205,7 @@ static __always_inline enum unwind_result unwind_frame(struct memleak_unwind_reg
 		if (!read_word((rbp_kind == UNWIND_RBP_AT_CFA ? cfa : regs->bp) + rbp_offset, &bp))
 			return UNWIND_ENDED;
 	}
-	/* A lost rbp stays what it was: the next frame that uses it strays, and says so. */
+	/* A lost rbp stays what it was: the next frame that uses it is not found, and says so. */
 	if (!saved[1]) {
 		*end = STACK_COMPLETE;
 		return UNWIND_ENDED;

@@ -12,6 +12,7 @@ mod output;
 mod own_cost;
 mod process;
 mod tools;
+mod unwinding;
 mod workloads;
 
 use std::fs;
@@ -26,9 +27,12 @@ use machine::Machine;
 use measure::{Bench, Effort, Outcome};
 use memleak::Memleak;
 use own_cost::OwnCost;
+use unwinding::Unwinding;
 
 /// The id of memleak's own cost among the workloads.
 const OWN_COST: &str = "own-cost";
+/// The id of the cost of call stacks among them.
+const UNWINDING: &str = "unwinding";
 
 /// Measures what memleak and other tools cost real programs.
 #[derive(Debug, Parser)]
@@ -65,6 +69,8 @@ struct Results {
     workloads: Vec<Outcome>,
     /// `None` when it was not asked for, or failed.
     own_cost: Option<OwnCost>,
+    /// As `own_cost`.
+    unwinding: Option<Unwinding>,
 }
 
 fn main() -> ExitCode {
@@ -84,7 +90,7 @@ fn run(mut options: Options) -> Result<bool> {
     options.workloads.retain(|id| !id.is_empty());
     options.tools.retain(|id| !id.is_empty());
     let workloads = workloads::workloads();
-    let workload_ids: Vec<_> = workloads.iter().map(|workload| workload.id()).chain([OWN_COST]).collect();
+    let workload_ids: Vec<_> = workloads.iter().map(|workload| workload.id()).chain([OWN_COST, UNWINDING]).collect();
     let tool_ids: Vec<_> = tools::TOOLS.iter().map(|tool| tool.id).collect();
     if options.list {
         println!("workloads: {}\ntools: {}", workload_ids.join(", "), tool_ids.join(", "));
@@ -104,7 +110,8 @@ fn run(mut options: Options) -> Result<bool> {
     }
 
     let wanted = |id: &str| options.workloads.is_empty() || options.workloads.iter().any(|wanted| wanted == id);
-    let mut results = Results { machine, effort: effort.clone(), workloads: Vec::new(), own_cost: None };
+    let mut results =
+        Results { machine, effort: effort.clone(), workloads: Vec::new(), own_cost: None, unwinding: None };
     let bench = Bench { memleak: &memleak, tools: &tools, effort: &effort };
     let mut good = true;
     for workload in workloads.iter().filter(|workload| wanted(workload.id())) {
@@ -127,6 +134,18 @@ fn run(mut options: Options) -> Result<bool> {
             }
             Err(error) => {
                 println!("\n{OWN_COST}: n/a (failed: {error:#})");
+                good = false;
+            }
+        }
+    }
+    if wanted(UNWINDING) {
+        match unwinding::measure(&memleak, effort.rounds, effort.seconds as f64, folder.path()) {
+            Ok(unwinding) => {
+                print!("{}", output::unwinding_block(&unwinding));
+                results.unwinding = Some(unwinding);
+            }
+            Err(error) => {
+                println!("\n{UNWINDING}: n/a (failed: {error:#})");
                 good = false;
             }
         }
