@@ -1,4 +1,5 @@
-"""Keeps blocks in a method that Python calls through C: sorted() calls its key function."""
+"""Keeps blocks in a method that Python calls through C: sorted() calls its key function. With an argument it is quiet."""
+import os
 import sys
 
 kept = []
@@ -18,12 +19,14 @@ def work():
     return sorted([10_001] * 7, key=key)  # LINE work
 
 
-def step():
-    sys.stdin.readline()
+def say(word):
+    if len(sys.argv) == 1:
+        print(word, flush=True)
+        sys.stdin.readline()
 
 
-print("ready", flush=True)
-step()
+say("ready")
 work()  # LINE module
-print("done", flush=True)
-step()
+say("done")
+# The usual way out would give everything back.
+os._exit(0)
