@@ -132,7 +132,7 @@ fn program_of_half_a_gigabyte_is_watched_and_named() {
     needs!(Feature::Bpf, Feature::Command("gcc"), Feature::Command("objcopy"));
     let folder = tempfile::tempdir().expect("a folder can be made");
     let program = enormous(folder.path());
-    assert!(fs::metadata(&program).expect("it was made").len() > 500 << 20);
+    assert!(fs::metadata(&program).expect("it was made").len() > 500_000_000);
     let mut program = Program::start_command(&mut Command::new(&program));
     let started = Instant::now();
     let mut memleak = Memleak::watch_with(program.pid(), &["--set", "collector.unwind_cache=off"]);

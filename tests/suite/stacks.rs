@@ -141,7 +141,7 @@ fn frame_pointers_alone_end_early() {
 /// Runs a program of the distribution to its end, or for a few seconds; nearly all of its stacks must be complete, although
 /// no table has been made before.
 fn is_complete(settings: &[&str], command: &[&str], least: u64) {
-    let snapshot = run(&[&["collector.unwind_cache=off"], settings].concat(), command);
+    let snapshot = run(&[&["collector.unwind_cache=off", "live.sites=50"], settings].concat(), command);
     let process = snapshot.processes.last().expect("it was watched");
     let share = process.complete_stacks.expect("stacks were taken");
     eprintln!("{}: {:.2} % of {} stacks are complete", command[0], share * 100.0, snapshot.totals.allocated_count);

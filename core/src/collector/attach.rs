@@ -61,7 +61,7 @@ struct Known {
 }
 
 /// How long probes wait for the unwind tables of a process, seconds. Chromium's take two.
-const WAIT_FOR_TABLES_S: f64 = 5.0;
+pub(super) const WAIT_FOR_TABLES_S: f64 = 5.0;
 
 /// Most files that are remembered; beyond it the caches start anew.
 const MAX_FILES: usize = 16_384;

@@ -284,7 +284,9 @@ impl Collector {
             collector.launch(&target.command, number)?;
         }
         collector.scan()?;
-        while collector.is_waiting() {
+        // Those that are found meanwhile are none of this: there may always be more of them.
+        let end_s = collector.now_s() + attach::WAIT_FOR_TABLES_S;
+        while collector.is_waiting() && collector.now_s() < end_s {
             collector.poll(TICK)?;
         }
         Ok(collector)
