@@ -64,7 +64,7 @@ cp "$(command -v busybox)" "$root/bin/busybox"
 # Copies the shared libraries that a program or library needs, each to its own path.
 copy_libraries() {
     local library
-    { ldd "$1" 2>/dev/null || true; } | grep -oE '/[^ ]+' | while read -r library; do
+    { ldd "$1" 2>/dev/null || true; } | sed -nE 's#^\t(.* => )?(/[^ ]+) \(.*#\2#p' | while read -r library; do
         if [ ! -e "$root$library" ]; then
             mkdir -p "$root${library%/*}"
             cp -L "$library" "$root$library"
