@@ -121,7 +121,7 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(b"1000 100 first\n").unwrap();
         let mut map = PerfMap { file: Some(file.try_clone().unwrap()), ..PerfMap::default() };
-        let mut name = |map: &mut PerfMap, address| {
+        let name = |map: &mut PerfMap, address| {
             map.quiet_until = None;
             map.find(address).map(|(name, _)| name.to_string())
         };
