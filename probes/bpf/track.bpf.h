@@ -319,10 +319,14 @@ static __always_inline struct memleak_site *site_of(struct memleak_actor *actor,
 static __always_inline void end_missed(struct memleak_actor *actor, u64 address, u64 now)
 {
 	struct memleak_block missed;
+	struct memleak_site *site;
 
 	if (!take(actor, address, &missed))
 		return;
 	count(actor->slot, COUNTER_IMPLICIT_FREES);
+	site = site_of_block(&missed, actor->instance);
+	if (site)
+		__sync_fetch_and_add(&site->unseen_frees, 1);
 	settle(&missed, actor->instance, now);
 	emit(actor, EVENT_IMPLICIT_FREE, address, block_size(&missed), now, block_age(&missed, now), missed.stack,
 	     block_probe_set(&missed), 0);

@@ -91,6 +91,7 @@ impl Run {
             cohorts: Vec::new(),
             lifetimes: [0; LIFETIME_CLASSES],
             reachability: None,
+            kernel: None,
             stderr: StandardErrors::default(),
         });
     }

@@ -253,6 +253,7 @@ impl Simulation {
                 cohorts: s.heap.cohorts(),
                 lifetimes: s.heap.lifetimes,
                 reachability: self.reachability.clone(),
+                kernel: None,
             });
             s.heap.advance(self.interval_s);
         }
