@@ -68,9 +68,12 @@ pub(super) fn domains(set: &KernelSetSpec) -> impl Iterator<Item = u64> + '_ {
     set.tracepoints.iter().filter_map(|t| find(&t.name)).map(|k| k.domain)
 }
 
+/// A tracepoint of this kernel, and where it has what.
+type Point = (&'static Known, memleak_kernel_layout);
+
 /// What is to be attached.
 pub(super) struct Plan {
-    sets: Vec<(u32, Result<Vec<(&'static Known, memleak_kernel_layout)>, String>)>,
+    sets: Vec<(u32, Result<Vec<Point>, String>)>,
 }
 
 impl Plan {
@@ -125,7 +128,7 @@ impl Plan {
     }
 }
 
-fn plan(set: &KernelSetSpec, layouts: &Layouts) -> Result<Vec<(&'static Known, memleak_kernel_layout)>, String> {
+fn plan(set: &KernelSetSpec, layouts: &Layouts) -> Result<Vec<Point>, String> {
     let mut points = Vec::new();
     for point in &set.tracepoints {
         let known = find(&point.name).ok_or_else(|| format!("there is no program for tracepoint {}", point.name))?;
