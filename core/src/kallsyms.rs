@@ -138,6 +138,17 @@ impl Kallsyms {
         })
     }
 
+    /// Addresses of functions of the kernel itself, those that it has.
+    pub fn addresses<'a>(&self, names: impl Iterator<Item = &'a String>) -> Vec<(String, u64)> {
+        let mut wanted: std::collections::HashMap<&str, Option<u64>> = names.map(|n| (n.as_str(), None)).collect();
+        for symbol in self.symbols.iter().filter(|s| s.module == 0) {
+            if let Some(found) = wanted.get_mut(self.name(*symbol)) {
+                *found = Some(symbol.address);
+            }
+        }
+        wanted.into_iter().filter_map(|(name, address)| Some((name.to_owned(), address?))).collect()
+    }
+
     /// Start and end of every function whose name matches, at most `most` of them.
     pub fn ranges(&self, names: &GlobSet, most: usize) -> Vec<(u64, u64)> {
         let mut ranges: Vec<(u64, u64)> = Vec::new();

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 pub mod gfp;
+pub mod judge;
 pub mod statistics;
 
 /// What the kernel is called where a process has a name.
@@ -20,6 +21,10 @@ pub struct KernelSample {
     pub unseen_frees: u64,
     /// Why it cannot be told whether what is outstanding was freed; `None` when it can.
     pub unverifiable: Option<Arc<str>>,
+    /// What its slab cache has grown by since the start, in objects in use, bytes; `None` when that is not known.
+    pub cache_growth_bytes: Option<i64>,
+    /// The kernel gives the cache's objects back when memory is short.
+    pub reclaimable: bool,
 }
 
 /// Facts of a site of the kernel: of its first allocation, where allocations differ.
@@ -88,6 +93,8 @@ pub struct SetState {
     pub backend: Option<String>,
     /// Why it is not.
     pub failed: Option<String>,
+    /// Why frees by RCU and of many blocks at a time are not seen.
+    pub blind: Option<String>,
 }
 
 /// One cache: what it says of itself, and what was traced.

@@ -20,8 +20,11 @@ char LICENSE[] SEC("license") = "GPL";
 struct memleak_kept_types {
 	enum memleak_kernel_probe probe;
 	enum memleak_kernel_limits limits;
+	enum memleak_kernel_role role;
 } kept_types;
 
+/* Number of the probe set that a tracepoint belongs to. */
+const volatile u32 probe_sets[KERNEL_PROBES] = {};
 /* Where each tracepoint has what. */
 const volatile struct memleak_kernel_layout layouts[KERNEL_PROBES] = {};
 
@@ -52,11 +55,22 @@ static __always_inline u64 argument(const struct bpf_raw_tracepoint_args *ctx, u
 	return value;
 }
 
+static __always_inline u32 domain_of(enum memleak_kernel_probe probe)
+{
+	if (probe >= KERNEL_VMAP_ALLOC)
+		return 3;
+	if (probe >= KERNEL_PERCPU_ALLOC)
+		return 2;
+	return probe >= KERNEL_PAGE_ALLOC;
+}
+
 static __always_inline int on_tracepoint_alloc(struct bpf_raw_tracepoint_args *ctx, enum memleak_kernel_probe probe)
 {
 	const volatile struct memleak_kernel_layout *at = &layouts[probe];
 	struct memleak_kernel_call call = {
-		.probe = probe,
+		.probe_set = probe_sets[probe],
+		.name = probe,
+		.domain = domain_of(probe),
 		.address = argument(ctx, at->block),
 		.size = argument(ctx, at->size),
 		.object_bytes = argument(ctx, at->object),
@@ -71,7 +85,7 @@ static __always_inline int on_tracepoint_alloc(struct bpf_raw_tracepoint_args *c
 
 static __always_inline int on_tracepoint_free(struct bpf_raw_tracepoint_args *ctx, enum memleak_kernel_probe probe)
 {
-	kernel_free(probe, argument(ctx, layouts[probe].block));
+	kernel_free(domain_of(probe), argument(ctx, layouts[probe].block));
 	return 0;
 }
 
@@ -117,7 +131,9 @@ int tp_mm_page_alloc(struct bpf_raw_tracepoint_args *ctx)
 	const volatile struct memleak_kernel_layout *at = &layouts[KERNEL_PAGE_ALLOC];
 	u32 order = argument(ctx, at->size);
 	struct memleak_kernel_call call = {
-		.probe = KERNEL_PAGE_ALLOC,
+		.probe_set = probe_sets[KERNEL_PAGE_ALLOC],
+		.name = KERNEL_PAGE_ALLOC,
+		.domain = domain_of(KERNEL_PAGE_ALLOC),
 		.address = argument(ctx, at->block),
 		.gfp = (u32)argument(ctx, at->gfp),
 		.order = order,
@@ -142,7 +158,9 @@ int tp_percpu_alloc(struct bpf_raw_tracepoint_args *ctx)
 {
 	const volatile struct memleak_kernel_layout *at = &layouts[KERNEL_PERCPU_ALLOC];
 	struct memleak_kernel_call call = {
-		.probe = KERNEL_PERCPU_ALLOC,
+		.probe_set = probe_sets[KERNEL_PERCPU_ALLOC],
+		.name = KERNEL_PERCPU_ALLOC,
+		.domain = domain_of(KERNEL_PERCPU_ALLOC),
 		.address = argument(ctx, at->block),
 		.size = argument(ctx, at->size) * cpus,
 		.object_bytes = argument(ctx, at->object),
@@ -165,7 +183,9 @@ int tp_vmap_alloc(struct bpf_raw_tracepoint_args *ctx)
 {
 	const volatile struct memleak_kernel_layout *at = &layouts[KERNEL_VMAP_ALLOC];
 	struct memleak_kernel_call call = {
-		.probe = KERNEL_VMAP_ALLOC,
+		.probe_set = probe_sets[KERNEL_VMAP_ALLOC],
+		.name = KERNEL_VMAP_ALLOC,
+		.domain = domain_of(KERNEL_VMAP_ALLOC),
 		.address = argument(ctx, at->block),
 		.size = argument(ctx, at->size),
 	};
@@ -184,3 +204,5 @@ int tp_vmap_free(struct bpf_raw_tracepoint_args *ctx)
 {
 	return on_tracepoint_free(ctx, KERNEL_VMAP_FREE);
 }
+
+#include "kernel_functions.bpf.h"

@@ -10,7 +10,6 @@
 #include <bpf/bpf_core_read.h>
 
 /* Settings, written before load. */
-const volatile u32 probe_sets[KERNEL_PROBES] = {}; /* number of the probe set that a probe belongs to */
 const volatile u32 own_tgid = 0; /* the collector, whose own allocations are not recorded */
 const volatile u32 only_tgids[KERNEL_TGIDS] = {}; /* record allocations of these processes only; 0 ends the list */
 const volatile u64 only_cgroup = 0; /* record allocations in this cgroup and below it only; its id */
@@ -45,24 +44,6 @@ struct {
 	__type(key, struct memleak_site_key);
 	__type(value, struct memleak_kernel_origin);
 } origins SEC(".maps");
-
-/* Addresses of different kinds do not mix: one domain for each kind. */
-static __always_inline u32 kernel_domain(enum memleak_kernel_probe probe)
-{
-	switch (probe) {
-	case KERNEL_PAGE_ALLOC:
-	case KERNEL_PAGE_FREE:
-		return 1;
-	case KERNEL_PERCPU_ALLOC:
-	case KERNEL_PERCPU_FREE:
-		return 2;
-	case KERNEL_VMAP_ALLOC:
-	case KERNEL_VMAP_FREE:
-		return 3;
-	default:
-		return 0;
-	}
-}
 
 static __always_inline bool is_wanted(const struct memleak_kernel_call *call)
 {
@@ -147,8 +128,8 @@ static __always_inline void kernel_walk(void *ctx, struct memleak_stack *stack, 
 /* Hash of a stack and of what it allocates from; 0 when the block is counted elsewhere. */
 static __always_inline u64 kernel_hash(const struct memleak_stack *stack, const struct memleak_kernel_call *call)
 {
-	u32 domain = kernel_domain(call->probe);
-	u64 hash = hash_seed ^ (call->probe + 1) * 0x9e3779b97f4a7c15ULL;
+	u32 domain = call->domain;
+	u64 hash = hash_seed ^ ((u64)call->name + 1) * 0x9e3779b97f4a7c15ULL;
 	u32 i;
 
 	hash = (hash ^ call->cache) * 0xff51afd7ed558ccdULL;
@@ -194,76 +175,109 @@ static __always_inline void note_origin(struct memleak_kernel_origin *origin, co
 	bpf_map_update_elem(&origins, key, origin, BPF_NOEXIST);
 }
 
-static __always_inline void record(void *ctx, struct memleak_actor *actor, struct memleak_kernel_cpu *cpu, u32 level,
-				   struct memleak_kernel_call *call)
+/*
+ * Makes sure that the site of an allocation exists, and returns its stack's hash; 0 when the allocation is not recorded.
+ * `level` is how deep interrupts are nested here.
+ */
+static __always_inline u64 prepare_at(void *ctx, struct memleak_actor *actor, struct memleak_kernel_cpu *cpu, u32 level,
+				      struct memleak_kernel_call *call)
 {
-	struct memleak_function function = { .probe_set = probe_sets[call->probe], .name = call->probe };
-	struct memleak_site_key key = { .probe_set = function.probe_set };
+	struct memleak_site_key key = { .probe_set = call->probe_set };
 	const struct kmem_cache *cache = (const void *)call->cache;
 	struct memleak_stack *stack;
 
-	if (level >= KERNEL_LEVELS)
-		return;
+	if (level >= KERNEL_LEVELS) {
+		count(0, COUNTER_THREADS_FULL);
+		return 0;
+	}
 	stack = &cpu->stacks[level];
 	if (cache && !call->object_bytes)
 		call->object_bytes = BPF_CORE_READ(cache, size);
-	stack->name = call->probe;
+	stack->name = call->name;
 	kernel_walk(ctx, stack, call->caller);
 	if (!stack->count)
-		count(actor->slot, COUNTER_STACKS_FAILED);
+		count(0, COUNTER_STACKS_FAILED);
 	key.stack = kernel_hash(stack, call);
-	if (!key.stack)
+	if (!key.stack || bpf_map_lookup_elem(&sites, &key))
+		return key.stack;
+	note_origin(&cpu->origins[level], &key, call);
+	return site_of(actor, &key, stack) ? key.stack : 0;
+}
+
+/* As prepare_at(), for an allocation that the filters and the sampler let through; 0 for others. */
+static __always_inline u64 prepare(void *ctx, struct memleak_actor *actor, struct memleak_kernel_call *call)
+{
+	const struct kmem_cache *cache = (const void *)call->cache;
+	struct memleak_kernel_cpu *cpu;
+	u32 zero = 0, level;
+	u64 hash;
+
+	cpu = bpf_map_lookup_elem(&kernel_cpus, &zero);
+	if (!cpu)
+		return 0;
+	if (cache && !call->size)
+		call->size = BPF_CORE_READ(cache, object_size);
+	if (!is_wanted(call))
+		return 0;
+	count_allocation(0, call->size);
+	if (!is_sampled(cpu, call->size))
+		return 0;
+	level = cpu->depth;
+	cpu->depth = level + 1;
+	barrier();
+	hash = prepare_at(ctx, actor, cpu, level, call);
+	barrier();
+	cpu->depth = level;
+	return hash;
+}
+
+/* A block has been handed out, at the site with that hash, or not recorded. */
+static __always_inline void commit(struct memleak_actor *actor, u64 address, u64 size, u64 hash, u32 probe_set,
+				   u32 name)
+{
+	struct memleak_function function = { .probe_set = probe_set, .name = name };
+	struct memleak_block_key key = { .address = address, .domain = actor->domain };
+	struct memleak_site_key site_key = { .stack = hash, .probe_set = probe_set };
+	struct memleak_site *site;
+	u64 now;
+
+	/* Whatever was recorded there is gone, though nobody saw it being freed. */
+	if (bpf_map_lookup_elem(&blocks, &key))
+		end_missed(actor, address, bpf_ktime_get_ns());
+	if (!hash)
 		return;
-	if (!bpf_map_lookup_elem(&sites, &key))
-		note_origin(&cpu->origins[level], &key, call);
-	track_alloc(actor, &function, call->address, call->size, key.stack, stack);
+	now = bpf_ktime_get_ns();
+	site = bpf_map_lookup_elem(&sites, &site_key);
+	if (site)
+		book_alloc(actor, &function, address, size, hash, site, now);
+}
+
+/* NULL, or ZERO_SIZE_PTR: no memory. Errors in place of pointers are none either. */
+static __always_inline bool is_block(u64 address)
+{
+	return address > 16 && address < -4095ULL;
 }
 
 /* The kernel has handed out a block. */
 static __always_inline void kernel_alloc(void *ctx, struct memleak_kernel_call *call)
 {
-	struct memleak_actor actor = { .domain = kernel_domain(call->probe) };
-	struct memleak_block_key key = { .address = call->address, .domain = actor.domain };
-	const struct kmem_cache *cache = (const void *)call->cache;
-	struct memleak_kernel_cpu *cpu;
-	u32 zero = 0, level;
+	struct memleak_actor actor = { .domain = call->domain };
+	u64 hash;
 
-	/* NULL, or ZERO_SIZE_PTR: no memory. */
-	if (call->address <= 16)
+	if (!is_block(call->address))
 		return;
 	count(0, COUNTER_HITS);
-	cpu = bpf_map_lookup_elem(&kernel_cpus, &zero);
-	if (!cpu)
-		return;
-	if (cache && !call->size)
-		call->size = BPF_CORE_READ(cache, object_size);
-	if (is_wanted(call)) {
-		count_allocation(0, call->size);
-		if (is_sampled(cpu, call->size)) {
-			level = cpu->depth;
-			cpu->depth = level + 1;
-			barrier();
-			if (level < KERNEL_LEVELS)
-				record(ctx, &actor, cpu, level, call);
-			else
-				count(0, COUNTER_THREADS_FULL);
-			barrier();
-			cpu->depth = level;
-			return;
-		}
-	}
-	/* Whatever was recorded there is gone, though nobody saw it being freed. */
-	if (bpf_map_lookup_elem(&blocks, &key))
-		end_missed(&actor, call->address, bpf_ktime_get_ns());
+	hash = prepare(ctx, &actor, call);
+	commit(&actor, call->address, call->size, hash, call->probe_set, call->name);
 }
 
 /* The kernel has taken a block back. */
-static __always_inline void kernel_free(enum memleak_kernel_probe probe, u64 address)
+static __always_inline void kernel_free(u32 domain, u64 address)
 {
-	struct memleak_function function = { .probe_set = probe_sets[probe], .name = probe };
-	struct memleak_actor actor = { .domain = kernel_domain(probe) };
+	struct memleak_function function = {};
+	struct memleak_actor actor = { .domain = domain };
 
-	if (address <= 16)
+	if (!is_block(address))
 		return;
 	count(0, COUNTER_HITS);
 	track_free(&actor, &function, address, 0, 0);

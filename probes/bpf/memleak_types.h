@@ -344,6 +344,42 @@ enum memleak_kernel_limits {
 	KERNEL_INNER_FRAMES = 12, /* how far up such a function is looked for */
 	KERNEL_TRACER_FRAMES = 16, /* how far up the caller is looked for */
 	KERNEL_NO_ARGUMENT = 255,
+	KERNEL_FIRST_FUNCTION = 16, /* names from here on are those of functions */
+	KERNEL_FUNCTIONS = 256, /* places where functions are probed */
+	KERNEL_PENDING = 16384, /* calls under way */
+	KERNEL_BULK = 64, /* blocks of one call that are followed */
+};
+
+/* What a function of the kernel does. */
+enum memleak_kernel_role {
+	KERNEL_ROLE_ALLOC = 1,
+	KERNEL_ROLE_FREE = 2,
+	KERNEL_ROLE_FREE_BULK = 3, /* of `count` blocks, whose addresses `block` points at */
+	KERNEL_ROLE_FREE_AT = 4, /* of the block that lies `size` bytes before `block`; of block `size` when that is NULL */
+};
+
+/* A function of the kernel that is probed: which argument is what, from 0. */
+struct memleak_kernel_function {
+	__u32 probe_set;
+	__u32 name;
+	__u8 role; /* enum memleak_kernel_role */
+	__u8 domain;
+	__u8 block;
+	__u8 size;
+	__u8 cache;
+	__u8 gfp;
+	__u8 count;
+	__u8 pad;
+};
+
+/* A call under way. Key: address of its return address, which no other call has. */
+struct memleak_kernel_pending {
+	__u64 stack; /* 0: not recorded */
+	__u64 size;
+	__u32 probe_set;
+	__u32 name;
+	__u32 domain;
+	__u32 pad;
 };
 
 /* Which argument of a tracepoint is what, from 0; KERNEL_NO_ARGUMENT where there is none. */
@@ -366,7 +402,9 @@ struct memleak_kernel_call {
 	__u64 cache; /* struct kmem_cache; 0: not known */
 	__u64 gfp;
 	__u64 caller; /* return address; 0: not known */
-	__u32 probe; /* enum memleak_kernel_probe */
+	__u32 probe_set;
+	__u32 name;
+	__u32 domain; /* addresses of different kinds do not mix */
 	__u32 order;
 	__u32 migrate_type;
 	__u32 pad;

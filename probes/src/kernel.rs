@@ -7,7 +7,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
-use libbpf_rs::{Link, MapCore, MapFlags};
+use libbpf_rs::{Link, MapCore, MapFlags, Program};
 
 use crate::features;
 use crate::reader::{self, Counters, SiteKey, SiteTotals, Stack};
@@ -18,9 +18,12 @@ use crate::types::{
 };
 use crate::{Error, ErrorKind, Result};
 
+mod functions;
 mod layout;
 mod tracepoints;
 
+use functions::{Attacher, Names};
+use layout::Layouts;
 pub use layout::gfp_flags;
 pub use tracepoints::is_known as is_known_tracepoint;
 
@@ -64,6 +67,50 @@ pub struct KernelTracepoint {
     pub optional: bool,
 }
 
+/// What a function of the kernel does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KernelRole {
+    /// Hands out a block.
+    Alloc,
+    /// Takes one back.
+    Free,
+    /// Takes several back.
+    FreeBulk,
+    /// Takes one to be freed later, when no reader of RCU can see it any more.
+    FreeRcu,
+}
+
+impl KernelRole {
+    /// Frees that no tracepoint tells of: followed whatever way in is used, where functions can be probed.
+    pub fn is_unseen_by_tracepoints(self) -> bool {
+        matches!(self, KernelRole::FreeBulk | KernelRole::FreeRcu)
+    }
+}
+
+/// A function of a probe set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelFunction {
+    /// What it is called, by kernel; the first that there is counts.
+    pub symbols: Vec<String>,
+    /// What it does.
+    pub role: KernelRole,
+    /// The set attaches without it.
+    pub optional: bool,
+}
+
+/// What kind of addresses a set's blocks have: those of different kinds do not mix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum KernelDomain {
+    /// Objects of slab caches.
+    Slab = 0,
+    /// Pages.
+    Pages = 1,
+    /// Per-CPU memory.
+    Percpu = 2,
+    /// Virtually contiguous memory.
+    Vmalloc = 3,
+}
+
 /// A probe set of the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KernelSetSpec {
@@ -71,8 +118,12 @@ pub struct KernelSetSpec {
     pub number: u32,
     /// Name, for messages.
     pub name: String,
+    /// What its blocks are.
+    pub domain: KernelDomain,
     /// Tracepoints, for [`KernelBackend::Tracepoint`].
     pub tracepoints: Vec<KernelTracepoint>,
+    /// Functions, for the other ways, and for what no tracepoint tells.
+    pub functions: Vec<KernelFunction>,
 }
 
 /// Code below which allocations of pages or per-CPU memory are counted elsewhere.
@@ -109,6 +160,8 @@ pub const MAX_INNER: usize = limits::KERNEL_INNER.0 as usize;
 pub struct KernelSettings {
     /// How to attach; `None` takes for each set the best that works.
     pub backend: Option<KernelBackend>,
+    /// Addresses of the kernel's functions that a set names, by name.
+    pub symbols: Vec<(String, u64)>,
     /// What is probed.
     pub sets: Vec<KernelSetSpec>,
     /// Most outstanding allocations.
@@ -125,6 +178,8 @@ pub struct KernelSettings {
     pub inner: Vec<InnerCode>,
     /// Record movable pages, too: those of programs and of the page cache.
     pub movable_pages: bool,
+    /// Birth generation to begin with.
+    pub cohort: u32,
 }
 
 /// What became of a probe set of the kernel.
@@ -134,6 +189,8 @@ pub struct KernelSetStatus {
     pub number: u32,
     /// How it is attached, and to what; or why it is not.
     pub state: Result<(KernelBackend, Vec<String>), String>,
+    /// Why frees by RCU and of many blocks at a time are not seen; `None` when they are, or there are none.
+    pub blind: Option<String>,
 }
 
 /// What is known of a site of the kernel: of its first allocation, where they may differ.
@@ -164,6 +221,9 @@ pub struct KernelTracker {
     skel: KernelAllocSkel<'static>,
     /// Before `skel` is dropped nothing may be attached any more; order of fields is order of dropping.
     _links: Vec<Link>,
+    /// Copies of the programs for single functions.
+    copies: Vec<KernelAllocSkel<'static>>,
+    names: Names,
     status: Vec<KernelSetStatus>,
     sample_bytes: u64,
     cohort: u32,
@@ -176,22 +236,30 @@ impl KernelTracker {
     /// A missing privilege or kernel feature, or no set can be attached: the message says why and what to do.
     pub fn start(settings: &KernelSettings) -> Result<KernelTracker> {
         features::check_kernel()?;
-        let mut plan = tracepoints::Plan::new(settings);
+        let layouts = Layouts::read().map_err(|e| Error::new(ErrorKind::Kernel, e))?;
+        let plan = tracepoints::Plan::new(settings, &layouts);
         let mut open = open(settings)?;
         plan.select(&mut open);
         let mut skel = open.load().map_err(|e| Error::bpf("load the BPF programs for the kernel", &e))?;
-        let mut links = Vec::new();
-        let status = plan.attach(&mut skel, &mut links);
+        if let Some(bss) = skel.maps.bss_data.as_deref_mut() {
+            bss.cohort_now = settings.cohort;
+        }
+        let (mut links, mut copies, mut names) = (Vec::new(), Vec::new(), Names::default());
+        let mut status = Vec::new();
+        for set in &settings.sets {
+            let mut attacher =
+                Attacher { settings, layouts: &layouts, skel: &skel, names: &mut names, copies: &mut copies };
+            status.push(attach(set, &plan, &mut attacher, &mut links));
+        }
         if status.iter().all(|s| s.state.is_err()) {
             let why: Vec<String> = (status.iter().zip(&settings.sets))
                 .filter_map(|(s, set)| Some(format!("{}: {}", set.name, s.state.as_ref().err()?)))
                 .collect();
-            return Err(Error::new(
-                ErrorKind::Kernel,
-                format!("nothing of the kernel can be followed: {}", why.join("; ")),
-            ));
+            let message = format!("nothing of the kernel can be followed: {}", why.join("; "));
+            return Err(Error::new(ErrorKind::Kernel, message));
         }
-        Ok(KernelTracker { skel, _links: links, status, sample_bytes: settings.sample_bytes, cohort: 0 })
+        let sample_bytes = settings.sample_bytes;
+        Ok(KernelTracker { skel, _links: links, copies, names, status, sample_bytes, cohort: settings.cohort })
     }
 
     /// What became of each probe set.
@@ -205,8 +273,8 @@ impl KernelTracker {
     }
 
     /// Name of what was probed, by the number in a [`Stack`].
-    pub fn function_name(&self, number: u32) -> &'static str {
-        tracepoints::name_of(number)
+    pub fn function_name(&self, number: u32) -> &str {
+        self.names.get(number).unwrap_or_else(|| tracepoints::name_of(number))
     }
 
     /// Totals of every site; their instance is 0.
@@ -255,7 +323,8 @@ impl KernelTracker {
     /// The kernel does not tell.
     pub fn run_stats(&self) -> Result<RunStats> {
         let mut sum = RunStats::default();
-        for prog in self.skel.object().progs() {
+        let all = std::iter::once(&self.skel).chain(&self.copies).flat_map(|skel| skel.object().progs());
+        for prog in all.filter(Program::autoload) {
             let info = info_of(&prog).map_err(|e| Error::bpf("ask what the programs cost", &e))?;
             sum.time_ns += info.run_time_ns;
             sum.runs += info.run_cnt;
@@ -272,6 +341,50 @@ impl KernelTracker {
     }
 }
 
+/// Attaches one set in the first way that works of those that are wanted.
+fn attach(
+    set: &KernelSetSpec,
+    plan: &tracepoints::Plan,
+    attacher: &mut Attacher<'_>,
+    links: &mut Vec<Link>,
+) -> KernelSetStatus {
+    let mut reasons = Vec::new();
+    let mut state = None;
+    for backend in KernelBackend::ALL {
+        if attacher.settings.backend.is_some_and(|wanted| wanted != backend) {
+            continue;
+        }
+        let attached = match backend {
+            KernelBackend::Tracepoint => plan.attach(set, attacher.skel, links),
+            _ => attacher.attach(set, |f| !f.role.is_unseen_by_tracepoints(), backend, links),
+        };
+        match attached {
+            Ok(points) => {
+                state = Some((backend, points));
+                break;
+            }
+            Err(why) => reasons.push(format!("{backend}: {why}")),
+        }
+    }
+    let mut blind = None;
+    let unseen = |f: &KernelFunction| f.role.is_unseen_by_tracepoints();
+    if let Some((_, points)) = state.as_mut().filter(|_| set.functions.iter().any(unseen)) {
+        let mut tried = Vec::new();
+        for backend in [KernelBackend::Fentry, KernelBackend::Kprobe] {
+            match attacher.attach(set, unseen, backend, links) {
+                Ok(mut more) => {
+                    points.append(&mut more);
+                    tried.clear();
+                    break;
+                }
+                Err(why) => tried.push(format!("{backend}: {why}")),
+            }
+        }
+        blind = (!tried.is_empty()).then(|| tried.join("; "));
+    }
+    KernelSetStatus { number: set.number, state: state.ok_or_else(|| reasons.join("; ")), blind }
+}
+
 /// See [`KernelTracker::run_stats`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RunStats {
@@ -283,7 +396,7 @@ pub struct RunStats {
     pub misses: u64,
 }
 
-fn info_of(prog: &libbpf_rs::Program<'_>) -> libbpf_rs::Result<libbpf_sys::bpf_prog_info> {
+fn info_of(prog: &Program<'_>) -> libbpf_rs::Result<libbpf_sys::bpf_prog_info> {
     use std::os::fd::{AsFd, AsRawFd};
     let mut info = libbpf_sys::bpf_prog_info::default();
     let mut len = size_of::<libbpf_sys::bpf_prog_info>() as u32;
@@ -348,6 +461,7 @@ fn open(settings: &KernelSettings) -> Result<OpenKernelAllocSkel<'static>> {
         (&mut maps.sites, settings.max_sites),
         (&mut maps.stacks, settings.max_sites),
         (&mut maps.origins, settings.max_sites),
+        (&mut maps.kernel_pending, limits::KERNEL_PENDING.0),
     ] {
         map.set_max_entries(entries).map_err(|e| bound(&e))?;
         // Allocated beforehand: memory cannot be had in an interrupt, and asking for it would trace itself.
@@ -393,12 +507,10 @@ fn open(settings: &KernelSettings) -> Result<OpenKernelAllocSkel<'static>> {
     }
     let mut count = 0;
     for code in &settings.inner {
-        let domains = (settings.sets.iter()).filter(|s| s.number == code.probe_set).flat_map(tracepoints::domains);
-        for domain in std::collections::BTreeSet::from_iter(domains) {
-            if let Some(slot) = rodata.inner.get_mut(count) {
-                *slot = memleak_kernel_range { start: code.start, end: code.end, domain };
-                count += 1;
-            }
+        let Some(set) = settings.sets.iter().find(|s| s.number == code.probe_set) else { continue };
+        if let Some(slot) = rodata.inner.get_mut(count) {
+            *slot = memleak_kernel_range { start: code.start, end: code.end, domain: set.domain as u64 };
+            count += 1;
         }
     }
     rodata.inner_count = count as u32;

@@ -9,7 +9,7 @@ pub(crate) use crate::skeleton::userspace_alloc::types::{
 };
 
 pub(crate) use crate::skeleton::kernel_alloc::types::{
-    memleak_kernel_layout, memleak_kernel_limits, memleak_kernel_origin, memleak_kernel_probe, memleak_kernel_range,
+    memleak_kernel_function, memleak_kernel_layout, memleak_kernel_limits, memleak_kernel_origin, memleak_kernel_probe, memleak_kernel_range, memleak_kernel_role,
 };
 
 /// Birth generations that a site tells apart.
@@ -61,6 +61,7 @@ plain! {
     memleak_counters: 16 * 8,
     memleak_event: 5 * 8 + 6 * 4 + 16,
     memleak_function: 2 * 4 + 8 + 4 * 16 + 2 * 8 + 2 * 4,
+    memleak_kernel_function: 2 * 4 + 8,
     memleak_kernel_layout: 8,
     memleak_kernel_origin: 3 * 8 + 4 * 4 + 16 + 48,
     memleak_operand: 4 + 4 + 8,

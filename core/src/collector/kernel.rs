@@ -12,21 +12,24 @@ use globset::{Glob, GlobSet, GlobSetBuilder};
 use memleak_probes::kernel::{
     InnerCode, KernelFilter, KernelOrigin, KernelSetStatus, KernelSettings as ProbeSettings, KernelTracker, MAX_INNER,
 };
-use memleak_probes::{Attached, StackEnd, placement::Placement};
+use memleak_probes::{Attached, Counters, StackEnd, placement::Placement};
 
 use super::cohorts::{Generations, SiteCohorts};
-use super::{PluginState, PluginStatus, to_totals};
+use super::kernel_budget::{Purse, Verdict};
+use super::{Notice, PluginState, PluginStatus, to_totals};
 use crate::config::{Config, KernelBackend, KernelSettings};
+use crate::governor::StopReason;
 use crate::kallsyms::Kallsyms;
 use crate::kernel::gfp::GfpFlags;
-use crate::kernel::statistics::{Statistics, kmalloc_cache};
-use crate::kernel::{COMM, KernelSample, Origin};
+use crate::kernel::judge::judge;
+use crate::kernel::statistics::{Statistics, is_reclaimable, kmalloc_cache};
+use crate::kernel::{COMM, KernelSample, Origin, SetState};
 use crate::plugin::Plugin;
 use crate::snapshot::{
     Losses, Mode, Process, ProcessSample, Sampling, Site, SiteKey, SiteSample, StackCounts, StandardErrors,
 };
 use crate::symbolize::{Frame, ModuleName, NormalizedFrame, site_id};
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 
 /// Frames of the tracer itself, on top of a stack whose caller the probe did not know.
 const TRACER: [&str; 9] = [
@@ -41,9 +44,20 @@ const TRACER: [&str; 9] = [
     "__x64_sys_bpf*",
 ];
 
+/// What is recorded first when recording everything exceeds the budget: on average one allocation in so many bytes.
+const FIRST_SAMPLE: u64 = 16 << 10;
+/// When that is still too much, so many times fewer ...
+const COARSER: u64 = 16;
+/// ... down to this.
+const COARSEST: u64 = 4 << 20;
+/// When not even that is within the budget, nothing is traced for so long, seconds.
+const COOL_DOWN_S: f64 = 60.0;
+
 /// The kernel while it is watched.
 pub(super) struct Kernel {
-    tracker: KernelTracker,
+    /// `None` while tracing is stopped.
+    tracker: Option<KernelTracker>,
+    status: Vec<KernelSetStatus>,
     process: Arc<Process>,
     plugins: Vec<Plugin>,
     symbols: Kallsyms,
@@ -52,7 +66,16 @@ pub(super) struct Kernel {
     caches: GlobSet,
     modules: GlobSet,
     sites: HashMap<SiteKey, Known>,
+    at_start: Statistics,
     now: Statistics,
+    /// Whether the kernel gives objects of a cache back when memory is short.
+    reclaimable: HashMap<String, bool>,
+    settings: ProbeSettings,
+    purse: Purse,
+    /// What there was to say last of books that were closed.
+    closed: Option<ProcessSample>,
+    /// Nothing is attached until then, because the budget could not be kept.
+    stopped_until_s: Option<f64>,
     cpu_at_start_s: f64,
 }
 
@@ -91,6 +114,7 @@ impl Kernel {
                 KernelBackend::Fentry => Some(memleak_probes::kernel::KernelBackend::Fentry),
                 KernelBackend::Kprobe => Some(memleak_probes::kernel::KernelBackend::Kprobe),
             },
+            symbols: symbols.addresses(functions(&plugins)),
             sets: plugins.iter().filter_map(|p| Some(p.kernel.as_ref()?.spec.clone())).collect(),
             max_outstanding: k.max_outstanding,
             max_sites: k.max_sites,
@@ -99,10 +123,13 @@ impl Kernel {
             filter: filter(k, &flags)?,
             inner: inner(&plugins, &symbols),
             movable_pages: k.movable_pages,
+            cohort: 0,
         };
+        let at_start = Statistics::read();
         let tracker = KernelTracker::start(&settings)?;
         Ok(Some(Kernel {
-            tracker,
+            status: tracker.status().to_vec(),
+            tracker: Some(tracker),
             process: Arc::new(Process { instance, comm: COMM.into(), ..Process::default() }),
             plugins,
             symbols,
@@ -112,6 +139,12 @@ impl Kernel {
             modules: globs(&k.modules)?,
             sites: HashMap::new(),
             now: Statistics::default(),
+            at_start,
+            reclaimable: HashMap::new(),
+            settings,
+            purse: Purse::new(k.budget),
+            closed: None,
+            stopped_until_s: None,
             cpu_at_start_s: machine_cpu_s(),
         }))
     }
@@ -128,7 +161,22 @@ impl Kernel {
 
     /// What became of each probe set.
     pub(super) fn statuses(&self) -> Vec<PluginStatus> {
-        self.tracker.status().iter().map(|status| self.status(status)).collect()
+        self.status.iter().map(|status| self.status(status)).collect()
+    }
+
+    /// Which frees cannot be followed, by probe set, and why.
+    pub(super) fn blind_spots(&self) -> Vec<(String, String)> {
+        let name = |s: &KernelSetStatus| self.probe_set_name(s.number).unwrap_or("?").to_owned();
+        self.status.iter().filter_map(|s| Some((name(s), s.blind.clone()?))).collect()
+    }
+
+    /// Why functions or allocation flags have no names, and what to do.
+    pub(super) fn missing_names(&self) -> Vec<String> {
+        let symbols = self.symbols.missing().map(str::to_owned);
+        let flags = self.flags.known().is_empty().then(|| {
+            "allocation flags have no names: mount tracefs (mount -t tracefs tracefs /sys/kernel/tracing)".to_owned()
+        });
+        symbols.into_iter().chain(flags).collect()
     }
 
     fn status(&self, status: &KernelSetStatus) -> PluginStatus {
@@ -144,11 +192,59 @@ impl Kernel {
         PluginStatus { probe_set: self.probe_set_name(status.number).unwrap_or("?").into(), state }
     }
 
-    /// Notices modules that have come or gone.
-    pub(super) fn follow_modules(&mut self) {
+    /// Notices modules that have come or gone, and keeps the budget: what there is to tell of that.
+    ///
+    /// # Errors
+    /// The programs cannot be loaded again.
+    pub(super) fn follow(&mut self, now_s: f64, next_instance: &mut u32) -> Result<Option<Notice>> {
         if self.symbols.refresh() {
             tracing::debug!("modules have come or gone; names read again");
         }
+        if let Some(until_s) = self.stopped_until_s {
+            if now_s < until_s {
+                return Ok(None);
+            }
+            self.stopped_until_s = None;
+            self.purse.start_anew(now_s);
+            self.tracker = Some(KernelTracker::start(&self.settings)?);
+        }
+        let Some(tracker) = &self.tracker else { return Ok(None) };
+        match self.purse.tick(now_s, tracker)? {
+            Verdict::Within => Ok(None),
+            Verdict::Above if self.settings.sample_bytes < COARSEST => {
+                self.settings.sample_bytes = match self.settings.sample_bytes {
+                    0 => FIRST_SAMPLE,
+                    n => (n * COARSER).min(COARSEST),
+                };
+                self.close_books(next_instance)?;
+                // One at a time: the tables are large.
+                self.tracker = None;
+                self.tracker = Some(KernelTracker::start(&self.settings)?);
+                self.purse.start_anew(now_s);
+                let process = Arc::clone(&self.process);
+                Ok(Some(Notice::Sampled { process, mean_bytes: self.settings.sample_bytes }))
+            }
+            Verdict::Above => {
+                self.close_books(next_instance)?;
+                self.tracker = None;
+                self.purse.note_stop();
+                self.stopped_until_s = Some(now_s + COOL_DOWN_S);
+                let (process, why) = (Arc::clone(&self.process), StopReason::Slowdown);
+                Ok(Some(Notice::Stopped { process, why, cool_down_s: COOL_DOWN_S }))
+            }
+        }
+    }
+
+    /// Numbers from before and after a change cannot be compared: the kernel becomes another instance.
+    fn close_books(&mut self, next_instance: &mut u32) -> Result<()> {
+        let last = self.process_sample(StackCounts::default())?;
+        self.closed = Some(ProcessSample { alive: false, ..last });
+        self.process = Arc::new(Process { instance: *next_instance, ..Process::clone(&self.process) });
+        *next_instance += 1;
+        self.sites.clear();
+        // What is outstanding is counted anew from here on.
+        self.at_start = Statistics::read();
+        Ok(())
     }
 
     /// Reads the totals of all sites into a snapshot. With `next_generation` the birth generation changes.
@@ -159,11 +255,13 @@ impl Kernel {
         time_s: f64,
         started_ns: u64,
         sites: &mut Vec<SiteSample>,
-    ) -> Result<ProcessSample> {
+    ) -> Result<Vec<ProcessSample>> {
         self.now = Statistics::read();
-        let raw = self.tracker.read_sites()?;
+        let first = sites.len();
+        let raw = self.tracker.as_ref().map_or_else(|| Ok(Vec::new()), KernelTracker::read_sites)?;
         let mut stacks = StackCounts { by_tables: true, ..StackCounts::default() };
-        for (raw_key, totals) in &raw {
+        // A site is made before its first allocation is known to have succeeded.
+        for (raw_key, totals) in raw.iter().filter(|(_, totals)| totals.allocated_count > 0) {
             let key = SiteKey { instance: self.process.instance, probe_set: raw_key.probe_set, stack: raw_key.stack };
             if !self.sites.contains_key(&key) {
                 let known = self.new_site(*raw_key, key)?;
@@ -191,19 +289,43 @@ impl Kernel {
                 kernel: Some(Arc::new(KernelSample {
                     origin: Arc::clone(&known.origin),
                     unseen_frees: totals.unseen_frees,
-                    unverifiable: None,
+                    ..KernelSample::default()
                 })),
             });
         }
         if next_generation {
-            self.tracker.next_cohort();
+            self.settings.cohort = self.settings.cohort.wrapping_add(1);
+            if let Some(tracker) = &mut self.tracker {
+                tracker.next_cohort();
+            }
         }
-        self.process_sample(stacks)
+        let blind = self.status.iter().any(|s| s.blind.is_some());
+        let known = &mut self.reclaimable;
+        let mut reclaimable = |cache: &str| match known.get(cache) {
+            Some(known) => *known,
+            None => *known.entry(cache.to_owned()).or_insert(is_reclaimable(cache)),
+        };
+        let new = sites.get_mut(first..).unwrap_or_default();
+        let mut summary = judge(new, &self.at_start, &self.now, blind, &mut reclaimable);
+        summary.probe_sets = self.status.iter().map(|s| self.set_state(s)).collect();
+        summary.missed_events = self.tracker.as_ref().and_then(|t| t.run_stats().ok()).map_or(0, |s| s.misses);
+        let mut sample = self.process_sample(stacks)?;
+        sample.kernel = Some(Arc::new(summary));
+        Ok(self.closed.take().into_iter().chain([sample]).collect())
+    }
+
+    fn set_state(&self, status: &KernelSetStatus) -> SetState {
+        SetState {
+            name: self.probe_set_name(status.number).unwrap_or("?").to_owned(),
+            backend: status.state.as_ref().ok().map(|(backend, _)| backend.to_string()),
+            failed: status.state.as_ref().err().cloned(),
+            blind: status.blind.clone(),
+        }
     }
 
     fn process_sample(&self, stacks: StackCounts) -> Result<ProcessSample> {
-        let counters = self.tracker.read_counters()?;
-        let sample_bytes = self.tracker.sample_bytes();
+        let counters = self.tracker.as_ref().map_or_else(|| Ok(Counters::default()), KernelTracker::read_counters)?;
+        let sample_bytes = self.settings.sample_bytes;
         Ok(ProcessSample {
             process: Arc::clone(&self.process),
             alive: true,
@@ -227,16 +349,21 @@ impl Kernel {
             stacks,
             rss_bytes: Some(self.now.kernel_bytes()),
             cpu_s: Some(machine_cpu_s() - self.cpu_at_start_s),
+            overhead_s: self.purse.spent_s(),
+            budget: self.purse.budget(),
+            stopped: self.stopped_until_s.map(|_| StopReason::Slowdown),
+            hard_stops: self.purse.stops(),
             ..ProcessSample::default()
         })
     }
 
     /// Takes what is known of a new site out of the kernel, and names it.
     fn new_site(&mut self, raw: memleak_probes::SiteKey, key: SiteKey) -> Result<Known> {
-        let (stack, origin) = self.tracker.take_origin(raw)?;
+        let Some(tracker) = &self.tracker else { return Err(Error::new(ErrorKind::Kernel, "tracing is stopped")) };
+        let (stack, origin) = tracker.take_origin(raw)?;
         let end = stack.as_ref().map(|s| s.end);
         let (mut addresses, function) = match stack {
-            Some(stack) => (stack.addresses, self.tracker.function_name(stack.name)),
+            Some(stack) => (stack.addresses, tracker.function_name(stack.name)),
             None => (Vec::new(), ""),
         };
         addresses.drain(..self.leading(&addresses, key.probe_set));
@@ -375,6 +502,11 @@ fn cgroup_id(path: &str) -> Result<(u64, u32)> {
     let meta = std::fs::metadata(&folder)
         .map_err(|e| Error::io(format!("failed to find the cgroup {} (kernel.cgroup)", folder.display()), e))?;
     Ok((meta.ino(), path.split('/').count() as u32))
+}
+
+/// Names of all functions that any set may probe.
+fn functions(plugins: &[Plugin]) -> impl Iterator<Item = &String> {
+    plugins.iter().filter_map(|p| p.kernel.as_ref()).flat_map(|k| k.spec.functions.iter().flat_map(|f| &f.symbols))
 }
 
 /// Code whose allocations belong to other probe sets.

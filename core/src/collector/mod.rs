@@ -34,6 +34,7 @@ mod cohorts;
 mod coverage;
 mod end;
 mod kernel;
+mod kernel_budget;
 mod launch;
 mod scans;
 mod windows;
@@ -116,6 +117,13 @@ pub enum Notice {
         process: Arc<Process>,
         /// True: everything is traced again. False: it is watched through windows.
         exact: bool,
+    },
+    /// Recording everything that the kernel allocates exceeds the budget: a sample is recorded from here on.
+    Sampled {
+        /// The kernel, under its new instance number.
+        process: Arc<Process>,
+        /// Mean bytes between two allocations that are recorded.
+        mean_bytes: u64,
     },
     /// The memory of a process has been scanned for references.
     Scanned {
@@ -322,6 +330,21 @@ impl Collector {
         self.plugins.iter().find(|p| p.spec.number == number).map_or("?", |p| p.spec.name.as_str())
     }
 
+    /// What of the kernel's memory cannot be followed, or has no name, and why; empty when the kernel is no target.
+    pub fn kernel_gaps(&self) -> Vec<String> {
+        let Some(kernel) = &self.kernel else { return Vec::new() };
+        let spots = kernel.blind_spots().into_iter();
+        let spots = spots.map(|(set, why)| {
+            format!("{set}: frees by RCU and of many blocks at a time are not seen, such sites are unverifiable ({why})")
+        });
+        spots.chain(kernel.missing_names()).collect()
+    }
+
+    /// The kernel's probe sets, with what became of each; empty when it is no target.
+    pub fn kernel_statuses(&self) -> Vec<PluginStatus> {
+        self.kernel.as_ref().map(Kernel::statuses).unwrap_or_default()
+    }
+
     /// What people should know of since the last call.
     pub fn take_notices(&mut self) -> Vec<Notice> {
         std::mem::take(&mut self.notices)
@@ -376,8 +399,9 @@ impl Collector {
     /// When the kernel side cannot be read.
     pub fn poll(&mut self, timeout: Duration) -> Result<()> {
         self.tracker.poll(timeout.min(self.until_governed()))?;
+        let now_s = self.now_s();
         if let Some(kernel) = &mut self.kernel {
-            kernel.follow_modules();
+            self.notices.extend(kernel.follow(now_s, &mut self.next_instance)?);
         }
         self.govern()?;
         if let Some(unwinder) = &mut self.unwinder {
@@ -605,7 +629,8 @@ impl Collector {
         for process in &mut processes {
             process.stacks = self.stacks_of(process.process.instance, &sites);
         }
-        processes.splice(0..0, kernel);
+        processes.splice(0..0, kernel.into_iter().flatten());
+        processes.sort_by_key(|p| p.process.instance);
         for instance in std::mem::take(&mut self.unclear) {
             if self.watched.get(&instance).is_some_and(|w| w.life == Life::Running) {
                 self.attach_to(instance);

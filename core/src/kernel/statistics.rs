@@ -56,6 +56,17 @@ fn read(path: &str) -> Result<String> {
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
+/// Caches that are known to be given back where the kernel does not say.
+const RECLAIMABLE: [&str; 6] = ["dentry", "buffer_head", "radix_tree_node", "inode_cache", "proc_inode_cache", "shmem_inode_cache"];
+
+/// Whether the kernel gives objects of a cache back when memory is short.
+pub fn is_reclaimable(cache: &str) -> bool {
+    // The name is from the kernel; a folder that it does not name is another one.
+    let plain = !cache.contains('/') && cache != "." && cache != "..";
+    let said = std::fs::read_to_string(format!("/sys/kernel/slab/{cache}/reclaim_account")).ok().filter(|_| plain);
+    said.map_or_else(|| RECLAIMABLE.contains(&cache) || cache.ends_with("_inode_cache"), |text| text.trim() == "1")
+}
+
 /// Name under which caches of kmalloc that differ only in a random number are one.
 pub fn cache_name(name: &str) -> String {
     match name.strip_prefix("kmalloc-rnd-").and_then(|rest| rest.split_once('-')) {

@@ -101,6 +101,8 @@ pub(crate) struct KernelLine<'a> {
     slack_bytes: u64,
     unseen_frees: u64,
     unverifiable: Option<&'a str>,
+    cache_growth_bytes: Option<i64>,
+    reclaimable: bool,
 }
 
 impl<'a> KernelLine<'a> {
@@ -110,6 +112,8 @@ impl<'a> KernelLine<'a> {
             slack_bytes: sample.slack_bytes(totals.outstanding_count(), totals.outstanding_bytes()),
             unseen_frees: sample.unseen_frees,
             unverifiable: sample.unverifiable.as_deref(),
+            cache_growth_bytes: sample.cache_growth_bytes,
+            reclaimable: sample.reclaimable,
         }
     }
 }

@@ -1,7 +1,9 @@
 //! Manifests of probe sets of the kernel (`kind = "kernel"`).
 
 use globset::GlobSet;
-use memleak_probes::kernel::{KernelSetSpec, KernelTracepoint, is_known_tracepoint};
+use memleak_probes::kernel::{
+    KernelDomain, KernelFunction, KernelRole, KernelSetSpec, KernelTracepoint, is_known_tracepoint,
+};
 use serde::Deserialize;
 
 use super::manifest::globs;
@@ -18,12 +20,43 @@ struct Manifest {
     description: String,
     #[serde(default = "super::manifest::yes")]
     enabled: bool,
+    memory: Memory,
     #[serde(default)]
     wrappers: Vec<String>,
     #[serde(default)]
     inner: Vec<String>,
     #[serde(default, rename = "tracepoint")]
     tracepoints: Vec<Tracepoint>,
+    #[serde(default, rename = "function")]
+    functions: Vec<Function>,
+}
+
+/// What the blocks of a set are.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Memory {
+    Slab,
+    Pages,
+    Percpu,
+    Vmalloc,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Function {
+    symbols: Vec<String>,
+    role: Role,
+    #[serde(default)]
+    optional: bool,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Role {
+    Alloc,
+    Free,
+    FreeBulk,
+    FreeRcu,
 }
 
 #[derive(Debug, Deserialize)]
@@ -63,9 +96,28 @@ pub(super) fn parse(text: &str, origin: &str, number: u32) -> Result<Parsed> {
     if let Some(unknown) = manifest.tracepoints.iter().find(|t| !is_known_tracepoint(&t.name)) {
         return Err(wrong(format!("tracepoint {}: memleak has no program for it", unknown.name)));
     }
-    if manifest.tracepoints.is_empty() {
-        return Err(wrong("names no [[tracepoint]]".into()));
+    if manifest.tracepoints.is_empty() && manifest.functions.is_empty() {
+        return Err(wrong("names neither a [[tracepoint]] nor a [[function]]".into()));
     }
+    if manifest.functions.iter().any(|f| f.symbols.is_empty()) {
+        return Err(wrong("each [[function]] has a list of symbols".into()));
+    }
+    let functions = manifest.functions.into_iter().map(|f| KernelFunction {
+        symbols: f.symbols,
+        role: match f.role {
+            Role::Alloc => KernelRole::Alloc,
+            Role::Free => KernelRole::Free,
+            Role::FreeBulk => KernelRole::FreeBulk,
+            Role::FreeRcu => KernelRole::FreeRcu,
+        },
+        optional: f.optional,
+    });
+    let domain = match manifest.memory {
+        Memory::Slab => KernelDomain::Slab,
+        Memory::Pages => KernelDomain::Pages,
+        Memory::Percpu => KernelDomain::Percpu,
+        Memory::Vmalloc => KernelDomain::Vmalloc,
+    };
     let tracepoints =
         manifest.tracepoints.into_iter().map(|t| KernelTracepoint { name: t.name, optional: t.optional }).collect();
     Ok(Parsed {
@@ -74,7 +126,13 @@ pub(super) fn parse(text: &str, origin: &str, number: u32) -> Result<Parsed> {
         plugin: KernelPlugin {
             wrappers: globs("wrappers", &manifest.wrappers).map_err(&wrong)?,
             inner: globs("inner", &manifest.inner).map_err(&wrong)?,
-            spec: KernelSetSpec { number, name: manifest.name, tracepoints },
+            spec: KernelSetSpec {
+                number,
+                name: manifest.name,
+                domain,
+                tracepoints,
+                functions: functions.collect(),
+            },
         },
     })
 }

@@ -4,6 +4,7 @@ use libbpf_rs::btf::ReferencesType;
 use libbpf_rs::btf::types::{Enum, FuncProto, Ptr, Typedef};
 use libbpf_rs::btf::{Btf, BtfKind, BtfType};
 
+use super::KernelRole;
 use super::tracepoints::Known;
 use crate::types::{memleak_kernel_layout, memleak_kernel_limits, memleak_kernel_probe as probe};
 
@@ -20,6 +21,8 @@ enum Kind {
     Gfp,
     /// Other whole numbers: `int`, `unsigned int`, `bool`.
     Number(String),
+    /// `rcu_callback_t`: in truth a number, how far a block's head is inside of it.
+    Callback,
     /// Pointer, to a structure of that name.
     Pointer(Option<String>),
     Other,
@@ -41,6 +44,15 @@ impl Layouts {
             .ok_or_else(|| format!("tracepoint {} has other arguments than expected: {kinds:?}", known.name))
     }
 
+    /// Where the arguments of a function are.
+    pub(super) fn function(&self, symbol: &str, role: KernelRole) -> Result<FunctionLayout, String> {
+        let function = self.0.type_by_name::<Func<'_>>(symbol);
+        let function = function.ok_or_else(|| format!("{symbol}: the kernel's type information does not have it"))?;
+        let proto = FuncProto::try_from(function.referenced_type()).map_err(|_| format!("{symbol}: no prototype"))?;
+        let kinds = proto.iter().map(|p| self.0.type_by_id::<BtfType<'_>>(p.ty).map_or(Kind::Other, kind)).collect();
+        function_layout(kinds, role).ok_or_else(|| format!("{symbol} has other arguments than expected"))
+    }
+
     /// Parameters of the tracepoint's functions, without the first, which is the probe's own.
     fn kinds(&self, name: &str) -> Option<Vec<Kind>> {
         let typedef = self.0.type_by_name::<Typedef<'_>>(name)?;
@@ -58,6 +70,7 @@ fn kind(ty: BtfType<'_>) -> Kind {
         match (ty.kind(), name.as_str()) {
             (BtfKind::Typedef, "size_t") => return Kind::Size,
             (BtfKind::Typedef, "gfp_t") => return Kind::Gfp,
+            (BtfKind::Typedef, "rcu_callback_t") => return Kind::Callback,
             (BtfKind::Int, "unsigned long" | "long unsigned int") => return Kind::Long,
             (BtfKind::Int, _) => return Kind::Number(name),
             (BtfKind::Ptr, _) => {
@@ -74,6 +87,43 @@ fn kind(ty: BtfType<'_>) -> Kind {
             None => return Kind::Other,
         }
     }
+}
+
+/// Which argument of a function is what.
+pub(super) struct FunctionLayout {
+    pub(super) block: u8,
+    pub(super) size: u8,
+    pub(super) cache: u8,
+    pub(super) gfp: u8,
+    pub(super) count: u8,
+    /// What it does in this kernel.
+    pub(super) role: KernelRole,
+}
+
+fn function_layout(kinds: Vec<Kind>, role: KernelRole) -> Option<FunctionLayout> {
+    let first = |wanted: &dyn Fn(&Kind) -> bool| kinds.iter().position(wanted).map_or(NONE, |i| i as u8);
+    let last_pointer = kinds.iter().rposition(|k| matches!(k, Kind::Pointer(_))).map_or(NONE, |i| i as u8);
+    let none = FunctionLayout { block: NONE, size: NONE, cache: NONE, gfp: NONE, count: NONE, role };
+    let size = first(&|k| *k == Kind::Size);
+    let found = match role {
+        KernelRole::Alloc => {
+            let cache = first(&|k| matches!(k, Kind::Pointer(Some(name)) if name == "kmem_cache"));
+            let long = first(&|k| *k == Kind::Long);
+            let size = if size == NONE && cache == NONE { long } else { size };
+            if size == NONE && cache == NONE {
+                return None;
+            }
+            return Some(FunctionLayout { size, cache, gfp: first(&|k| *k == Kind::Gfp), ..none });
+        }
+        KernelRole::Free => FunctionLayout { block: last_pointer, ..none },
+        KernelRole::FreeBulk => FunctionLayout { block: last_pointer, count: size, ..none },
+        // Up to 6.3 it is told where the head is; since then the block itself.
+        KernelRole::FreeRcu => match first(&|k| *k == Kind::Callback) {
+            NONE => FunctionLayout { block: last_pointer, role: KernelRole::Free, ..none },
+            offset => FunctionLayout { block: 0, size: offset, ..none },
+        },
+    };
+    (found.block != NONE).then_some(found)
 }
 
 /// Where what is told by the parameters' types; `None` when something is missing.

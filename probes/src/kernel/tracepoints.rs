@@ -1,10 +1,10 @@
 //! The tracepoints that there are programs for, and how they are attached.
 
-use libbpf_rs::Link;
-use libbpf_rs::skel::{OpenSkel, Skel};
+use libbpf_rs::skel::OpenSkel;
+use libbpf_rs::{Link, ProgramMut};
 
 use super::layout::Layouts;
-use super::{KernelBackend, KernelSetSpec, KernelSetStatus, KernelSettings};
+use super::{KernelBackend, KernelSetSpec, KernelSettings};
 use crate::skeleton::kernel_alloc::{KernelAllocSkel, OpenKernelAllocSkel};
 use crate::types::{memleak_kernel_layout, memleak_kernel_probe as probe_kind};
 
@@ -14,8 +14,6 @@ pub(super) struct Known {
     pub(super) name: &'static str,
     program: &'static str,
     probe: probe_kind,
-    /// Addresses of its blocks are told apart from those of other domains, see kernel_domain().
-    domain: u64,
     allocates: bool,
 }
 
@@ -24,29 +22,47 @@ impl Known {
         self.probe.0 as usize
     }
 
+    fn program_in<'a>(&self, skel: &'a KernelAllocSkel<'static>) -> &'a ProgramMut<'a> {
+        let progs = &skel.progs;
+        match self.probe {
+            probe_kind::KERNEL_KMALLOC => &progs.tp_kmalloc,
+            probe_kind::KERNEL_KMALLOC_NODE => &progs.tp_kmalloc_node,
+            probe_kind::KERNEL_CACHE_ALLOC => &progs.tp_kmem_cache_alloc,
+            probe_kind::KERNEL_CACHE_ALLOC_NODE => &progs.tp_kmem_cache_alloc_node,
+            probe_kind::KERNEL_KFREE => &progs.tp_kfree,
+            probe_kind::KERNEL_CACHE_FREE => &progs.tp_kmem_cache_free,
+            probe_kind::KERNEL_PAGE_ALLOC => &progs.tp_mm_page_alloc,
+            probe_kind::KERNEL_PAGE_FREE => &progs.tp_mm_page_free,
+            probe_kind::KERNEL_PERCPU_ALLOC => &progs.tp_percpu_alloc,
+            probe_kind::KERNEL_PERCPU_FREE => &progs.tp_percpu_free,
+            probe_kind::KERNEL_VMAP_ALLOC => &progs.tp_vmap_alloc,
+            _ => &progs.tp_vmap_free,
+        }
+    }
+
     /// The name without its system.
     pub(super) fn event(&self) -> &'static str {
         self.name.split_once(':').map_or(self.name, |(_, event)| event)
     }
 }
 
-const fn known(name: &'static str, program: &'static str, probe: probe_kind, domain: u64, allocates: bool) -> Known {
-    Known { name, program, probe, domain, allocates }
+const fn known(name: &'static str, program: &'static str, probe: probe_kind, allocates: bool) -> Known {
+    Known { name, program, probe, allocates }
 }
 
 pub(super) const KNOWN: [Known; 12] = [
-    known("kmem:kmalloc", "tp_kmalloc", probe_kind::KERNEL_KMALLOC, 0, true),
-    known("kmem:kmalloc_node", "tp_kmalloc_node", probe_kind::KERNEL_KMALLOC_NODE, 0, true),
-    known("kmem:kmem_cache_alloc", "tp_kmem_cache_alloc", probe_kind::KERNEL_CACHE_ALLOC, 0, true),
-    known("kmem:kmem_cache_alloc_node", "tp_kmem_cache_alloc_node", probe_kind::KERNEL_CACHE_ALLOC_NODE, 0, true),
-    known("kmem:kfree", "tp_kfree", probe_kind::KERNEL_KFREE, 0, false),
-    known("kmem:kmem_cache_free", "tp_kmem_cache_free", probe_kind::KERNEL_CACHE_FREE, 0, false),
-    known("kmem:mm_page_alloc", "tp_mm_page_alloc", probe_kind::KERNEL_PAGE_ALLOC, 1, true),
-    known("kmem:mm_page_free", "tp_mm_page_free", probe_kind::KERNEL_PAGE_FREE, 1, false),
-    known("percpu:percpu_alloc_percpu", "tp_percpu_alloc", probe_kind::KERNEL_PERCPU_ALLOC, 2, true),
-    known("percpu:percpu_free_percpu", "tp_percpu_free", probe_kind::KERNEL_PERCPU_FREE, 2, false),
-    known("vmalloc:alloc_vmap_area", "tp_vmap_alloc", probe_kind::KERNEL_VMAP_ALLOC, 3, true),
-    known("vmalloc:free_vmap_area_noflush", "tp_vmap_free", probe_kind::KERNEL_VMAP_FREE, 3, false),
+    known("kmem:kmalloc", "tp_kmalloc", probe_kind::KERNEL_KMALLOC, true),
+    known("kmem:kmalloc_node", "tp_kmalloc_node", probe_kind::KERNEL_KMALLOC_NODE, true),
+    known("kmem:kmem_cache_alloc", "tp_kmem_cache_alloc", probe_kind::KERNEL_CACHE_ALLOC, true),
+    known("kmem:kmem_cache_alloc_node", "tp_kmem_cache_alloc_node", probe_kind::KERNEL_CACHE_ALLOC_NODE, true),
+    known("kmem:kfree", "tp_kfree", probe_kind::KERNEL_KFREE, false),
+    known("kmem:kmem_cache_free", "tp_kmem_cache_free", probe_kind::KERNEL_CACHE_FREE, false),
+    known("kmem:mm_page_alloc", "tp_mm_page_alloc", probe_kind::KERNEL_PAGE_ALLOC, true),
+    known("kmem:mm_page_free", "tp_mm_page_free", probe_kind::KERNEL_PAGE_FREE, false),
+    known("percpu:percpu_alloc_percpu", "tp_percpu_alloc", probe_kind::KERNEL_PERCPU_ALLOC, true),
+    known("percpu:percpu_free_percpu", "tp_percpu_free", probe_kind::KERNEL_PERCPU_FREE, false),
+    known("vmalloc:alloc_vmap_area", "tp_vmap_alloc", probe_kind::KERNEL_VMAP_ALLOC, true),
+    known("vmalloc:free_vmap_area_noflush", "tp_vmap_free", probe_kind::KERNEL_VMAP_FREE, false),
 ];
 
 /// Whether there is a program for a tracepoint.
@@ -63,10 +79,8 @@ pub(super) fn name_of(number: u32) -> &'static str {
     KNOWN.iter().find(|k| k.probe.0 == number).map_or("?", Known::event)
 }
 
-/// Domains of a set's blocks.
-pub(super) fn domains(set: &KernelSetSpec) -> impl Iterator<Item = u64> + '_ {
-    set.tracepoints.iter().filter_map(|t| find(&t.name)).map(|k| k.domain)
-}
+/// A tracepoint of this kernel, and where it has what.
+type Point = (&'static Known, memleak_kernel_layout);
 
 /// A tracepoint of this kernel, and where it has what.
 type Point = (&'static Known, memleak_kernel_layout);
@@ -78,53 +92,44 @@ pub(super) struct Plan {
 
 impl Plan {
     /// Finds where each tracepoint has what.
-    pub(super) fn new(settings: &KernelSettings) -> Self {
-        let layouts = Layouts::read();
+    pub(super) fn new(settings: &KernelSettings, layouts: &Layouts) -> Self {
         let wanted = settings.backend.is_none_or(|b| b == KernelBackend::Tracepoint);
-        let sets = settings.sets.iter().map(|set| {
-            let found = match (&layouts, wanted) {
-                (_, false) => Err("tracepoints are not wanted (kernel.backend)".to_owned()),
-                (Err(why), _) => Err(why.clone()),
-                (Ok(layouts), _) => plan(set, layouts),
-            };
-            (set.number, found)
-        });
-        Plan { sets: sets.collect() }
+        let found = |set| if wanted { plan(set, layouts) } else { Err("not wanted".to_owned()) };
+        Plan { sets: settings.sets.iter().map(|set| (set.number, found(set))).collect() }
     }
 
-    /// Has the programs loaded that will be attached.
-    pub(super) fn select(&mut self, open: &mut OpenKernelAllocSkel<'static>) {
-        let points: Vec<_> = self.sets.iter().filter_map(|(_, f)| f.as_ref().ok()).flatten().collect();
+    /// Has the programs loaded that will be attached, and those for kprobes, which cost nothing before.
+    pub(super) fn select(&self, open: &mut OpenKernelAllocSkel<'static>) {
+        let points: Vec<&Point> = self.sets.iter().filter_map(|(_, f)| f.as_ref().ok()).flatten().collect();
         if let Some(rodata) = open.maps.rodata_data.as_deref_mut() {
             for (known, layout) in &points {
                 rodata.layouts[known.number()] = *layout;
             }
         }
         for mut prog in open.open_object_mut().progs_mut() {
-            let load = points.iter().any(|(known, _)| prog.name() == known.program);
-            prog.set_autoload(load);
+            let planned = points.iter().any(|(known, _)| prog.name() == known.program);
+            let kprobes = prog.name() == "kp_enter" || prog.name() == "kp_return";
+            prog.set_autoload(planned || kprobes);
         }
     }
 
-    /// Attaches; first what frees, so that nothing is recorded whose free is not seen.
-    pub(super) fn attach(self, skel: &mut KernelAllocSkel<'static>, links: &mut Vec<Link>) -> Vec<KernelSetStatus> {
-        let mut status = Vec::new();
-        for (number, points) in self.sets {
-            let state = points.and_then(|mut points| {
-                points.sort_by_key(|(known, _)| known.allocates);
-                let mut attached = Vec::new();
-                for (known, _) in points {
-                    let prog = skel.object_mut().progs_mut().find(|p| p.name() == known.program);
-                    let prog = prog.ok_or_else(|| format!("there is no program {}", known.program))?;
-                    let link = prog.attach_raw_tracepoint(known.event());
-                    links.push(link.map_err(|e| format!("failed to attach to tracepoint {}: {e:#}", known.name))?);
-                    attached.push(known.name.to_owned());
-                }
-                Ok((KernelBackend::Tracepoint, attached))
-            });
-            status.push(KernelSetStatus { number, state });
+    /// Attaches a set; first what frees, so that nothing is recorded whose free is not seen.
+    pub(super) fn attach(
+        &self,
+        set: &KernelSetSpec,
+        skel: &KernelAllocSkel<'static>,
+        links: &mut Vec<Link>,
+    ) -> Result<Vec<String>, String> {
+        let planned = self.sets.iter().find(|(number, _)| *number == set.number);
+        let mut points = planned.map_or_else(|| Err("not planned".to_owned()), |(_, points)| points.clone())?;
+        points.sort_by_key(|(known, _)| known.allocates);
+        let mut new = Vec::new();
+        for (known, _) in &points {
+            let link = known.program_in(skel).attach_raw_tracepoint(known.event());
+            new.push(link.map_err(|e| format!("failed to attach to tracepoint {}: {e:#}", known.name))?);
         }
-        status
+        links.append(&mut new);
+        Ok(points.iter().map(|(known, _)| known.name.to_owned()).collect())
     }
 }
 
