@@ -64,7 +64,10 @@ fn kernel(out: &mut String, config: &Config) {
     (config.kernel.max_outstanding, config.kernel.max_sites) = (1024, 1024);
     let collector = match Collector::start(&config, Purpose::Watch) {
         Ok(collector) => collector,
-        Err(e) => return drop(writeln!(out, "  kernel memory: cannot be watched: {}", visible(&format!("{e:#}")))),
+        Err(e) => {
+            let _ = writeln!(out, "  kernel memory: cannot be watched: {}", visible(&format!("{e:#}")));
+            return;
+        }
     };
     for status in collector.kernel_statuses() {
         let _ = match &status.state {

@@ -116,7 +116,8 @@ int kp_enter(struct pt_regs *ctx)
 	read_arguments(ctx, &arguments);
 	if (function->role != KERNEL_ROLE_ALLOC) {
 		free_blocks(function->role, function->domain, register_argument(&arguments, function->block),
-			    register_argument(&arguments, function->size), register_argument(&arguments, function->count));
+			    register_argument(&arguments, function->size),
+			    register_argument(&arguments, function->count));
 		return 0;
 	}
 	count(0, COUNTER_HITS);

@@ -355,7 +355,8 @@ enum memleak_kernel_role {
 	KERNEL_ROLE_ALLOC = 1,
 	KERNEL_ROLE_FREE = 2,
 	KERNEL_ROLE_FREE_BULK = 3, /* of `count` blocks, whose addresses `block` points at */
-	KERNEL_ROLE_FREE_AT = 4, /* of the block that lies `size` bytes before `block`; of block `size` when that is NULL */
+	KERNEL_ROLE_FREE_AT =
+	    4, /* of the block that lies `size` bytes before `block`; of block `size` when that is NULL */
 };
 
 /* A function of the kernel that is probed: which argument is what, from 0. */

@@ -9,7 +9,8 @@ pub(crate) use crate::skeleton::userspace_alloc::types::{
 };
 
 pub(crate) use crate::skeleton::kernel_alloc::types::{
-    memleak_kernel_function, memleak_kernel_layout, memleak_kernel_limits, memleak_kernel_origin, memleak_kernel_probe, memleak_kernel_range, memleak_kernel_role,
+    memleak_kernel_function, memleak_kernel_layout, memleak_kernel_limits, memleak_kernel_origin, memleak_kernel_probe,
+    memleak_kernel_range, memleak_kernel_role,
 };
 
 /// Birth generations that a site tells apart.

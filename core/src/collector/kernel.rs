@@ -3,7 +3,7 @@
 //! It is one "process" with the pid 0 in everything that shows processes. Its sites are told apart by call stack and by
 //! slab cache.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use crate::config::{Config, KernelBackend, KernelSettings};
 use crate::governor::StopReason;
 use crate::kallsyms::Kallsyms;
 use crate::kernel::gfp::GfpFlags;
-use crate::kernel::judge::judge;
+use crate::kernel::judge::{Earlier, claims, judge};
 use crate::kernel::statistics::{Statistics, is_reclaimable, kmalloc_cache};
 use crate::kernel::{COMM, KernelSample, Origin, SetState};
 use crate::plugin::Plugin;
@@ -53,6 +53,11 @@ const COARSEST: u64 = 4 << 20;
 /// When not even that is within the budget, nothing is traced for so long, seconds.
 const COOL_DOWN_S: f64 = 60.0;
 
+/// How far back the growth of caches is compared with that of their sites, and in which steps, seconds.
+const PAST_S: f64 = 60.0;
+/// See [`PAST_S`].
+const PAST_STEP_S: f64 = 10.0;
+
 /// The kernel while it is watched.
 pub(super) struct Kernel {
     /// `None` while tracing is stopped.
@@ -67,6 +72,8 @@ pub(super) struct Kernel {
     modules: GlobSet,
     sites: HashMap<SiteKey, Known>,
     at_start: Statistics,
+    /// What was claimed and counted up to a minute ago, by time, oldest first.
+    past: VecDeque<(f64, Earlier)>,
     now: Statistics,
     /// Whether the kernel gives objects of a cache back when memory is short.
     reclaimable: HashMap<String, bool>,
@@ -140,6 +147,7 @@ impl Kernel {
             sites: HashMap::new(),
             now: Statistics::default(),
             at_start,
+            past: VecDeque::new(),
             reclaimable: HashMap::new(),
             settings,
             purse: Purse::new(k.budget),
@@ -244,6 +252,7 @@ impl Kernel {
         self.sites.clear();
         // What is outstanding is counted anew from here on.
         self.at_start = Statistics::read();
+        self.past.clear();
         Ok(())
     }
 
@@ -306,7 +315,14 @@ impl Kernel {
             None => *known.entry(cache.to_owned()).or_insert(is_reclaimable(cache)),
         };
         let new = sites.get_mut(first..).unwrap_or_default();
-        let mut summary = judge(new, &self.at_start, &self.now, blind, &mut reclaimable);
+        if self.past.back().is_none_or(|(at_s, _)| time_s >= at_s + PAST_STEP_S) {
+            self.past.push_back((time_s, Earlier { claims: claims(new), statistics: self.now.clone() }));
+        }
+        while self.past.len() > 1 && self.past.front().is_some_and(|(at_s, _)| *at_s < time_s - PAST_S) {
+            self.past.pop_front();
+        }
+        let recently = self.past.front().map(|(_, earlier)| earlier);
+        let mut summary = judge(new, &self.at_start, recently, &self.now, blind, &mut reclaimable);
         summary.probe_sets = self.status.iter().map(|s| self.set_state(s)).collect();
         summary.missed_events = self.tracker.as_ref().and_then(|t| t.run_stats().ok()).map_or(0, |s| s.misses);
         let mut sample = self.process_sample(stacks)?;

@@ -335,7 +335,9 @@ impl Collector {
         let Some(kernel) = &self.kernel else { return Vec::new() };
         let spots = kernel.blind_spots().into_iter();
         let spots = spots.map(|(set, why)| {
-            format!("{set}: frees by RCU and of many blocks at a time are not seen, such sites are unverifiable ({why})")
+            format!(
+                "{set}: frees by RCU and of many blocks at a time are not seen, such sites are unverifiable ({why})"
+            )
         });
         spots.chain(kernel.missing_names()).collect()
     }

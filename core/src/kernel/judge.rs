@@ -22,20 +22,45 @@ const CLAIMED_MIN: u64 = 64;
 /// Most caches in a summary.
 const MAX_CACHES: usize = 20;
 
-/// Says of every site whether it can be believed, and sums up. `blind`: frees that no tracepoint tells of are not seen.
-pub fn judge(
-    sites: &mut [SiteSample],
-    at_start: &Statistics,
-    now: &Statistics,
-    blind: bool,
-    is_reclaimable: &mut dyn FnMut(&str) -> bool,
-) -> KernelSummary {
+/// What was claimed and counted at an earlier time.
+#[derive(Clone, Debug, Default)]
+pub struct Earlier {
+    /// Outstanding blocks by cache.
+    pub claims: HashMap<String, u64>,
+    /// What the kernel said.
+    pub statistics: Statistics,
+}
+
+impl Earlier {
+    /// How many more blocks of a cache are claimed by now, and how many more objects it has.
+    fn change(&self, cache: &str, claims: &HashMap<String, u64>, now: &Statistics) -> Option<(i64, i64)> {
+        let count = |claims: &HashMap<String, u64>| claims.get(cache).copied().unwrap_or(0).cast_signed();
+        Some((count(claims) - count(&self.claims), growth(cache, &self.statistics, now)?.0))
+    }
+}
+
+/// Outstanding blocks by cache.
+pub fn claims(sites: &[SiteSample]) -> HashMap<String, u64> {
     let mut claims: HashMap<String, u64> = HashMap::new();
-    for sample in sites.iter() {
+    for sample in sites {
         if let Some(cache) = sample.kernel.as_ref().and_then(|k| k.origin.cache.as_ref()) {
             *claims.entry(cache.clone()).or_default() += sample.totals.outstanding_count();
         }
     }
+    claims
+}
+
+/// Says of every site whether it can be believed, and sums up. `blind`: frees that no tracepoint tells of are not seen.
+/// `recently` is a minute ago or so: objects from before the start may still have been freed until then.
+pub fn judge(
+    sites: &mut [SiteSample],
+    at_start: &Statistics,
+    recently: Option<&Earlier>,
+    now: &Statistics,
+    blind: bool,
+    is_reclaimable: &mut dyn FnMut(&str) -> bool,
+) -> KernelSummary {
+    let claims = claims(sites);
     let mut summary = KernelSummary {
         slab_growth_bytes: now.growth(at_start, "Slab"),
         vmalloc_growth_bytes: now.growth(at_start, "VmallocUsed"),
@@ -50,7 +75,9 @@ pub fn judge(
             let grown = growth(cache, at_start, now);
             kernel.cache_growth_bytes = grown.map(|(n, c)| n.saturating_mul(c.object_bytes.cast_signed()));
             let claimed = claims.get(cache).copied().unwrap_or(0);
-            kernel.unverifiable = why_unverifiable(&kernel, &sample.totals, claimed, grown.map(|g| g.0), blind);
+            let confirmed = recently.and_then(|r| r.change(cache, &claims, now)).is_some_and(is_confirmed);
+            let grown = grown.map(|g| g.0).filter(|_| blind && !confirmed);
+            kernel.unverifiable = why_unverifiable(&kernel, &sample.totals, claimed, grown);
         }
         if kernel.unverifiable.is_some() {
             summary.unverifiable_sites += 1;
@@ -68,13 +95,12 @@ fn growth(name: &str, at_start: &Statistics, now: &Statistics) -> Option<(i64, C
     Some((cache.active.cast_signed() - before.cast_signed(), cache))
 }
 
-fn why_unverifiable(
-    kernel: &KernelSample,
-    totals: &Totals,
-    claimed: u64,
-    grown: Option<i64>,
-    blind: bool,
-) -> Option<Arc<str>> {
+/// Whether a cache has grown by enough of what its sites claim, and the claim is large enough to say so.
+fn is_confirmed((claimed, grown): (i64, i64)) -> bool {
+    claimed >= CLAIMED_MIN.cast_signed() && grown as f64 >= CONFIRMED * claimed as f64
+}
+
+fn why_unverifiable(kernel: &KernelSample, totals: &Totals, claimed: u64, grown: Option<i64>) -> Option<Arc<str>> {
     let unseen = kernel.unseen_frees;
     if unseen >= UNSEEN_MIN && unseen as f64 > UNSEEN_SHARE * totals.freed_count as f64 {
         let text = format!(
@@ -85,7 +111,7 @@ fn why_unverifiable(
         return Some(text.into());
     }
     let cache = kernel.origin.cache.as_deref().unwrap_or_default();
-    let grown = grown.filter(|_| blind && claimed >= CLAIMED_MIN)?;
+    let grown = grown.filter(|_| claimed >= CLAIMED_MIN)?;
     ((grown as f64) < CONFIRMED * claimed as f64).then(|| {
         let text = format!(
             "{claimed} blocks of {cache} look outstanding, but the cache has grown by {grown} objects only: some were freed \
@@ -168,7 +194,7 @@ mod tests {
     }
 
     fn verdicts(sites: &mut [SiteSample], grown: u64, blind: bool) -> Vec<bool> {
-        let summary = judge(sites, &statistics(1000), &statistics(1000 + grown), blind, &mut |_| false);
+        let summary = judge(sites, &statistics(1000), None, &statistics(1000 + grown), blind, &mut |_| false);
         let verdicts: Vec<bool> =
             sites.iter().map(|s| s.kernel.as_ref().is_some_and(|k| k.unverifiable.is_some())).collect();
         assert_eq!(summary.unverifiable_sites, verdicts.iter().filter(|v| **v).count() as u64);
@@ -184,6 +210,24 @@ mod tests {
         assert_eq!(verdicts(&mut [site(10_000, 0, 0)], 300, false), [false]);
     }
 
+    /// Objects from before the start are freed meanwhile, so the cache has not grown; but it has within the last minute.
+    #[test]
+    fn recent_growth_confirms_a_site() {
+        let earlier = |claimed, active| Earlier {
+            claims: HashMap::from([("kmalloc-64".to_owned(), claimed)]),
+            statistics: statistics(active),
+        };
+        let is_unverifiable = |recently: Earlier| {
+            let mut sites = [site(5_000, 0, 0)];
+            let summary =
+                judge(&mut sites, &statistics(9_000), Some(&recently), &statistics(9_100), true, &mut |_| false);
+            summary.unverifiable_sites == 1
+        };
+        assert!(!is_unverifiable(earlier(4_000, 8_150)));
+        assert!(is_unverifiable(earlier(4_000, 9_000)));
+        assert!(is_unverifiable(earlier(4_990, 9_000)));
+    }
+
     /// A site whose addresses come back without a free tells of itself; its neighbour in the same cache is not touched.
     #[test]
     fn unseen_frees_make_their_own_site_unverifiable() {
@@ -194,7 +238,7 @@ mod tests {
     /// The report says what part of the growth it explains.
     #[test]
     fn growth_is_explained_by_what_is_outstanding() {
-        let summary = judge(&mut [site(600, 0, 0)], &statistics(1000), &statistics(2000), true, &mut |_| false);
+        let summary = judge(&mut [site(600, 0, 0)], &statistics(1000), None, &statistics(2000), true, &mut |_| false);
         assert_eq!(summary.cache_growth_bytes, Some(64_000));
         assert_eq!(summary.explained_share, Some(0.6));
         assert_eq!(summary.caches[0].growth, 1000);

@@ -57,7 +57,8 @@ fn read(path: &str) -> Result<String> {
 }
 
 /// Caches that are known to be given back where the kernel does not say.
-const RECLAIMABLE: [&str; 6] = ["dentry", "buffer_head", "radix_tree_node", "inode_cache", "proc_inode_cache", "shmem_inode_cache"];
+const RECLAIMABLE: [&str; 6] =
+    ["dentry", "buffer_head", "radix_tree_node", "inode_cache", "proc_inode_cache", "shmem_inode_cache"];
 
 /// Whether the kernel gives objects of a cache back when memory is short.
 pub fn is_reclaimable(cache: &str) -> bool {

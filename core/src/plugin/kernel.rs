@@ -126,13 +126,7 @@ pub(super) fn parse(text: &str, origin: &str, number: u32) -> Result<Parsed> {
         plugin: KernelPlugin {
             wrappers: globs("wrappers", &manifest.wrappers).map_err(&wrong)?,
             inner: globs("inner", &manifest.inner).map_err(&wrong)?,
-            spec: KernelSetSpec {
-                number,
-                name: manifest.name,
-                domain,
-                tracepoints,
-                functions: functions.collect(),
-            },
+            spec: KernelSetSpec { number, name: manifest.name, domain, tracepoints, functions: functions.collect() },
         },
     })
 }

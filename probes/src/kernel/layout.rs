@@ -1,7 +1,7 @@
 //! Where a tracepoint has what, and what flags are called: out of the running kernel's type information, never a table.
 
 use libbpf_rs::btf::ReferencesType;
-use libbpf_rs::btf::types::{Enum, FuncProto, Ptr, Typedef};
+use libbpf_rs::btf::types::{Enum, Func, FuncProto, Ptr, Typedef};
 use libbpf_rs::btf::{Btf, BtfKind, BtfType};
 
 use super::KernelRole;

@@ -82,9 +82,6 @@ pub(super) fn name_of(number: u32) -> &'static str {
 /// A tracepoint of this kernel, and where it has what.
 type Point = (&'static Known, memleak_kernel_layout);
 
-/// A tracepoint of this kernel, and where it has what.
-type Point = (&'static Known, memleak_kernel_layout);
-
 /// What is to be attached.
 pub(super) struct Plan {
     sets: Vec<(u32, Result<Vec<Point>, String>)>,
