@@ -14,6 +14,7 @@
 //! calibration what a hit costs here
 //! python     frames of Python functions
 //! unwind     unwind tables: rows in pages, and which code of a process has them
+//! kernel     the kernel's own allocations
 //! events     exec, exit, fork, load; every allocation and free for `trace`
 //! ```
 
@@ -22,6 +23,7 @@ pub mod elf;
 mod error;
 pub mod events;
 pub mod features;
+pub mod kernel;
 mod operand;
 mod own_code;
 pub mod placement;

@@ -14,6 +14,7 @@ mod export;
 mod governor;
 mod import;
 mod interpreted;
+mod kernel_live;
 mod reachability;
 mod report;
 mod run;
