@@ -55,6 +55,8 @@ const BUILDS: &[Build] = &[
     gcc("leaker", "programs/leaker.c", &[]),
     gcc("busy", "programs/busy.c", &[]),
     gcc("shapes", "programs/shapes.c", &[]),
+    gcc("hot", "programs/hot.c", &[]),
+    gcc("big", "programs/big.c", &[]),
     gcc("growth", "programs/growth.c", &[]),
     gcc("jump", "programs/jump.c", &[]),
     gcc("fork_busy", "programs/fork_busy.c", &[]),

@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::coverage::Coverage;
 use crate::governor::StopReason;
@@ -169,8 +169,8 @@ pub struct SiteSample {
     pub reachability: Option<Arc<SiteReach>>,
 }
 
-/// What the last series of scans says of a site.
-#[derive(Clone, Debug, Default)]
+/// What the last series of scans says of a site. Plain data, so that recordings can keep it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SiteReach {
     /// In one word.
     pub verdict: Verdict,
@@ -183,7 +183,7 @@ pub struct SiteReach {
 }
 
 /// The way from a root to a block, outermost first; the block itself is left out.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ReachWay {
     /// Where it begins.
     pub root: Root,
@@ -192,12 +192,23 @@ pub struct ReachWay {
 }
 
 /// One step of a [`ReachWay`].
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
 pub enum ReachStep {
-    /// So many blocks of a site, each referring to the next.
-    Blocks(Arc<Site>, usize),
-    /// So many blocks that are not shown.
-    Skipped(usize),
+    /// Blocks of a site, each referring to the next.
+    Blocks {
+        /// [`Site::id`].
+        site: u64,
+        /// The function by which people know the site. Hostile text.
+        name: String,
+        /// How many.
+        count: u64,
+    },
+    /// Blocks that are not shown.
+    Skipped {
+        /// How many.
+        count: u64,
+    },
 }
 
 impl SiteReach {
@@ -223,14 +234,22 @@ impl SiteReach {
         let others = [
             (c.indirectly_lost.blocks, "of them only with other lost blocks"),
             (c.possible.blocks, "referenced in unusual ways"),
-            (c.disguised.blocks, "referenced by tagged pointers"),
+            (c.disguised.blocks, "referenced by tagged or coded pointers only"),
             (c.young.blocks, "too young to be judged"),
+            (c.gone.blocks, "free or reused, by the allocator's own books"),
             (c.refuted, "were freed after they had been called lost"),
         ];
         for (count, what) in others.iter().filter(|(count, _)| *count > 0) {
             text.push_str(&format!(", {count} {what}"));
         }
-        text.push_str(&format!("; {} scans", c.scans));
+        if c.lost_blocks() > 0 && c.in_requests > 0 {
+            text.push_str(&format!(", up to {} may be held by the kernel in requests under way", c.in_requests));
+        }
+        if c.lost_blocks() > 0 && c.device_bytes > 0 {
+            text.push_str(", the process maps memory of a device, which is not read");
+        }
+        let scans = if c.scans == 1 { "scan" } else { "scans" };
+        text.push_str(&format!("; {} {scans}{}", c.scans, if c.still { ", the process standing still" } else { "" }));
         text
     }
 }
@@ -241,15 +260,14 @@ impl ReachWay {
         let mut text = self.root.to_string();
         for step in &self.steps {
             match step {
-                ReachStep::Blocks(site, count) => {
-                    let head = site.frames().iter().find_map(|f| f.function.as_deref());
+                ReachStep::Blocks { name, count, .. } => {
                     text.push_str(" > ");
-                    text.push_str(head.unwrap_or(&site.function));
+                    text.push_str(name);
                     if *count > 1 {
                         text.push_str(&format!(" x{count}"));
                     }
                 }
-                ReachStep::Skipped(count) => text.push_str(&format!(" > ({count} more)")),
+                ReachStep::Skipped { count } => text.push_str(&format!(" > ({count} more)")),
             }
         }
         text
