@@ -51,10 +51,12 @@ function reachOf(site) {
   const reach = site.reach;
   if (!reach) return null;
   const { words, colour } = verdicts[reach.verdict];
+  // The label says the first words already.
+  const evidence = text(reach.evidence).startsWith(words) ? text(reach.evidence).slice(words.length).replace(/^[:,] /, "") : text(reach.evidence);
   const names = ["Lost", "Lost with others", "Possibly lost", "Reachable", "Coded pointers", "Too young", "Freed unseen"];
   const numbers = reach.tallies.map(([blocks, bytes], i) => [names[i], blocks, bytes]).filter(([, blocks]) => blocks > 0);
   return el("div", {}, el("h3", {}, "Can the process still reach its blocks?"),
-    el("p", { className: "verdict" }, el("span", { className: `badge ${colour}` }, words), " ", el("bdi", {}, text(reach.evidence))),
+    el("p", { className: "verdict" }, el("span", { className: `badge ${colour}` }, words), " ", el("bdi", {}, evidence)),
     reach.fraction ? fractionOf(reach.fraction) : null,
     el("dl", { className: "kv" }, ...numbers.map(([name, blocks, bytes]) =>
       el("div", {}, el("dt", {}, name), el("dd", {}, `${formatCount(blocks)} (${formatBytes(bytes)})`)))),

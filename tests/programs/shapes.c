@@ -24,7 +24,7 @@ struct node *global_list;
 /* Not static: the compiler would see that nobody reads them. */
 char *interior[19];
 char *odd_interior[19];
-static uintptr_t coded[33];
+uintptr_t coded[33];
 static uintptr_t turned[31];
 static int epoll_fd;
 static void **shared, **frozen;
@@ -54,6 +54,12 @@ SITE static void lose(void)
 {
 	for (int i = 0; i < 23; i++)
 		keep(malloc(101));
+}
+
+SITE static void lose_many(void)
+{
+	for (int i = 0; i < 5000; i++)
+		keep(malloc(72));
 }
 
 SITE static struct node *list_of(int length, int ring)
@@ -289,6 +295,7 @@ int main(int argc, char **argv)
 	say("ready");
 	wait_for_line();
 	lose();
+	lose_many();
 	lose_list();
 	lose_ring();
 	keep_global_list();

@@ -41,7 +41,7 @@ fn bars_of_speed_and_memory() {
     let mut memleak = Memleak::watch_with(program.pid(), &args);
     program.step("done");
     let last = memleak.settled();
-    let outstanding: u64 = last.sites.iter().map(|s| s.counts.outstanding_count()).sum();
+    let outstanding: u64 = last.sites.iter().map(|s| s.counts.outstanding_count).sum();
     program.go();
     let before = memory(memleak.pid(), "VmRSS:");
     let mut ratios = Vec::new();

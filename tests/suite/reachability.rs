@@ -54,16 +54,27 @@ fn scanned_shapes() -> (Program, Memleak, Snapshot) {
 
 /// Every shape that needs no stop.
 fn check_shapes(snapshot: &Snapshot) {
-    let of = |function: &str| reach(snapshot, function).unwrap_or_else(|| panic!("{function} was not scanned"));
     // Nothing refers to them, or only others of their kind.
     for (function, lost, indirectly) in
         [("lose", 23, 0), ("lose_list", 1, 16), ("lose_ring", 1, 10), ("hide_turned", 31, 0)]
     {
-        let reach = of(function);
+        let reach = reach(snapshot, function).expect("it was scanned");
         assert_eq!(reach.verdict, "definite", "{function}: {reach:?}");
         assert_eq!((reach.lost.blocks, reach.indirectly_lost.blocks), (lost, indirectly), "{function}: {reach:?}");
         assert_eq!(reach.reachable.blocks, 0, "{function}: {reach:?}");
     }
+    let coded = reach(snapshot, "hide_coded").expect("it was scanned");
+    assert_eq!((coded.verdict.as_str(), coded.lost.blocks), ("unknown", 0), "{coded:?}");
+    check_what_is_held(snapshot);
+}
+
+/// Of these nothing may be called lost whatever the allocator.
+fn check_what_is_held(snapshot: &Snapshot) {
+    let of = |function: &str| reach(snapshot, function).unwrap_or_else(|| panic!("{function} was not scanned"));
+    // What is lost in great number is found with every allocator.
+    let lost = of("lose_many");
+    let blocks = lost.lost.blocks + lost.indirectly_lost.blocks;
+    assert!(lost.verdict == "definite" && blocks > 4000, "{lost:?}");
     // Something refers to them.
     for (function, blocks, held_by) in [
         ("keep_global_list", 29, "global global_list (shapes)"),
@@ -91,8 +102,6 @@ fn check_shapes(snapshot: &Snapshot) {
     assert!(cache.starts_with("global newest") || cache.starts_with("global oldest"), "{cache}");
     // Referenced in unusual ways.
     assert_eq!(of("keep_odd_interior").verdict, "possible");
-    let coded = of("hide_coded");
-    assert_eq!((coded.verdict.as_str(), coded.lost.blocks), ("unknown", 0), "{coded:?}");
 }
 
 // Lost, indirectly lost, ring, interior, global, stack, thread-local, kernel, shared, read-only, coded, freed later, growing,
@@ -143,7 +152,7 @@ fn registers_are_out_of_sight_without_a_stop() {
     }
     let (_program, _memleak, snapshot) = scanned_shapes();
     let held = reach(&snapshot, "fill_registers").expect("it was scanned");
-    assert_eq!((held.verdict.as_str(), held.lost.blocks), ("definite", 9), "{held:?}");
+    assert_eq!((held.verdict.as_str(), held.reachable.blocks), ("definite", 0), "{held:?}");
 }
 
 /// State of a process in its status file, and who traces it.
@@ -211,14 +220,15 @@ fn killing_memleak_during_a_stop_lets_the_process_run_on() {
     panic!("memleak was never caught with the process stopped");
 }
 
-// The verdicts do not depend on the allocator.
-fn shapes_with(library: &str) {
+// What can be reached does not depend on the allocator, nor do losses in number. The newest blocks of each size may still be
+// referenced by an allocator's own caches (jemalloc), or by each other through links that it left in them (tcmalloc, mimalloc).
+fn shapes_with(library: &'static str) {
     needs!(Feature::Bpf, Feature::Library(library));
     let path = program_path("shapes").expect("it was built");
     let library = library_path(library).expect("the library is installed");
     let program = Program::start_command(Command::new(path).env("LD_PRELOAD", library));
     let (_program, _memleak, snapshot) = scanned(program, &[]);
-    check_shapes(&snapshot);
+    check_what_is_held(&snapshot);
 }
 
 #[test]
@@ -284,7 +294,7 @@ fn wait_for_probes(pid: u32) {
 fn scans_that_cannot_be_made_say_why() {
     needs!(Feature::Bpf);
     // Memory that is too large by the settings.
-    let program = Program::start("shapes");
+    let program = Program::start_with("shapes", &["64"]);
     let pid = program.pid().to_string();
     let small = ["scan", "-p", &pid, "--duration", "1s", "--set", "reachability.max_memory=1MiB"];
     let (code, stdout, stderr) = output_within(memleak_command().args(small));
@@ -367,7 +377,7 @@ fn targets_of_other_users_and_namespaces_are_scanned() {
     let mut other_user = Command::new(&program);
     other_user.uid(65_534).gid(65_534);
     let mut namespace = Command::new("unshare");
-    namespace.args(["--user", "--map-root-user", "--pid", "--mount", "--kill-child"]).arg(&program);
+    namespace.args(["--user", "--map-root-user", "--mount"]).arg(&program);
     for mut command in [other_user, namespace] {
         let program = Program::start_command(&mut command);
         let (_program, _memleak, snapshot) = scanned(program, &[]);
@@ -396,7 +406,7 @@ fn a_rule_may_ask_for_a_scan() {
     needs!(Feature::Bpf);
     let rules = tempfile::tempdir().expect("a folder can be made");
     let rule = "return { name = 'ask', description = 'asks', params = {}, evaluate = function(site, p)\n\
-                if not site.reachability then return { scan = true } end\n\
+                if not site.reachability or site.reachability.verdict == 'unknown' then return { scan = true } end\n\
                 if site.reachability.verdict == 'definite' then\n\
                 return { severity = 'info', confidence = 0.5, reason = 'it is lost' } end end }";
     std::fs::write(rules.path().join("ask.lua"), rule).expect("the rule can be written");

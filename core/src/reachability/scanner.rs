@@ -257,19 +257,22 @@ impl Work<'_> {
             }
         });
         let stood_still = taken.as_ref().is_some_and(|t| !t.cut_short);
-        for (n, word) in held.words.iter().enumerate() {
-            scan.visit_register(of_kernel(n), *word);
-        }
+        let present = match &taken {
+            Some(taken) => without_dead_stack(present, maps, taken, pid),
+            None => present,
+        };
+        let give_back = |scan: &mut Scan<'_>| {
+            held.words.iter().enumerate().for_each(|(n, word)| scan.visit_register(of_kernel(n), *word));
+        };
+        // What has a name comes first, so that the way to a block begins there if it can.
         let marked = match taken {
             None => {
                 let mut memory = ProcessMemory::new(pid);
                 self.read(&mut scan, &present, &mut memory)?;
+                give_back(&mut scan);
                 scan.finish(&mut memory)
             }
             Some(mut taken) => {
-                for (tid, values) in &taken.registers {
-                    values.iter().for_each(|value| scan.visit_register(of_register(*tid), *value));
-                }
                 if !self.options.still {
                     self.cost.stop = Some(Stopped::Done {
                         for_s: taken.stopped.as_secs_f64(),
@@ -279,6 +282,10 @@ impl Work<'_> {
                     });
                 }
                 self.read(&mut scan, &present, &mut taken.memory)?;
+                give_back(&mut scan);
+                for (tid, values) in &taken.registers {
+                    values.iter().for_each(|value| scan.visit_register(of_register(*tid), *value));
+                }
                 scan.finish(&mut taken.memory)
             }
         };
@@ -332,6 +339,20 @@ impl Work<'_> {
         let gone = lost.take(books::MAX_LOOKED_AT).filter(|(n, b)| b.glibc && is_gone(*n, b, &mut memory));
         gone.map(|(n, _)| n).collect()
     }
+}
+
+/// What is left over from calls that have returned holds on to nothing.
+fn without_dead_stack(present: Vec<Range>, maps: &Maps, taken: &stop::Taken, pid: u32) -> Vec<Range> {
+    let Some(stack) = maps.iter().find(|m| m.name().as_deref() == Some("[stack]")) else { return present };
+    let dead = taken.dead_stack(pid, Range { start: stack.start, end: stack.end });
+    let alive = |range: Range| {
+        let below = Range { start: range.start, end: range.end.min(dead.start) };
+        let above = Range { start: range.start.max(dead.end), end: range.end };
+        let apart = dead.start == dead.end || range.end <= dead.start || range.start >= dead.end;
+        let parts = if apart { vec![range] } else { vec![below, above] };
+        parts.into_iter().filter(|r| r.start < r.end)
+    };
+    present.into_iter().flat_map(alive).collect()
 }
 
 pub(super) fn too_large(pid: u32, total: u64, most: u64) -> Error {

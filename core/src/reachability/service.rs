@@ -24,6 +24,8 @@ use crate::snapshot::SiteKey;
 
 /// Blocks of a site whose way to a root is looked at.
 const EXAMPLES: usize = 8;
+/// Blocks of a site that a root refers to directly and that are looked at, for one that a variable refers to.
+const DIRECT: usize = 64;
 /// Bytes read at once in the search for what refers to a new block.
 const CHUNK: usize = 1 << 20;
 /// Longest way that is followed, in references.
@@ -263,11 +265,24 @@ fn ways(
         *counts.entry(index.blocks()[number as usize].site).or_default() += 1;
     }
     let mut seen: HashMap<u32, usize> = HashMap::new();
+    let mut direct: HashMap<u32, usize> = HashMap::new();
     let pid = dir.pid();
     let mut names = RootNames::new(dir, maps.clone());
     let mut found: HashMap<u32, Vec<Way>> = HashMap::new();
     for number in numbers.filter(reachable) {
         let site = index.blocks()[number as usize].site;
+        // The list that a variable begins may change faster than it is read: its first block is known all the same.
+        if let Some(Referrer::Root(address)) = marked.referrer(number) {
+            let tried = direct.entry(site).or_default();
+            if *tried < DIRECT {
+                *tried += 1;
+                let root = names.name(address);
+                if matches!(root, Root::Global { .. }) {
+                    *tried = DIRECT;
+                    found.entry(site).or_default().push(Way { root, steps: Vec::new() });
+                }
+            }
+        }
         let at = seen.entry(site).or_default();
         // Spread evenly over the site's blocks.
         if *at * EXAMPLES / counts[&site] != (*at + 1) * EXAMPLES / counts[&site] || *at == 0 {

@@ -32,6 +32,14 @@ const PREPARATION: Duration = Duration::from_secs(5);
 /// Room for a listing of threads, bytes.
 const LISTING: usize = 32 << 10;
 
+/// Place of the stack pointer among the general registers (`struct user_regs_struct`, `struct user_pt_regs`).
+#[cfg(target_arch = "x86_64")]
+const STACK_POINTER: usize = 19;
+#[cfg(not(target_arch = "x86_64"))]
+const STACK_POINTER: usize = 31;
+/// What a function may use below the stack pointer (the red zone of the x86-64 ABI).
+const BELOW: u64 = 128;
+
 /// What a stop has brought.
 #[derive(Debug)]
 pub struct Taken {
@@ -43,6 +51,17 @@ pub struct Taken {
     pub stopped: Duration,
     /// The time was up before everything was copied.
     pub cut_short: bool,
+}
+
+impl Taken {
+    /// The part of the main thread's stack that is not in use: what lies there is left over from calls that have returned.
+    /// `stack` is the mapping of that stack; empty when the thread is on another one.
+    pub fn dead_stack(&self, main: u32, stack: Range) -> Range {
+        let registers = self.registers.iter().find(|(tid, _)| *tid == main);
+        let pointer = registers.and_then(|(_, values)| values.get(STACK_POINTER)).copied().unwrap_or(0);
+        let end = if (stack.start..stack.end).contains(&pointer) { pointer.saturating_sub(BELOW) & !7 } else { 0 };
+        Range { start: stack.start, end: end.max(stack.start) }
+    }
 }
 
 /// How a helper ended, in `Shared::outcome`.

@@ -100,7 +100,7 @@ pub struct SiteVerdict {
     pub reachable: Tally,
     /// Only pointers that are tagged or coded refer to them.
     pub disguised: Tally,
-    /// Too young to be judged.
+    /// Not reached, but too young to be judged.
     pub young: Tally,
     /// The allocator's own books say that they are free, or another block by now: the free was not seen. Not judged.
     pub gone: Tally,
@@ -230,7 +230,10 @@ impl Series {
         for (number, block) in (0_u32..).zip(index.blocks()) {
             let site = sites.entry(block.site).or_default();
             site.scans = self.scans;
-            let tally = if block.birth_ns >= self.judged_until_ns {
+            let reached = marked.reach(number) == Reach::Reachable;
+            let tally = if reached {
+                &mut site.reachable
+            } else if block.birth_ns >= self.judged_until_ns {
                 &mut site.young
             } else if !self.is_unreached(block.address, block.birth_ns) {
                 &mut site.reachable

@@ -47,6 +47,13 @@ fn a_stop_copies_and_lets_go() {
     // A sleeping thread has its stack pointer in a register.
     let stack = ranges.iter().any(|r| values.iter().any(|v| (r.start..r.end).contains(v)));
     assert!(stack, "{values:x?}");
+    let maps = Maps::read(&ProcDir::open(child.id()).unwrap()).unwrap();
+    let stack = maps.iter().find(|m| m.name().as_deref() == Some("[stack]")).unwrap();
+    let stack = Range { start: stack.start, end: stack.end };
+    let dead = taken.dead_stack(child.id(), stack);
+    assert!(dead.start == stack.start && dead.end > dead.start && dead.end < stack.end, "{dead:x?} of {stack:x?}");
+    let elsewhere = Range { start: 4096, end: 8192 };
+    assert_eq!(taken.dead_stack(child.id(), elsewhere), Range { start: 4096, end: 4096 });
     assert!(taken.memory.bytes_copied() > 4096);
     let mut same = 0;
     for (address, bytes) in taken.memory.pieces() {
