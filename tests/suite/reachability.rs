@@ -65,11 +65,12 @@ fn check_shapes(snapshot: &Snapshot) {
     }
     let coded = reach(snapshot, "hide_coded").expect("it was scanned");
     assert_eq!((coded.verdict.as_str(), coded.lost.blocks), ("unknown", 0), "{coded:?}");
-    check_what_is_held(snapshot);
+    assert_eq!(reach(snapshot, "keep_odd_interior").expect("it was scanned").verdict, "possible");
+    check_what_is_held(snapshot, true);
 }
 
-/// Of these nothing may be called lost whatever the allocator.
-fn check_what_is_held(snapshot: &Snapshot) {
+/// Of these nothing may be called lost whatever the allocator. Its caches may hold on to them too, and then be named.
+fn check_what_is_held(snapshot: &Snapshot, by_name: bool) {
     let of = |function: &str| reach(snapshot, function).unwrap_or_else(|| panic!("{function} was not scanned"));
     // What is lost in great number is found with every allocator.
     let lost = of("lose_many");
@@ -90,7 +91,7 @@ fn check_what_is_held(snapshot: &Snapshot) {
         let reach = of(function);
         assert_eq!((reach.verdict.as_str(), reach.reachable.blocks), ("reachable", blocks), "{function}: {reach:?}");
         let way = reach.way.as_deref().expect("there is a way");
-        assert!(way.starts_with(held_by), "{function}: {reach:?}");
+        assert!(!by_name || way.starts_with(held_by), "{function}: {reach:?}");
     }
     // A table that grows, and a cache that drops its oldest entries.
     for (function, held_by) in [("insert", "global table"), ("cache_entry", "global ")] {
@@ -100,8 +101,6 @@ fn check_what_is_held(snapshot: &Snapshot) {
     }
     let cache = of("cache_entry").way.expect("there is a way");
     assert!(cache.starts_with("global newest") || cache.starts_with("global oldest"), "{cache}");
-    // Referenced in unusual ways.
-    assert_eq!(of("keep_odd_interior").verdict, "possible");
 }
 
 // Lost, indirectly lost, ring, interior, global, stack, thread-local, kernel, shared, read-only, coded, freed later, growing,
@@ -185,7 +184,7 @@ fn killing_memleak_during_a_stop_lets_the_process_run_on() {
     let mut caught = 0;
     for _ in 0..10 {
         // Large, so that the copy takes a while.
-        let mut program = Program::start_with("shapes", &["200"]);
+        let mut program = Program::start_with("shapes", &["48"]);
         let args = ["reachability.automatic=false", "reachability.stop=brief", "reachability.max_stop=1s"];
         let args: Vec<&str> = args.iter().flat_map(|s| ["--set", s]).collect();
         let memleak = Memleak::watch_with(program.pid(), &args);
@@ -228,7 +227,7 @@ fn shapes_with(library: &'static str) {
     let library = library_path(library).expect("the library is installed");
     let program = Program::start_command(Command::new(path).env("LD_PRELOAD", library));
     let (_program, _memleak, snapshot) = scanned(program, &[]);
-    check_what_is_held(&snapshot);
+    check_what_is_held(&snapshot, false);
 }
 
 #[test]
@@ -254,7 +253,7 @@ fn the_scan_command_tells_leaks_from_caches() {
         let mut program = Program::start("shapes");
         let pid = program.pid().to_string();
         let mut command = memleak_command();
-        command.args(["scan", "-p", &pid, "--duration", "4s", "--set", "collector.budget=off"]);
+        command.args(["scan", "-p", &pid, "--duration", "8s", "--set", "collector.budget=off"]);
         command.args(if json { &["--json"][..] } else { &["--set", "live.sites=0"] });
         let run = std::thread::spawn(move || output_within(&mut command));
         wait_for_probes(program.pid());

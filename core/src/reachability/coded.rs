@@ -9,7 +9,7 @@
 use std::collections::{HashMap, HashSet};
 
 /// Upper halves are counted by a hash of so many bits.
-const HASH_BITS: u32 = 20;
+const HASH_BITS: u32 = 16;
 /// An upper half that is rarer hides nothing that could be called definitely lost.
 const MIN_COUNT: u32 = 4;
 /// Most upper halves, and words of each and of all, that are kept.
@@ -25,13 +25,16 @@ const EXPLAINED: f64 = 0.8;
 /// Words that may be coded pointers.
 #[derive(Debug, Default)]
 pub struct Coded {
-    /// How often each hash of an upper half was seen in the scans before; empty in the first.
-    frequent: Vec<u32>,
+    /// How often each hash of an upper half was seen in the first scan; empty without one.
     counts: Vec<u32>,
-    /// What makes an upper half frequent: random words collide.
-    least: u32,
+    /// This is the first of several scans: it only counts.
+    counting: bool,
+    /// By hash: words with such an upper half are kept.
+    open: Vec<bool>,
     uppers: HashMap<u32, Upper>,
     kept: usize,
+    /// Memory is full of repetitions.
+    last: u64,
 }
 
 /// Words with the same upper half.
@@ -42,30 +45,42 @@ struct Upper {
 }
 
 impl Coded {
-    /// A new scan begins. The only one of its series keeps whatever fits.
-    pub fn begin(&mut self) {
-        self.frequent = std::mem::take(&mut self.counts);
-        let all: u64 = self.frequent.iter().map(|n| u64::from(*n)).sum();
-        self.least = MIN_COUNT + u32::try_from(2 * all >> HASH_BITS).unwrap_or(u32::MAX - MIN_COUNT);
-        self.counts = vec![0; 1 << HASH_BITS];
+    /// A new scan begins; the `only` one of its series has nothing to go by and keeps whatever fits.
+    pub fn begin(&mut self, only: bool) {
+        self.counting = self.counts.is_empty() && !only;
         self.uppers.clear();
         self.kept = 0;
+        if self.counting {
+            self.counts = vec![0; 1 << HASH_BITS];
+            return;
+        }
+        let all: u64 = self.counts.iter().map(|n| u64::from(*n)).sum();
+        // Random words collide.
+        let least = u64::from(MIN_COUNT) + (2 * all >> HASH_BITS);
+        self.open = match only {
+            true => vec![true; 1 << HASH_BITS],
+            false => self.counts.iter().map(|n| u64::from(*n) >= least).collect(),
+        };
     }
 
-    /// A word that is no address.
+    /// A word that is no address. Called for much of the memory of many programs: most must leave early.
+    #[inline]
     pub fn see(&mut self, word: u64) {
         let upper = (word >> 32) as u32;
-        // Negative numbers.
-        if upper == u32::MAX {
+        // Repetitions, and negative numbers.
+        if word == self.last || upper == u32::MAX {
             return;
         }
+        self.last = word;
         let hash = (upper.wrapping_mul(0x9e37_79b1) >> (32 - HASH_BITS)) as usize;
-        if let Some(count) = self.counts.get_mut(hash) {
-            *count = count.saturating_add(1);
+        if self.counting {
+            self.counts[hash] = self.counts[hash].saturating_add(1);
+        } else if self.open.get(hash) == Some(&true) {
+            self.keep(upper, word as u32, hash);
         }
-        if self.frequent.get(hash).is_some_and(|count| *count < self.least) {
-            return;
-        }
+    }
+
+    fn keep(&mut self, upper: u32, lower: u32, hash: usize) {
         let full = self.uppers.len() >= MAX_UPPERS;
         let entry = match self.uppers.get_mut(&upper) {
             Some(entry) => entry,
@@ -73,9 +88,16 @@ impl Coded {
             None => self.uppers.entry(upper).or_default(),
         };
         entry.seen += 1;
-        if entry.lower.len() < MAX_OF_ONE && self.kept < MAX_WORDS {
-            entry.lower.push(word as u32);
-            self.kept += 1;
+        entry.lower.push(lower);
+        self.kept += 1;
+        if entry.lower.len() >= MAX_OF_ONE {
+            self.open[hash] = false;
+            // About how many there are in all.
+            let counted = self.counts.get(hash).map_or(entry.seen, |n| u64::from(*n));
+            entry.seen = entry.seen.max(counted);
+        }
+        if self.kept >= MAX_WORDS {
+            self.open.fill(false);
         }
     }
 
@@ -134,7 +156,7 @@ mod tests {
     fn after_two_scans(words: &[u64]) -> Coded {
         let mut coded = Coded::default();
         for _ in 0..2 {
-            coded.begin();
+            coded.begin(false);
             words.iter().for_each(|w| coded.see(*w));
         }
         coded
@@ -147,7 +169,7 @@ mod tests {
         assert_eq!(after_two_scans(&words).key(&lost), Some(KEY));
         // In the only scan of its series as well, where there is no noise.
         let mut once = Coded::default();
-        once.begin();
+        once.begin(true);
         lost.iter().for_each(|a| once.see(a ^ KEY));
         assert_eq!(once.key(&lost), Some(KEY));
     }

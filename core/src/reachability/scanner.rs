@@ -238,7 +238,7 @@ impl Work<'_> {
         }
         let held = kernel::held(self.dir, maps);
         (self.in_requests, self.device_bytes) = (held.in_requests, ranges.device_bytes);
-        self.coded.begin();
+        self.coded.begin(self.options.still);
         let mut coded = std::mem::take(&mut self.coded);
         let mut scan = Scan::new(index, learned).with_coded(&mut coded);
         if self.options.unseen_frees {
