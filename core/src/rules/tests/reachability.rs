@@ -87,7 +87,7 @@ fn rules_ask_for_scans() {
         let settings = RuleSettings { dir: Some(dir.path().into()), ..RuleSettings::default() };
         let mut engine = RuleEngine::new(&settings).unwrap();
         let mut simulation = Simulation::new(1.0, 1, vec![("leak", leak(50_000.0, 1_000))]);
-        simulation.step();
+        (0..5).for_each(|_| simulation.step());
         let evaluation = evaluate(&mut engine, &simulation.history);
         let found = evaluation.findings.iter().filter(|f| &*f.rule == "ask").count();
         (evaluation.scans.len(), found, evaluation.errors.first().map(ToString::to_string))
