@@ -208,6 +208,7 @@ impl Plan {
             cohorts: if last { self.cohorts(t, end, totals) } else { Vec::new() },
             lifetimes: if last { self.shape.lifetimes(freed_count) } else { [0; LIFETIME_CLASSES] },
             reachability: if last { self.reach(t, totals).map(Arc::new) } else { None },
+            kernel: None,
         }
     }
 

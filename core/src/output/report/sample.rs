@@ -131,6 +131,7 @@ fn snapshot(number: u32, process: &Arc<Process>, sites: &[Arc<Site>]) -> Snapsho
         cohorts: vec![cohort],
         lifetimes,
         reachability: Some(reach.clone()),
+        kernel: None,
     };
     Snapshot {
         number: n,
