@@ -56,7 +56,7 @@ impl Coded {
         }
         let all: u64 = self.counts.iter().map(|n| u64::from(*n)).sum();
         // Random words collide.
-        let least = u64::from(MIN_COUNT) + (2 * all >> HASH_BITS);
+        let least = u64::from(MIN_COUNT) + ((2 * all) >> HASH_BITS);
         self.open = match only {
             true => vec![true; 1 << HASH_BITS],
             false => self.counts.iter().map(|n| u64::from(*n) >= least).collect(),

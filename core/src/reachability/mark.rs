@@ -244,7 +244,7 @@ impl<'a> Scan<'a> {
             if let Some((target, strong)) = self.target(word) {
                 self.reach(target, strong, Referrer::Root(at));
             }
-            if self.free_lists.is_some() && at % 16 == 0 {
+            if self.free_lists.is_some() && at.is_multiple_of(16) {
                 self.look_at_link(at, word);
             }
         }
