@@ -85,8 +85,11 @@ impl Recorder {
         let (kind, instance) = match notice {
             Notice::Watching(process, _) => (EventKind::Attach, Some(process.instance)),
             Notice::Ended(process) => (EventKind::End, Some(process.instance)),
-            Notice::Mode { process, .. } => (EventKind::Mode, Some(process.instance)),
-            _ => (EventKind::Failed, None),
+            Notice::Mode { process, .. } | Notice::Stopped { process, .. } => (EventKind::Mode, Some(process.instance)),
+            Notice::Scanned { process, .. } | Notice::NotScanned { process, .. } => {
+                (EventKind::Scan, Some(process.instance))
+            }
+            Notice::Failed { .. } => (EventKind::Failed, None),
         };
         self.event(kind, time_s, instance, live::notice_line(notice));
     }

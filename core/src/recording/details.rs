@@ -1,10 +1,13 @@
-//! What a snapshot knows of a site besides its totals: last allocation, cohorts, lifetimes.
+//! What a snapshot knows of a site besides its totals: last allocation, cohorts, lifetimes, what scans said.
 //!
 //! Written as differences, like the totals, and with what these predict left out: when a block is freed, its cohort's
 //! outstanding bytes change by what the totals have changed by already. Rules and reports need the details of few
 //! snapshots, so they are a blob of their own that can be skipped.
 
+use std::sync::Arc;
+
 use super::codec::{In, damaged, put, put_delta, put_f64, put_section};
+use super::reach::{self, Stored};
 use super::totals::{Change, Decoder as TotalsDecoder};
 use crate::Result;
 use crate::snapshot::{Cohort, LIFETIME_CLASSES, StandardErrors, Totals};
@@ -16,6 +19,7 @@ const LAST: u64 = 4;
 const COHORTS: u64 = 5;
 const LIFETIMES: u64 = 6;
 const ERRORS: u64 = 7;
+const REACH: u64 = 8;
 
 /// The last allocation, as milliseconds before the snapshot.
 const LAST_MS: u8 = 1;
@@ -32,6 +36,8 @@ const LIFETIMES_PREDICTED: u8 = 32;
 
 /// Standard errors have changed.
 const ERRORS_CHANGED: u8 = 64;
+/// What scans say has changed.
+const REACH_CHANGED: u8 = 128;
 
 /// Stands for the snapshot's own time as the end of a cohort, which then need not be written for every snapshot.
 const NOW: f64 = f64::INFINITY;
@@ -43,6 +49,7 @@ pub(super) struct Details {
     pub(super) cohorts: Vec<Cohort>,
     pub(super) lifetimes: [u64; LIFETIME_CLASSES],
     pub(super) stderr: StandardErrors,
+    pub(super) reach: Option<Arc<Stored>>,
 }
 
 impl Details {
@@ -68,6 +75,7 @@ pub(super) struct Row<'a> {
     pub(super) cohorts: &'a [Cohort],
     pub(super) lifetimes: &'a [u64; LIFETIME_CLASSES],
     pub(super) stderr: StandardErrors,
+    pub(super) reach: Option<Arc<Stored>>,
 }
 
 /// The streams of a blob.
@@ -80,6 +88,7 @@ struct Streams {
     cohorts: Vec<u8>,
     lifetimes: Vec<u8>,
     errors: Vec<u8>,
+    reach: Vec<u8>,
 }
 
 impl Streams {
@@ -115,7 +124,7 @@ impl Encoder {
             if flags != 0 {
                 put(&mut streams.ids, u64::from(row.id - last_id));
                 last_id = row.id;
-                streams.flags.push(flags);
+                put(&mut streams.flags, u64::from(flags));
             }
             self.sites.push((row.id, row.totals, details));
         }
@@ -130,6 +139,7 @@ impl Encoder {
             (COHORTS, streams.cohorts),
             (LIFETIMES, streams.lifetimes),
             (ERRORS, streams.errors),
+            (REACH, streams.reach),
         ] {
             put_section(&mut out, tag, &contents);
         }
@@ -161,6 +171,11 @@ fn encode_site(streams: &mut Streams, row: &Row<'_>, totals: &Totals, old: &mut 
         put_f64(&mut streams.errors, row.stderr.count);
         flags |= ERRORS_CHANGED;
         old.stderr = row.stderr;
+    }
+    if row.reach != old.reach {
+        reach::encode(&mut streams.reach, old.reach.as_deref(), row.reach.as_deref());
+        flags |= REACH_CHANGED;
+        old.reach = row.reach.clone();
     }
     flags
 }
@@ -292,8 +307,8 @@ impl Decoder {
     /// # Errors
     /// The bytes are damaged.
     pub(super) fn apply(&mut self, input: In<'_>, totals: &TotalsDecoder, time_s: f64) -> Result<()> {
-        let [_, mut bound_list, mut ids, mut flags, mut last, mut cohorts, mut lifetimes, mut errors] =
-            input.sections::<8>()?;
+        let [_, mut bound_list, mut ids, mut flags, mut last, mut cohorts, mut lifetimes, mut errors, mut reach] =
+            input.sections::<9>()?;
         let mut bounds = Vec::with_capacity(bound_list.left() / 8);
         while !bound_list.is_empty() {
             bounds.push(bound_list.get_f64()?);
@@ -335,6 +350,9 @@ impl Decoder {
             }
             if flag & ERRORS_CHANGED != 0 {
                 site.stderr = StandardErrors { bytes: errors.get_f64()?, count: errors.get_f64()? };
+            }
+            if flag & REACH_CHANGED != 0 {
+                site.reach = reach::decode(&mut reach, site.reach.as_deref())?.map(Arc::new);
             }
         }
         // A keyframe resets what is in this list: it must not grow with the snapshots.

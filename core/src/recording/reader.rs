@@ -6,20 +6,19 @@
 
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use rusqlite::{Connection, OpenFlags, OptionalExtension, Row};
+use rusqlite::{OptionalExtension, Row};
 
 use super::codec::{Decompressor, In, damaged};
+use super::open::{self, Opened};
 use super::{
-    AlertRecord, Event, EventKind, FindingSpan, Host, Location, Session, SnapshotInfo, details, schema, totals,
+    AlertRecord, Event, EventKind, FindingSpan, Host, Location, Session, SnapshotInfo, details, digest, schema, totals,
 };
 use crate::alert::Status;
 use crate::finding::Severity;
-use crate::output::text::visible;
 use crate::snapshot::{LIFETIME_CLASSES, Process, ProcessSample, Site, SiteKey, SiteSample, Snapshot, Totals};
 use crate::symbolize::Frame;
 use crate::{Error, ErrorKind, Result};
@@ -28,6 +27,8 @@ use crate::{Error, ErrorKind, Result};
 const MAX_SITE_BYTES: usize = 4096;
 /// How many numbers of sites there may be per site: they are given without gaps.
 const MAX_SPARSE: u64 = 16;
+/// What is wrong with a recording that is not whole.
+const LACKS_WAL: &str = "its run was broken off, and the -wal file that belongs beside it is missing: bring it back";
 
 /// Part of a recording.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -64,8 +65,7 @@ struct Known {
 
 /// An open recording.
 pub struct Reader {
-    db: Connection,
-    shown: String,
+    file: Opened,
     session: Session,
     processes: BTreeMap<u32, Arc<Process>>,
     /// By number in the file; most places are taken.
@@ -83,30 +83,13 @@ impl Reader {
     /// # Errors
     /// There is no such file, it is not a recording, it is damaged, or it is of a newer version.
     pub fn open(path: &Path) -> Result<Reader> {
-        let shown = visible(&path.to_string_lossy()).into_owned();
-        let refuse = |why: &str| Error::new(ErrorKind::Io, format!("failed to open {shown}: {why}"));
-        let meta = fs::metadata(path).map_err(|e| Error::io(format!("failed to open {shown}"), e))?;
-        if !meta.is_file() {
-            return Err(refuse(if meta.is_dir() { "it is a folder" } else { "it is not a regular file" }));
-        }
-        if meta.len() == 0 {
-            return Err(refuse("it is empty: the run ended before it was written"));
-        }
-        let failed = |e| schema::failed(&shown, e);
-        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let db = Connection::open_with_flags(path, flags).map_err(failed)?;
-        db.busy_timeout(std::time::Duration::from_secs(5)).map_err(failed)?;
-        db.pragma_update(None, "cache_size", -4096).map_err(failed)?;
-        // Names in the schema of a hostile file must not run functions.
-        db.pragma_update(None, "trusted_schema", false).map_err(failed)?;
-        db.set_prepared_statement_cache_capacity(32);
-        // One view of the file until the reader is dropped.
-        db.execute_batch("BEGIN").map_err(failed)?;
-        let format = schema::check(&db, &shown)?;
+        let file = open::open(path)?;
+        let Opened { db, shown, lacks_wal, .. } = &file;
+        let format = schema::check(db, shown)?;
+        let session = Session { format, lacks_wal: *lacks_wal, ..Session::default() };
         let mut reader = Reader {
-            db,
-            shown,
-            session: Session { format, ..Session::default() },
+            file,
+            session,
             processes: BTreeMap::new(),
             sites: Vec::new(),
             by_key: HashMap::new(),
@@ -114,10 +97,11 @@ impl Reader {
             modules: HashMap::new(),
             frames: OnceCell::new(),
         };
-        reader.read_session()?;
-        reader.read_processes()?;
-        reader.read_sites()?;
-        reader.read_snapshots()?;
+        reader.read().map_err(|e| match reader.session.lacks_wal {
+            // Pages that the writer had begun to move from there.
+            true => Error::with_source(ErrorKind::Io, LACKS_WAL, e),
+            false => e,
+        })?;
         Ok(reader)
     }
 
@@ -128,7 +112,7 @@ impl Reader {
 
     /// The file, fit for messages.
     pub fn shown(&self) -> &str {
-        &self.shown
+        &self.file.shown
     }
 
     /// Every process that was watched, by instance.
@@ -303,7 +287,7 @@ impl Reader {
     }
 
     fn failed(&self, error: rusqlite::Error) -> Error {
-        schema::failed(&self.shown, error)
+        schema::failed(&self.file.shown, error)
     }
 
     fn known(&self, id: u32) -> Option<&Known> {
@@ -312,17 +296,25 @@ impl Reader {
 
     fn rows<T>(&self, sql: &str, mut row: impl FnMut(&Row<'_>) -> rusqlite::Result<T>) -> Result<Vec<T>> {
         let mut read = || {
-            let mut statement = self.db.prepare_cached(sql)?;
+            let mut statement = self.file.db.prepare_cached(sql)?;
             let rows = statement.query_map([], |r| row(r))?;
             rows.collect::<rusqlite::Result<Vec<T>>>()
         };
         read().map_err(|e| self.failed(e))
     }
 
+    fn read(&mut self) -> Result<()> {
+        self.read_session()?;
+        self.read_processes()?;
+        self.read_sites()?;
+        self.read_snapshots()
+    }
+
     fn read_session(&mut self) -> Result<()> {
         let rows = self.rows("SELECT key, value FROM session", |r| {
             Ok((r.get::<_, String>(0)?, r.get::<_, rusqlite::types::Value>(1)?))
         })?;
+        let mut digest = None;
         for (key, value) in rows {
             match (key.as_str(), value) {
                 ("run", rusqlite::types::Value::Text(text)) => {
@@ -331,6 +323,7 @@ impl Reader {
                 }
                 ("settings", rusqlite::types::Value::Text(text)) => self.session.settings = text,
                 ("complete", _) => self.session.complete = true,
+                (digest::KEY, rusqlite::types::Value::Text(text)) => digest = Some(text),
                 ("thinned", rusqlite::types::Value::Integer(n)) => self.session.thinned = n.cast_unsigned(),
                 _ => {}
             }
@@ -339,6 +332,11 @@ impl Reader {
             Ok(Host { name: r.get(0)?, kernel: r.get(1)?, machine: r.get(2)?, boot_id: r.get(3)? })
         })?;
         self.session.host = hosts.into_iter().next().unwrap_or_default();
+        if let Some(digest) = digest
+            && digest::of(&self.file.db).map_err(|e| self.failed(e))? != digest
+        {
+            return Err(damaged("it is not what it was when its run ended"));
+        }
         Ok(())
     }
 
@@ -446,7 +444,7 @@ impl Reader {
     fn stack(&self, site: &Site) -> Result<Option<Stack>> {
         let Some(known) = self.known_id(site.key).and_then(|id| self.known(id)) else { return Ok(None) };
         let read = || {
-            let mut statement = self.db.prepare_cached("SELECT locations, frames FROM stacks WHERE id = ?")?;
+            let mut statement = self.file.db.prepare_cached("SELECT locations, frames FROM stacks WHERE id = ?")?;
             statement.query_row([known.stack], |r| Ok((r.get(0)?, r.get(1)?))).optional()
         };
         read().map_err(|e| self.failed(e))
@@ -581,7 +579,7 @@ impl Cursor {
             self.apply(reader, &info, details).map_err(|e| {
                 Error::with_source(
                     ErrorKind::Io,
-                    format!("failed to read snapshot {} of {}", info.number, reader.shown),
+                    format!("failed to read snapshot {} of {}", info.number, reader.file.shown),
                     e,
                 )
             })?;
@@ -602,7 +600,7 @@ impl Cursor {
             self.details.reset();
         }
         let mut apply = |sql: &str, take: &mut dyn FnMut(In<'_>) -> Result<()>| -> Result<()> {
-            let mut statement = reader.db.prepare_cached(sql).map_err(failed)?;
+            let mut statement = reader.file.db.prepare_cached(sql).map_err(failed)?;
             let mut rows = statement.query([number]).map_err(failed)?;
             let row = rows.next().map_err(failed)?.ok_or_else(|| damaged("a snapshot has no samples"))?;
             let blob = row.get_ref(0).map_err(failed)?;
@@ -629,7 +627,7 @@ impl Cursor {
         for id in self.totals.present() {
             let Some(known) = reader.known(*id) else { return Err(damaged("a site of a snapshot is missing")) };
             if filter.takes(&known.site) {
-                sites.push(self.sample(&known.site, *id, info.time_s));
+                sites.push(self.sample(reader, &known.site, *id, info.time_s)?);
             }
         }
         sites.sort_unstable_by_key(|s| (std::cmp::Reverse(s.totals.outstanding_bytes()), s.site.key));
@@ -638,18 +636,26 @@ impl Cursor {
     }
 
     /// One site of the snapshot that was read last.
-    pub(super) fn sample(&self, site: &Arc<Site>, id: u32, time_s: f64) -> SiteSample {
+    ///
+    /// # Errors
+    /// The recording is damaged.
+    pub(super) fn sample(&self, reader: &Reader, site: &Arc<Site>, id: u32, time_s: f64) -> Result<SiteSample> {
         let details = self.details.details(id);
         let lifetimes: [u64; LIFETIME_CLASSES] = details.lifetimes;
-        SiteSample {
+        let mut on_the_way = |id| {
+            let known = reader.known(id).ok_or_else(|| damaged("a site on the way to a block is missing"))?;
+            reader.name(&known.site)?;
+            Ok(Arc::clone(&known.site))
+        };
+        Ok(SiteSample {
             site: Arc::clone(site),
             totals: self.totals.totals(id),
             last_allocation_s: details.last_allocation_s,
             cohorts: details.cohorts_at(time_s),
             lifetimes,
-            reachability: None,
+            reachability: details.reach.as_ref().map(|stored| stored.reach(&mut on_the_way)).transpose()?,
             stderr: details.stderr,
-        }
+        })
     }
 }
 
