@@ -13,6 +13,7 @@ mod export;
 mod governor;
 mod import;
 mod reachability;
+mod recording;
 mod report;
 mod run;
 mod servers;
