@@ -14,7 +14,7 @@ use crate::finding::{Finding, Severity};
 use crate::history::History;
 use crate::output::report::heading;
 use crate::output::text::visible;
-use crate::recording::{Filter, Reader, recorded};
+use crate::recording::{Reader, recorded};
 use crate::rules::{RuleEngine, RuleError};
 use crate::snapshot::SiteKey;
 use crate::symbolize::Frame;
@@ -116,10 +116,8 @@ pub fn run_rules(reader: &Reader, config: &Config, progress: &mut dyn FnMut()) -
     let mut found: Vec<Found> = Vec::new();
     let mut standing: HashMap<(String, SiteKey), usize> = HashMap::new();
     let mut errors: Vec<String> = Vec::new();
-    let filter = Filter::default();
-    for snapshot in reader.snapshots(&filter) {
-        let snapshot = snapshot?;
-        history.push(&snapshot);
+    let mut replay = reader.replay()?;
+    while let Some(snapshot) = replay.push(&mut history)? {
         let mut damage = None;
         let evaluation = rules.evaluate(&history, &mut |site| damage = reader.name(site).err().or(damage.take()));
         if let Some(damage) = damage {

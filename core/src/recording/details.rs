@@ -53,6 +53,11 @@ pub(super) struct Details {
 }
 
 impl Details {
+    /// Whether the last cohort goes on until the next change.
+    pub(super) fn is_last_open(&self) -> bool {
+        self.cohorts.last().is_some_and(|c| c.end_s == NOW)
+    }
+
     /// The cohorts as of a snapshot.
     pub(super) fn cohorts_at(&self, time_s: f64) -> Vec<Cohort> {
         let end = |c: &Cohort| Cohort { end_s: if c.end_s == NOW { time_s } else { c.end_s }, ..*c };
@@ -282,12 +287,14 @@ pub(super) struct Decoder {
     sites: Vec<Details>,
     /// Sites that are not empty.
     used: Vec<u32>,
+    /// Sites that the last snapshot has changed, ascending.
+    pub(super) changes: Vec<u32>,
 }
 
 impl Decoder {
     /// For sites with numbers up to `max_id`.
     pub(super) fn new(max_id: u32) -> Self {
-        Decoder { sites: vec![Details::default(); max_id as usize + 1], used: Vec::new() }
+        Decoder { sites: vec![Details::default(); max_id as usize + 1], ..Decoder::default() }
     }
 
     /// Details of a site of the last snapshot.
@@ -313,6 +320,7 @@ impl Decoder {
         while !bound_list.is_empty() {
             bounds.push(bound_list.get_f64()?);
         }
+        self.changes.clear();
         for id in &totals.gone {
             self.sites[*id as usize] = Details::default();
         }
@@ -332,6 +340,7 @@ impl Decoder {
             let old = changes.peek().filter(|c: &&&Change| c.id == number).map_or(new, |c| c.old);
             let flag = u8::try_from(flags.get()?).map_err(|_| damaged("a site has unknown flags"))?;
             self.used.push(number);
+            self.changes.push(number);
             if flag & LAST_MS != 0 {
                 site.last_allocation_s = seconds(last.get_delta(milliseconds(time_s))?);
             }

@@ -34,7 +34,7 @@ use crate::finding::Severity;
 use crate::output::report::RunInfo;
 use crate::snapshot::{Site, SiteKey, Totals};
 
-pub use reader::{Filter, Reader, Snapshots};
+pub use reader::{Filter, Reader, Replay, Snapshots};
 pub use schema::VERSION;
 pub use settings::{Settings, recorded};
 pub use writer::{Limits, Step, Writer};

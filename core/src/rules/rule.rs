@@ -354,7 +354,7 @@ impl Run<'_> {
             let held = |s: &super::view::SiteView| {
                 s.totals.outstanding_count() > 0
                     && s.totals.outstanding_bytes() >= least
-                    && (!needs_scan || s.history.latest.reachability.is_some())
+                    && (!needs_scan || s.scanned)
             };
             view.sites.iter().enumerate().filter(|(_, s)| held(s)).map(|(i, _)| i).collect::<Vec<_>>()
         });

@@ -115,7 +115,7 @@ fn a_writer_killed_at_any_moment_loses_at_most_the_last_snapshot() {
         state ^= state >> 7;
         state ^= state << 17;
         // Mostly short, some long enough for the file to be thinned.
-        let longest_us = if kill % 10 == 0 { 1_500_000 } else { 80_000 };
+        let longest_us = if kill % 20 == 0 { 1_500_000 } else { 60_000 };
         std::thread::sleep(Duration::from_micros(state % longest_us));
         child.kill().expect("killed");
         child.wait().expect("it has ended");
