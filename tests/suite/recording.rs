@@ -502,3 +502,26 @@ fn a_report_shows_its_progress_on_a_terminal_only() {
     folder.succeed(&["replay", "good"]);
     assert!(begun.elapsed() < Duration::from_secs(30));
 }
+
+// What was recorded of the kernel has no process behind it: every command takes it all the same.
+#[test]
+fn kernel_recordings_are_taken_by_every_command() {
+    let folder = Folder::new();
+    folder.import(&fixture("libbpf-kernel.txt"), "kernel", &[]);
+    folder.succeed(&["report", "kernel", "-o", "kernel.html"]);
+    let page = functions(&data(&folder.path("kernel.html")));
+    let csv = folder.succeed(&["export", "kernel", "--format", "csv"]).0;
+    assert!(csv.lines().count() > 2 && csv.contains("kernel"), "{csv}");
+    let name = folder.snapshot("kernel", "end")["sites"][0]["frames"][0]["function"].clone();
+    assert!(name.as_str().is_some_and(|name| page.contains(name)), "{name} in the page");
+    for format in ["pprof", "folded", "speedscope", "json"] {
+        folder.succeed(&["export", "kernel", "--format", format, "-o", "out"]);
+        fs::remove_file(folder.path("out")).expect("written");
+    }
+    let (code, stdout, stderr) = folder.run(&["replay", "kernel", "--json"]);
+    assert!(code.is_some_and(|c| c < 2) && stderr.is_empty(), "{stderr}");
+    let replay: Value = serde_json::from_str(&stdout).expect("JSON");
+    assert!(replay["snapshots"].as_u64().is_some_and(|n| n > 0), "{replay}");
+    let (code, ..) = folder.run(&["diff", "kernel", "kernel"]);
+    assert_eq!(code, Some(0));
+}
