@@ -217,11 +217,18 @@ fn rules_can_be_tuned_on_a_recording() {
     let rule = |name: &str, says: &str| {
         format!("return {{ name = '{name}', description = 'x', evaluate = function(site) {says} end }}")
     };
-    write("other/growth.lua", &rule("growth", "return nil").replace(
-        "description",
-        "params = { min_time = '1s', min_snapshots = 1, min_bytes = '1B' }, description",
-    ));
-    write("other/big.lua", &rule("big", "if site.outstanding_bytes > 50000 then return { severity = 'warning', confidence = 1, reason = 'big' } end"));
+    write(
+        "other/growth.lua",
+        &rule("growth", "return nil")
+            .replace("description", "params = { min_time = '1s', min_snapshots = 1, min_bytes = '1B' }, description"),
+    );
+    write(
+        "other/big.lua",
+        &rule(
+            "big",
+            "if site.outstanding_bytes > 50000 then return { severity = 'warning', confidence = 1, reason = 'big' } end",
+        ),
+    );
     let (code, text, stderr) = run(&["--compare", "other"]);
     assert_eq!(code, Some(1), "{stderr}");
     assert!(text.contains("vanishes growth leak_steadily (pid "), "{text}");

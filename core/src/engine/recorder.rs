@@ -31,7 +31,11 @@ impl Recorder {
         let Some(path) = &config.recording.path else { return Ok(None) };
         let limits = Limits { max_size: config.recording.max_size.0, ..Limits::default() };
         let settings = Settings::of(config).to_text();
-        Ok(Some(Recorder { writer: Writer::create(path, limits, &Host::this(), run, &settings)?, missing: 0, told: String::new() }))
+        Ok(Some(Recorder {
+            writer: Writer::create(path, limits, &Host::this(), run, &settings)?,
+            missing: 0,
+            told: String::new(),
+        }))
     }
 
     /// Stores a snapshot with everything that was said of it; returns what people should be told.

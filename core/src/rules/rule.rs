@@ -352,9 +352,7 @@ impl Run<'_> {
             // A site with nothing outstanding holds no leak; most sites of a busy process are such sites.
             let Rule { min_outstanding: least, needs_scan, .. } = *self.rule;
             let held = |s: &super::view::SiteView| {
-                s.totals.outstanding_count() > 0
-                    && s.totals.outstanding_bytes() >= least
-                    && (!needs_scan || s.scanned)
+                s.totals.outstanding_count() > 0 && s.totals.outstanding_bytes() >= least && (!needs_scan || s.scanned)
             };
             view.sites.iter().enumerate().filter(|(_, s)| held(s)).map(|(i, _)| i).collect::<Vec<_>>()
         });

@@ -52,7 +52,8 @@ fn a_recorded_slow_leak_is_found_under_its_noise() {
 /// nothing stands, and what never looked like a leak was never called one.
 #[test]
 fn recorded_shapes_that_are_no_leak_end_without_a_finding() {
-    for (shape, may_be_suspected) in [("cache_fill", true), ("warm_up", true), ("sawtooth", false), ("load_ramp", true)] {
+    for (shape, may_be_suspected) in [("cache_fill", true), ("warm_up", true), ("sawtooth", false), ("load_ramp", true)]
+    {
         let (findings, snapshots) = alarms(shape);
         let standing: Vec<_> = findings.iter().filter(|f| f.standing).collect();
         assert!(standing.is_empty(), "{shape}, {snapshots} snapshots: {standing:#?}");
