@@ -116,6 +116,7 @@ pub(crate) struct News {
 }
 
 /// How much of it is new.
+#[expect(clippy::large_enum_variant, reason = "made one at a time and taken apart at once")]
 pub(crate) enum What {
     /// All of it, or more than can be said here.
     All(SiteSample),

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use super::reader::Cursor;
+use super::cursor::Cursor;
 use super::{Filter, Reader};
 use crate::Result;
 use crate::history::{Bounds, History, Sample, Series, SiteHistory};

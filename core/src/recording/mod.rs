@@ -11,6 +11,7 @@
 
 mod codec;
 mod create;
+mod cursor;
 mod details;
 mod digest;
 mod history;
@@ -34,7 +35,8 @@ use crate::finding::Severity;
 use crate::output::report::RunInfo;
 use crate::snapshot::{Site, SiteKey, Totals};
 
-pub use reader::{Filter, Reader, Replay, Snapshots};
+pub use cursor::{Replay, Snapshots};
+pub use reader::{Filter, Reader};
 pub use schema::VERSION;
 pub use settings::{Settings, recorded};
 pub use writer::{Limits, Step, Writer};
