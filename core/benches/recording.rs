@@ -196,6 +196,7 @@ fn sample(process: &Arc<Process>, i: u64, numbers: &mut Numbers, totals: Totals)
         cohorts: Vec::new(),
         lifetimes: [0; LIFETIME_CLASSES],
         reachability: None,
+        kernel: None,
     }
 }
 

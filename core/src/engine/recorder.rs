@@ -94,7 +94,9 @@ impl Recorder {
         let (kind, instance) = match notice {
             Notice::Watching(process, _) => (EventKind::Attach, Some(process.instance)),
             Notice::Ended(process) => (EventKind::End, Some(process.instance)),
-            Notice::Mode { process, .. } | Notice::Stopped { process, .. } => (EventKind::Mode, Some(process.instance)),
+            Notice::Mode { process, .. } | Notice::Sampled { process, .. } | Notice::Stopped { process, .. } => {
+                (EventKind::Mode, Some(process.instance))
+            }
             Notice::Scanned { process, .. } | Notice::NotScanned { process, .. } => {
                 (EventKind::Scan, Some(process.instance))
             }

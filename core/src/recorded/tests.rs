@@ -35,6 +35,7 @@ fn snapshot(number: u64, sites: &[Arc<Site>]) -> Snapshot {
             cohorts: Vec::new(),
             lifetimes: [0; LIFETIME_CLASSES],
             reachability: None,
+            kernel: None,
         }
     };
     let process = Arc::clone(&sites[0].process);

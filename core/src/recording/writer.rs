@@ -385,7 +385,8 @@ impl Writer {
 
     /// A sample of a site. Every field is named, so that one that is added cannot be forgotten here.
     fn row<'s>(&self, id: u32, sample: &'s SiteSample) -> Row<'s> {
-        let SiteSample { site, totals, stderr, last_allocation_s, cohorts, lifetimes, reachability } = sample;
+        let SiteSample { site, totals, stderr, last_allocation_s, cohorts, lifetimes, reachability, kernel: _ } =
+            sample;
         let (last_allocation_s, stderr) = (*last_allocation_s, *stderr);
         let reach = reachability.as_ref().and_then(|_| self.reaches.get(&site.key)).map(|(_, s)| Arc::clone(s));
         Row { id, totals: *totals, last_allocation_s, cohorts, lifetimes, stderr, reach }

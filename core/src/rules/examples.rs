@@ -21,6 +21,7 @@ use super::{Ending, Evaluation, Origin, RuleEngine};
 use crate::config::RuleSettings;
 use crate::finding::Severity;
 use crate::history::{Bounds, History};
+use crate::kernel::KernelSample;
 use crate::reachability::roots::Root;
 use crate::reachability::verdict::Tally;
 use crate::reachability::{SiteVerdict, Verdict};
@@ -36,7 +37,7 @@ const MAX_BLOCKS: usize = 200_000;
 /// Most units of a shape that pass from one snapshot to the next.
 const MAX_UNITS: f64 = 100.0;
 /// Keys of an example.
-const KEYS: [&str; 21] = [
+const KEYS: [&str; 22] = [
     "name",
     "shape",
     "recording",
@@ -50,6 +51,7 @@ const KEYS: [&str; 21] = [
     "params",
     "mode",
     "rss_rate",
+    "kernel",
     "reachability",
     "func",
     "at_exit",
@@ -107,6 +109,7 @@ struct Example {
     windows: bool,
     rss_rate: f64,
     reachability: Option<Verdict>,
+    kernel: Option<KernelSample>,
     /// Innermost function of the shape; of a recording, only sites with it count.
     func: Option<String>,
     at_exit: Option<Ending>,
@@ -239,6 +242,7 @@ fn simulate(engine: &mut RuleEngine, said: &mut Said<'_>, example: &Example) -> 
         }
         let grown = example.rss_rate * example.interval_s * (n - 1) as f64;
         simulation.process.rss_bytes = Some((64 << 20) + grown as u64);
+        simulation.kernel = example.kernel.clone().map(Arc::new);
         simulation.reachability = example.reachability.map(|v| Arc::new(scanned(v, simulation.history.time_s())));
         simulation.step();
         if let Some(site) = simulation.sites.iter().find(|s| s.heap.len() > MAX_BLOCKS) {
@@ -389,6 +393,22 @@ fn read(number: usize, table: &Table) -> Result<Example, String> {
         Some("estimated") => true,
         Some(other) => return Err(format!("mode must be \"exact\" or \"estimated\", not {other:?}")),
     };
+    let kernel = match text("kernel")? {
+        None => None,
+        Some(word) => {
+            let mut sample = KernelSample::default();
+            match word.as_str() {
+                "verifiable" => {}
+                "unverifiable" => sample.unverifiable = Some("its frees are not seen".into()),
+                "reclaimable" => sample.reclaimable = true,
+                _ => {
+                    let words = ["verifiable", "unverifiable", "reclaimable"];
+                    return Err(format!("kernel cannot be {word:?}; {}", hint(&word, words)));
+                }
+            }
+            Some(sample)
+        }
+    };
     let reachability = match text("reachability")? {
         None => None,
         Some(word) => {
@@ -434,6 +454,7 @@ fn read(number: usize, table: &Table) -> Result<Example, String> {
         windows,
         rss_rate: rate("rss_rate", 0.0)?,
         reachability,
+        kernel,
         func: text("func")?,
         at_exit,
         rate: rate("rate", 50_000.0)?,

@@ -58,6 +58,7 @@ fn snapshot(number: u64, sites: &[Arc<Site>]) -> Snapshot {
             cohorts: Vec::new(),
             lifetimes: [born; LIFETIME_CLASSES],
             reachability: None,
+            kernel: None,
         }
     };
     Snapshot {
