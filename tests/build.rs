@@ -59,6 +59,7 @@ const BUILDS: &[Build] = &[
     gcc("hot", "programs/hot.c", &[]),
     gcc("big", "programs/big.c", &[]),
     gcc("growth", "programs/growth.c", &[]),
+    gcc("heap_shapes", "programs/heap_shapes.c", &[]),
     gcc("jump", "programs/jump.c", &[]),
     gcc("fork_busy", "programs/fork_busy.c", &[]),
     gcc("early", "programs/early.c", &[]),
