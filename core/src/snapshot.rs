@@ -6,12 +6,13 @@
 
 use std::sync::{Arc, OnceLock};
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::coverage::Coverage;
 use crate::governor::StopReason;
 use crate::kernel::{KernelSample, KernelSummary};
 use crate::labels::Labels;
+use crate::output::report::heading;
 use crate::reachability::roots::Root;
 use crate::reachability::{SiteVerdict, Verdict};
 use crate::symbolize::Frame;
@@ -172,8 +173,8 @@ pub struct SiteSample {
     pub kernel: Option<Arc<KernelSample>>,
 }
 
-/// What the last series of scans says of a site. Plain data, so that recordings can keep it.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+/// What the last series of scans says of a site.
+#[derive(Clone, Debug, Default)]
 pub struct SiteReach {
     /// In one word.
     pub verdict: Verdict,
@@ -186,7 +187,7 @@ pub struct SiteReach {
 }
 
 /// The way from a root to a block, outermost first; the block itself is left out.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug)]
 pub struct ReachWay {
     /// Where it begins.
     pub root: Root,
@@ -195,23 +196,12 @@ pub struct ReachWay {
 }
 
 /// One step of a [`ReachWay`].
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case")]
+#[derive(Clone, Debug)]
 pub enum ReachStep {
-    /// Blocks of a site, each referring to the next.
-    Blocks {
-        /// [`Site::id`].
-        site: u64,
-        /// The function by which people know the site. Hostile text.
-        name: String,
-        /// How many.
-        count: u64,
-    },
-    /// Blocks that are not shown.
-    Skipped {
-        /// How many.
-        count: u64,
-    },
+    /// So many blocks of a site, each referring to the next.
+    Blocks(Arc<Site>, usize),
+    /// So many blocks that are not shown.
+    Skipped(usize),
 }
 
 impl SiteReach {
@@ -263,14 +253,16 @@ impl ReachWay {
         let mut text = self.root.to_string();
         for step in &self.steps {
             match step {
-                ReachStep::Blocks { name, count, .. } => {
+                ReachStep::Blocks(site, count) => {
+                    let frames = site.frames();
+                    let head = heading(frames).and_then(|at| frames.get(at)?.function.as_deref());
                     text.push_str(" > ");
-                    text.push_str(name);
+                    text.push_str(head.unwrap_or(&site.function));
                     if *count > 1 {
                         text.push_str(&format!(" x{count}"));
                     }
                 }
-                ReachStep::Skipped { count } => text.push_str(&format!(" > ({count} more)")),
+                ReachStep::Skipped(count) => text.push_str(&format!(" > ({count} more)")),
             }
         }
         text

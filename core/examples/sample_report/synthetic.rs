@@ -233,10 +233,7 @@ impl Plan {
             _ => return None,
         };
         let module = self.site.process.exe.clone();
-        let steps = vec![
-            ReachStep::Blocks { site: self.site.id, name: "catalog::Shard::Shard(unsigned int)".to_owned(), count: 1 },
-            ReachStep::Blocks { site: self.site.id, name: "std::list<catalog::Entry>".to_owned(), count: 212 },
-        ];
+        let steps = vec![ReachStep::Blocks(Arc::clone(&self.site), 212)];
         let root = Root::Global { module, name: Some(name.to_owned()), offset: 0x40 };
         let way = (counts.reachable.blocks > 0).then_some(ReachWay { root, steps });
         Some(SiteReach { verdict, counts: SiteVerdict { scans: 3, ..counts }, time_s: t - 40.0, way })

@@ -7,7 +7,6 @@ use std::time::Duration;
 use super::{Collector, Life, Notice};
 use crate::config::ReachabilitySettings;
 use crate::error::Result;
-use crate::output::report::heading;
 use crate::reachability::Limits;
 use crate::reachability::scanner::Options;
 use crate::reachability::service::{Outcome, Service, Step, Subject, Way};
@@ -208,12 +207,9 @@ impl Collector {
                 Step::Blocks(key, count) => {
                     let site = self.site(key)?;
                     self.symbolizer.symbolize(&site);
-                    let frames = site.frames();
-                    let head = heading(frames).and_then(|at| frames.get(at)?.function.clone());
-                    let name = head.unwrap_or_else(|| site.function.to_string());
-                    ReachStep::Blocks { site: site.id, name, count: count as u64 }
+                    ReachStep::Blocks(site, count)
                 }
-                Step::Skipped(count) => ReachStep::Skipped { count: count as u64 },
+                Step::Skipped(count) => ReachStep::Skipped(count),
             });
         }
         Ok(ReachWay { root: way.root, steps })

@@ -1,12 +1,15 @@
 //! What scans say of a site, as snapshot lines, alert lines and reports show it.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 
 use crate::output::text::clip;
 use crate::reachability::roots::Root;
 use crate::reachability::verdict::Tally;
 use crate::reachability::{SiteVerdict, Verdict};
-use crate::snapshot::{ReachStep, ReachWay, SiteReach};
+use crate::snapshot::{ReachStep, ReachWay, Site, SiteKey, SiteReach};
+use crate::symbolize::Frame;
 
 /// Most characters of a way: each of its steps may have a very long name.
 const MAX_WAY: usize = 2_000;
@@ -64,7 +67,18 @@ pub(super) fn sample() -> SiteReach {
         ..SiteVerdict::default()
     };
     let root = Root::Global { module: "/opt/server".to_owned(), name: Some("sessions".to_owned()), offset: 16 };
-    let steps = vec![ReachStep::Blocks { site: 7, name: "Session::\"open\"()".to_owned(), count: 3 }];
+    let frames = vec![Frame { function: Some("Session::\"open\"()".to_owned()), ..Frame::default() }];
+    let site = Site {
+        key: SiteKey { instance: 1, probe_set: 1, stack: 7 },
+        id: 7,
+        process: Arc::default(),
+        probe_set: "glibc".into(),
+        function: "malloc".into(),
+        addresses: vec![1],
+        truncated: None,
+        frames: frames.into(),
+    };
+    let steps = vec![ReachStep::Blocks(Arc::new(site), 3)];
     let way = Some(ReachWay { root, steps });
     SiteReach { verdict: Verdict::Reachable, counts, time_s: 11.5, way }
 }
