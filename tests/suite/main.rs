@@ -5,6 +5,7 @@
 
 mod bad_files;
 mod bad_input;
+mod bars;
 mod cli;
 mod containers;
 mod coverage;
@@ -16,6 +17,7 @@ mod import;
 mod interpreted;
 mod kernel_live;
 mod reachability;
+mod recording;
 mod report;
 mod run;
 mod servers;
