@@ -48,7 +48,8 @@ fn damaged_unwind_information_is_refused_and_said() {
     let scribbled = |file: &File| file.write_all_at(&vec![0x41; size as usize], offset);
     let outside = |file: &File| file.write_all_at(&(1_u64 << 40).to_le_bytes(), header + 24);
     let enormous = |file: &File| file.write_all_at(&(1_u64 << 40).to_le_bytes(), header + 32);
-    let cases: [(&str, &dyn Fn(&File) -> std::io::Result<()>, &str); 4] = [
+    type Damage<'a> = &'a dyn Fn(&File) -> std::io::Result<()>;
+    let cases: [(&str, Damage<'_>, &str); 4] = [
         ("truncated", &cut, "its unwind information is malformed"),
         ("scribbled", &scribbled, "its unwind information is malformed"),
         ("outside", &outside, "its unwind information is cut off"),

@@ -186,5 +186,5 @@ fn perl_has_complete_stacks() {
 fn memcached_has_complete_stacks() {
     needs!(Feature::Bpf, Feature::Command("memcached"));
     let command = ["memcached", "-u", "root", "-l", "127.0.0.1", "-p", "0", "-U", "0", "-m", "64", "-t", "2"];
-    is_complete(&["duration=3s"], &command, 50);
+    is_complete(&["duration=8s"], &command, 20);
 }
