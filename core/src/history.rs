@@ -36,6 +36,11 @@ impl Series {
         if self.samples.len() >= cap.max(2) {
             self.thin();
         }
+        if self.samples.len() == self.samples.capacity() {
+            // By halves and never beyond what it may hold: doubling would leave a quarter of all memory unused.
+            let more = (self.samples.len() / 2).max(4);
+            self.samples.reserve_exact(more.min(cap.max(2).saturating_sub(self.samples.len()).max(1)));
+        }
         self.samples.push(sample);
     }
 
@@ -97,7 +102,7 @@ pub struct Bounds {
 
 impl Default for Bounds {
     fn default() -> Self {
-        Bounds { samples: 500, points: 1_000_000 }
+        Bounds { samples: 500, points: 300_000 }
     }
 }
 
