@@ -25,10 +25,10 @@ C_SOURCES := $(wildcard probes/bpf/*.c probes/bpf/*.h tests/programs/*.c tests/p
 CLANG_FORMAT ?= $(or $(shell command -v clang-format-19),clang-format)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench lint format build install uninstall setup clean root toolchain
+.PHONY: help run test bench bench-bars lint format build install uninstall setup clean root toolchain
 
 help: ## list what can be made
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/make \1|\2/' | column -t -s '|'
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
 
 root:
 	@if [ "$$(id -u)" -ne 0 ]; then \
@@ -68,9 +68,12 @@ bench: toolchain ## measure what memleak costs real programs (root; about an hou
 	tests/setup.sh bench
 	$(AS_USER) cargo build --release --package memleak --package memleak_bench
 	$(TARGET)/release/memleak_bench --memleak $(MEMLEAK) --json $(TARGET)/bench.json $(if $(ROUNDS),--rounds $(ROUNDS)) \
-		$(if $(SECONDS),--seconds $(SECONDS)) --workloads "$(WORKLOADS)" --tools "$(TOOLS)"; code=$$?; \
+		$(if $(SECONDS),--seconds $(SECONDS)) --workloads "$(WORKLOADS)" $(if $(BARS),--bars,--tools "$(TOOLS)"); code=$$?; \
 		[ -z "$$SUDO_USER" ] || chown "$$SUDO_USER:" $(TARGET)/bench.json; \
 		exit $$code
+
+bench-bars: ## measure what memleak promises, and judge it (root; about 22 minutes; ROUNDS and SECONDS as above)
+	$(MAKE) --no-print-directory bench BARS=1
 
 lint: toolchain ## check formatting, lints and documentation
 	tests/setup.sh lint
