@@ -37,9 +37,10 @@ impl Series {
             self.thin();
         }
         if self.samples.len() == self.samples.capacity() {
-            // By halves and never beyond what it may hold: doubling would leave a quarter of all memory unused.
-            let more = (self.samples.len() / 2).max(4);
-            self.samples.reserve_exact(more.min(cap.max(2).saturating_sub(self.samples.len()).max(1)));
+            // Room for as many as every series may have at once: with many sites, moving them to larger and larger pieces
+            // of memory would leave as much again unused. Then by halves, never beyond what it may hold.
+            let more = if self.samples.is_empty() { MIN_SAMPLES } else { self.samples.len() / 2 };
+            self.samples.reserve_exact(more.min(cap.max(2).saturating_sub(self.samples.len())).max(1));
         }
         self.samples.push(sample);
     }
@@ -170,7 +171,8 @@ impl History {
                     h.latest = s.clone();
                 }
                 None => {
-                    let series = Series::from(vec![sample]);
+                    let mut series = Series::default();
+                    series.push(sample, cap);
                     let h = SiteHistory { series, latest: s.clone(), ended_s: None };
                     self.sites.insert(s.site.key, Arc::new(h));
                 }

@@ -208,6 +208,28 @@ fn stopped_collector_leaves_no_window_open() {
     assert!(matches!(outcome.code, Some(0 | 1)), "{:?}: {}", outcome.code, outcome.stderr);
 }
 
+// Somebody presses ctrl-z and forgets: a program that is quiet now may not be for ever.
+#[test]
+fn stopped_collector_gives_up_a_target_that_becomes_too_busy() {
+    needs!(Feature::Bpf);
+    let mut program = Program::start("jump");
+    let pid = program.pid();
+    let memleak = Memleak::watch_with(pid, &BUDGET);
+    assert!(is_attached(pid), "traced exactly before");
+    memleak.signal(libc::SIGSTOP);
+    // Longer than the watchdog waits: looking at a quiet program changes nothing.
+    std::thread::sleep(Duration::from_secs(3));
+    assert!(is_attached(pid), "exact numbers are kept");
+    program.go();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while is_attached(pid) {
+        assert!(Instant::now() < deadline, "probes stay attached while the collector is stopped");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    memleak.signal(libc::SIGCONT);
+    memleak.wait_for_message("all tracing stopped for 10s, because ");
+}
+
 // The hardest end: nobody is left to close the window. Probes are descriptors, and go with their owner.
 #[test]
 fn killed_collector_leaves_no_window_open() {
