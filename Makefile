@@ -21,11 +21,11 @@ DEMO := $(TARGET)/demo/memleak-demo
 # Building is done as the user, also under sudo; only what needs root has it.
 AS_USER := tests/as_user.sh
 
-C_SOURCES := $(wildcard probes/bpf/*.c probes/bpf/*.h tests/programs/*.c tests/programs/*.h tests/programs/*.cc tests/demo/*.c tests/bench/programs/*.c)
+C_SOURCES := $(wildcard probes/bpf/*.c probes/bpf/*.h tests/programs/*.c tests/programs/*.h tests/programs/*.cc tests/demo/*.c tests/bench/programs/*.c tests/vm/leakmod/*.c)
 CLANG_FORMAT ?= $(or $(shell command -v clang-format-19),clang-format)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test bench bench-bars lint format build install uninstall setup clean root toolchain
+.PHONY: help run test test-kernels bench bench-bars lint format build install uninstall setup clean root toolchain
 
 help: ## list what can be made
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -62,6 +62,11 @@ test: toolchain ## set up and run every test (root for all of them)
 	cargo test --workspace; code=$$?; \
 		[ -z "$$SUDO_USER" ] || chown -R "$$SUDO_USER:" $(TARGET); \
 		exit $$code
+
+# make test-kernels KERNELS="5.10 7.2" TESTS="userspace::glibc"; tests/vm/run.sh says more.
+test-kernels: toolchain ## boot 5.10, 6.1, 6.12 and 7.2 in virtual machines and test in each (some 10 minutes)
+	tests/setup.sh kernels
+	$(AS_USER) env TESTS="$(TESTS)" tests/vm/run.sh $(KERNELS)
 
 # make bench ROUNDS=1 SECONDS=1 WORKLOADS=loop,redis-set TOOLS=exact,valgrind; docs/benchmarks.md says more.
 bench: toolchain ## measure what memleak costs real programs (root; about an hour, a minute with ROUNDS=1 SECONDS=1 WORKLOADS=loop)

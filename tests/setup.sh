@@ -3,7 +3,8 @@
 #
 #   tests/setup.sh build    what the build needs
 #   tests/setup.sh test     ... and what the tests need
-#   tests/setup.sh lint     ... and what `make lint` needs
+#   tests/setup.sh kernels  what the build and `make test-kernels` need
+#   tests/setup.sh lint     what the tests and `make lint` need
 #   tests/setup.sh bench    what the build and `make bench` need
 #   tests/setup.sh glibcs   installs nothing, and fetches C libraries of other Debian releases into target/glibcs, where
 #                           the tests of probe placement find them: older and newer ones than the machine's
@@ -57,19 +58,23 @@ list_packages() {
     # BPF programs need clang 14 or later; a newer one gives the verifier easier code.
     needed="$(first_of clang-19 clang-18 clang-17 clang-16 clang-15 clang-14 clang) libelf-dev zlib1g-dev pkg-config make gcc libc6-dev"
     wanted=''
+    test_allocators="g++ musl-tools libjemalloc2 $(first_of libgoogle-perftools4 libgoogle-perftools4t64) $(first_of libtcmalloc-minimal4 libtcmalloc-minimal4t64) $(first_of libmimalloc2.0 libmimalloc3)"
     case "$1" in
     build) ;;
     test | lint)
-        wanted="g++ musl-tools libjemalloc2 $(first_of libgoogle-perftools4 libgoogle-perftools4t64) $(first_of libtcmalloc-minimal4 libtcmalloc-minimal4t64) $(first_of libmimalloc2.0 libmimalloc3) redis-server redis-tools nginx memcached sqlite3 python3 perl gdb wrk golang-go bpftool util-linux xz-utils $(first_of chromium chromium-browser) $(first_of chromium-driver chromium-chromedriver)"
+        wanted="$test_allocators redis-server redis-tools nginx memcached sqlite3 python3 perl gdb wrk golang-go bpftool util-linux xz-utils $(first_of chromium chromium-browser) $(first_of chromium-driver chromium-chromedriver)"
         if [ "$1" = lint ]; then
             wanted="$wanted $(first_of clang-format-19 clang-format)"
         fi
+        ;;
+    kernels)
+        wanted="qemu-system-x86 busybox-static cpio debian-archive-keyring binutils $test_allocators"
         ;;
     bench)
         wanted="redis-server redis-tools sqlite3 nginx wrk python3 heaptrack valgrind"
         ;;
     *)
-        say "unknown purpose '$1': build, test, lint, bench or glibcs"
+        say "unknown purpose '$1': build, test, kernels, lint, bench or glibcs"
         exit 2
         ;;
     esac

@@ -65,8 +65,11 @@ __noinline u64 unwind_search(u32 instance, u64 ip)
 		return 0;
 #pragma unroll
 	for (step = MEMLEAK_UNWIND_SEGMENTS / 2; step; step >>= 1) {
-		u64 next = (at + step - 1) & (MEMLEAK_UNWIND_SEGMENTS - 1);
+		u64 next = at + step - 1;
 
+		/* Without the barrier clang leaves out the mask, which it does not need; the verifier of 5.10 does. */
+		barrier_var(next);
+		next &= MEMLEAK_UNWIND_SEGMENTS - 1;
 		at += step & mask_below(map->segments[next].start, ip + 1);
 	}
 	if (!at)

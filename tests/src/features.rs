@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
+use crate::memleak::{memleak_command, output_within};
 use crate::program::program_path;
 
 /// Something that a test cannot do without.
@@ -14,6 +15,8 @@ use crate::program::program_path;
 pub enum Feature {
     /// Root, the `bpf` system call and uprobes: what attaching to a process takes.
     Bpf,
+    /// A way to attach uprobes that works on this kernel, by the name it has in settings.
+    Backend(&'static str),
     /// An installed command of that name.
     Command(&'static str),
     /// An installed shared library with that file name.
@@ -35,6 +38,7 @@ pub fn missing(features: &[Feature]) -> Option<String> {
             static REASON: OnceLock<Option<String>> = OnceLock::new();
             REASON.get_or_init(bpf_missing).clone()
         }
+        Feature::Backend(name) => backend_missing(name),
         Feature::Command(name) => {
             (!is_installed(name)).then(|| format!("{name} is not installed (tests/setup.sh test installs it)"))
         }
@@ -110,6 +114,18 @@ fn bpf_missing() -> Option<String> {
     // SAFETY: the descriptor was just made and belongs to nobody else.
     unsafe { libc::close(fd as libc::c_int) };
     None
+}
+
+/// Asks memleak itself, whose doctor attaches in every way.
+fn backend_missing(name: &str) -> Option<String> {
+    static DOCTOR: OnceLock<String> = OnceLock::new();
+    let doctor = DOCTOR.get_or_init(|| output_within(memleak_command().arg("doctor")).1);
+    let line = doctor.lines().find_map(|line| line.trim().strip_prefix("uprobes by ")?.strip_prefix(name));
+    let Some(line) = line.filter(|line| line.starts_with(' ')) else {
+        return Some(format!("memleak doctor does not say whether uprobes by {name} work:\n{doctor}"));
+    };
+    let reason = line.trim().strip_prefix("no: ")?;
+    Some(format!("no uprobes by {name}: {reason}"))
 }
 
 fn cgroup_missing() -> Option<String> {

@@ -15,8 +15,8 @@ use tempfile::TempDir;
 
 use crate::snapshot::Snapshot;
 
-/// How long memleak may take to attach, to show something that has happened, or to end.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long memleak may take to attach, to show something that has happened, or to end; emulated machines are slow.
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// What is left when memleak has ended.
 #[derive(Debug)]
@@ -159,7 +159,7 @@ impl Memleak {
     /// The first new snapshot that satisfies `wanted`; `what` describes it in the message of a failed test.
     ///
     /// # Panics
-    /// When memleak ends or a minute passes without such a snapshot.
+    /// When memleak ends or minutes pass without such a snapshot.
     pub fn wait_until(&mut self, what: &str, wanted: impl Fn(&Snapshot) -> bool) -> Snapshot {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -319,7 +319,7 @@ fn stale(binary: &Path) -> Option<String> {
 /// Runs a command to its end and returns exit code, standard output and standard error.
 ///
 /// # Panics
-/// When it does not end within a minute; it is killed then.
+/// When it does not end within minutes; it is killed then.
 pub fn output_within(command: &mut Command) -> (Option<i32>, String, String) {
     let mut child = command
         .stdin(Stdio::null())

@@ -8,8 +8,9 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
-/// How long a program may take for one step of its work; probes make it slow, other tests make the machine slow.
-const STEP: Duration = Duration::from_secs(60);
+/// How long a program may take for one step of its work; probes make it slow, other tests make the machine slow, and an
+/// emulated machine is slow.
+const STEP: Duration = Duration::from_secs(180);
 
 /// Path of a test program (or library, or the demo); `None` when its compiler was not installed.
 pub fn program_path(name: &str) -> Option<PathBuf> {

@@ -176,6 +176,12 @@ fn jump_of_the_rate_ends_exact_tracing_within_two_seconds() {
     assert!(jumped.elapsed() < Duration::from_secs(2), "{:?}", jumped.elapsed());
 }
 
+/// True while somebody has stopped the collector.
+fn is_stopped(memleak: &Memleak) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", memleak.pid())).expect("it is there");
+    stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
+}
+
 // Somebody presses ctrl-z at the worst moment: the program must not stay slowed down until they come back.
 #[test]
 fn stopped_collector_leaves_no_window_open() {
@@ -196,11 +202,7 @@ fn stopped_collector_leaves_no_window_open() {
     wait("no window is opened", &attached);
     memleak.signal(libc::SIGSTOP);
     wait("probes stay attached while the collector is stopped", &|| !attached());
-    let stopped = || {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", memleak.pid())).expect("it is there");
-        stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
-    };
-    wait("the collector was woken and does not stop again", &stopped);
+    wait("the collector was woken and does not stop again", &|| is_stopped(&memleak));
     assert!(!attached());
     memleak.signal(libc::SIGCONT);
     memleak.wait_for_message("was stopped while a window was open");
@@ -222,7 +224,7 @@ fn stopped_collector_gives_up_a_target_that_becomes_too_busy() {
     assert!(is_attached(pid), "exact numbers are kept");
     program.go();
     let deadline = Instant::now() + Duration::from_secs(20);
-    while is_attached(pid) {
+    while is_attached(pid) || !is_stopped(&memleak) {
         assert!(Instant::now() < deadline, "probes stay attached while the collector is stopped");
         std::thread::sleep(Duration::from_millis(20));
     }

@@ -116,7 +116,7 @@ mod tests {
             let at_s = f64::from(n) / 10.0;
             marks.push(Mark { arrived: Instant::now(), at_s, pairs, cpu_s: at_s, fast: true });
             // A tenth of the speed for half a second, and again for a second at the end.
-            pairs += if n < 5 || n >= 140 { 10.0 } else { 100.0 };
+            pairs += if (5..140).contains(&n) { 100.0 } else { 10.0 };
         }
         let alone = Speed { per_s: 1000.0, per_cpu_s: 1000.0 };
         let jump = judge(&marks, alone).unwrap();

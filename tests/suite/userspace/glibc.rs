@@ -82,8 +82,8 @@ fn call_stack_lists_the_callers_in_order() {
     assert!(names.iter().position(|name| *name == "main") > Some(0), "{names:?}");
 }
 
-fn with_backend(backend: &str) {
-    needs!(Feature::Bpf);
+fn with_backend(backend: &'static str) {
+    needs!(Feature::Bpf, Feature::Backend(backend));
     let mut program = Program::start("kinds");
     let mut memleak = Memleak::watch_with(program.pid(), &["--set", &format!("collector.backend={backend}")]);
     program.step("done");

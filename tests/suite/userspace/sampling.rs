@@ -67,7 +67,7 @@ fn sampled_leaks_hold_the_truth_within_their_error() {
 // Where the return of every call is seen, what is not sampled must be just as consistent.
 #[test]
 fn sampling_works_without_sessions() {
-    needs!(Feature::Bpf);
+    needs!(Feature::Bpf, Feature::Backend("multi"), Feature::Backend("perf"));
     for backend in ["multi", "perf"] {
         let (snapshot, pid) = run(&["--set", &format!("collector.backend={backend}")]);
         assert_estimates(&snapshot, pid);

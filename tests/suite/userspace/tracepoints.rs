@@ -40,13 +40,13 @@ fn otel_memory_tracepoints_are_counted_exactly() {
 // Each way to attach has its own way to raise the counter.
 #[test]
 fn otel_memory_tracepoints_are_counted_exactly_by_perf_events() {
-    needs!(Feature::Bpf);
+    needs!(Feature::Bpf, Feature::Backend("perf"));
     counted(&[&ON[..], &["--set", "collector.backend=perf"]].concat());
 }
 
 #[test]
 fn otel_memory_tracepoints_are_counted_exactly_by_multi_links() {
-    needs!(Feature::Bpf);
+    needs!(Feature::Bpf, Feature::Backend("multi"));
     counted(&[&ON[..], &["--set", "collector.backend=multi"]].concat());
 }
 

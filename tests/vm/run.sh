@@ -1,0 +1,123 @@
+#!/bin/bash
+# Runs the end-to-end tests in virtual machines, one per kernel, and says what passed, failed and was skipped in each.
+#
+#   tests/vm/run.sh [VERSION...]     5.10, 6.1, 6.12 and 7.2 unless said otherwise
+#
+# Needs no root. TESTS="userspace::glibc kernel::" takes the tests whose names contain one of these. A test skips where
+# a feature is missing, never because of the kernel's version; each reason is printed. Logs: target/vm/VERSION/log.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+cache=${MEMLEAK_KERNELS:-${XDG_CACHE_HOME:-$HOME/.cache}/memleak-kernels}
+target=${CARGO_TARGET_DIR:-$PWD/target}
+work=$target/vm
+# What a guest can show: accounts of processes and of the kernel, on every way to attach that the kernel has.
+read -ra tests <<<"${TESTS:-kernel:: userspace:: run:: stacks:: cli::doctor}"
+# Seconds that one guest may take.
+limit=${LIMIT:-1200}
+
+say() {
+    printf 'kernels: %s\n' "$*" >&2
+}
+
+[ $# -gt 0 ] || set -- 5.10 6.1 6.12 7.2
+for command in qemu-system-x86_64 busybox cpio make strip; do
+    if ! command -v "$command" >/dev/null; then
+        say "$command is not installed: tests/setup.sh kernels installs it"
+        exit 1
+    fi
+done
+tests/vm/fetch.sh "$@"
+
+say 'building'
+messages=$(cargo test --workspace --no-run --message-format=json-render-diagnostics)
+suite=$(grep -E '"target":\{[^}]*"name":"suite"' <<<"$messages" | grep -oE '"executable":"[^"]*"' | cut -d '"' -f 4)
+programs=$(grep -oE '"MEMLEAK_TEST_PROGRAMS","[^"]*"' <<<"$messages" | cut -d '"' -f 4)
+memleak=${suite%/deps/*}/memleak
+mkdir -p "$work"
+# Debug information would triple the image; the programs keep theirs, which the tests read.
+strip --strip-debug -o "$work/memleak" "$memleak"
+strip --strip-debug -o "$work/suite" "$suite"
+# The suite expects everything where it is here.
+image=("$work/suite=$suite" "$work/memleak=$memleak" "$programs=$programs")
+# What programs load by name.
+for library in libjemalloc.so.2 libtcmalloc.so.4 libtcmalloc_minimal.so.4 libmimalloc.so.2; do
+    path=$(/sbin/ldconfig -p | awk -v name="$library" '$1 == name { print $NF; exit }')
+    [ -z "$path" ] || image+=("$path=$path")
+done
+if [ -e /lib/ld-musl-x86_64.so.1 ]; then
+    image+=(/lib/ld-musl-x86_64.so.1=/lib/ld-musl-x86_64.so.1)
+fi
+
+# Builds leakmod for a kernel.
+build_module() {
+    local folder=$work/$1/leakmod headers
+    headers=$cache/kernels/$1/usr/src/linux-headers-$(cat "$cache/kernels/$1/.release")
+    rm -rf "$folder"
+    mkdir -p "$folder"
+    cp tests/vm/leakmod/* "$folder"
+    # This machine's compiler in place of the kernel's, without what it lacks; no pahole, so no type information.
+    make -s -C "$headers" M="$folder" CC="${CC:-gcc}" KCFLAGS=-Wno-attributes CONFIG_DEBUG_INFO_BTF_MODULES= \
+        CONFIG_CC_HAS_MIN_FUNCTION_ALIGNMENT= modules >"$folder/log" 2>&1 || {
+        cat "$folder/log" >&2
+        return 1
+    }
+    strip --strip-debug "$folder/leakmod.ko"
+}
+
+# Says what became of the tests whose log is given.
+summarize() {
+    awk -v code="$2" -v seconds="$3" '
+        /^test .* \.\.\. ok$/ { ok[$2] }
+        /^test .* \.\.\. FAILED$/ { failed[$2] }
+        /^SKIP / {
+            name = $2
+            sub(/:$/, "", name)
+            reason = $0
+            sub(/^SKIP [^ ]+ /, "", reason)
+            skipped[name] = reason
+        }
+        /^test result: / { ended = 1 }
+        END {
+            for (name in skipped)
+                if (name in ok) {
+                    delete ok[name]
+                    skips++
+                    why[skipped[name]] = why[skipped[name]] " " name
+                }
+            for (reason in why)
+                printf "skipped, %s:%s\n", reason, why[reason]
+            for (name in ok)
+                passed++
+            for (name in failed)
+                failures++
+            if (!ended) {
+                failures++
+                printf "the tests did not end: code %d\n", code
+            }
+            printf "test result: %s. %d passed; %d failed; %d skipped; finished in %d s\n", failures ? "FAILED" : "ok",
+                passed, failures, skips, seconds
+        }' "$1"
+}
+
+failed=()
+for version; do
+    log=$work/$version/log
+    build_module "$version"
+    say "Linux $(cat "$cache/kernels/$version/.release")"
+    start=$SECONDS code=0
+    # Not CI there: a guest may skip what its kernel lacks.
+    tests/vm/boot.sh -t "$limit" -m 2048 "$version" - "${image[@]}" "$work/$version/leakmod/leakmod.ko" >"$log" <<GUEST || code=$?
+export MEMLEAK_TEST_MODULE=/lab/leakmod.ko
+exec "$suite" --include-ignored --nocapture --test-threads=2 ${tests[*]}
+GUEST
+    if [ "$code" -ne 0 ]; then
+        failed+=("$version")
+        grep -v '^test .* ok$' "$log" || true
+    fi
+    summarize "$log" "$code" $((SECONDS - start))
+done
+if [ "${#failed[@]}" -gt 0 ]; then
+    say "failed: ${failed[*]}; logs in $work/VERSION/log"
+    exit 1
+fi
