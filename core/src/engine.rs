@@ -17,7 +17,7 @@ use crate::recording::EventKind;
 use crate::rules::{Evaluation, ReloadEvent, ReloadOutcome, RuleEngine};
 use crate::snapshot::Snapshot;
 use crate::stop::Stop;
-use crate::{Result, check};
+use crate::{Result, check, sys};
 
 mod recorder;
 mod reporter;
@@ -107,6 +107,7 @@ impl Engine<'_> {
             let over = stop.is_requested() || end.is_some_and(|e| now >= e) || self.collector.is_finished();
             if over || now >= next {
                 self.step(stop)?;
+                sys::give_memory_back();
                 // Late by more than an interval: go on from now instead of catching up.
                 next = (next + interval).max(self.collector.now_s().min(next + 2.0 * interval));
             }
