@@ -14,6 +14,7 @@ mod governor;
 mod import;
 mod kernel_live;
 mod reachability;
+mod recording;
 mod report;
 mod run;
 mod servers;
