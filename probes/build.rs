@@ -7,7 +7,7 @@ use std::process::{Command, ExitCode};
 use libbpf_cargo::SkeletonBuilder;
 
 /// One object per entry; each becomes `NAME.skel.rs`.
-const OBJECTS: [&str; 2] = ["userspace_alloc", "features"];
+const OBJECTS: [&str; 3] = ["userspace_alloc", "kernel_alloc", "features"];
 
 fn main() -> ExitCode {
     match build() {

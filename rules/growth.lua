@@ -26,6 +26,10 @@
 local grow = require("lib.grow")
 
 local function evaluate(site, p)
+  -- The kernel's own caches fill for as long as there is memory: its sites are for `kernel_growth`.
+  if site.is_kernel then
+    return nil
+  end
   -- Through windows frees are not seen: what looks outstanding may be gone. That is for `suspected`.
   if site.mode == "estimated" then
     return nil

@@ -49,6 +49,7 @@ const BUILDS: &[Build] = &[
     gcc("cross_thread", "programs/cross_thread.c", &[]),
     gcc("threads64", "programs/threads64.c", &[]),
     gcc("fork", "programs/fork.c", &[]),
+    gcc("eventfds", "programs/eventfds.c", &[]),
     gcc("exec", "programs/exec.c", &[]),
     gcc("exit", "programs/exit.c", &[]),
     gcc("run", "programs/run.c", &[]),

@@ -54,6 +54,7 @@ fn snapshot(number: u64, sites: &[Arc<Site>], leaking_share: u64) -> Snapshot {
             cohorts,
             lifetimes,
             reachability: None,
+            kernel: None,
         });
     }
     snapshot

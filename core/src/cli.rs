@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::recording::Filter;
 use crate::run::{self, ExitCode, FailOn, Format};
 use crate::units;
-use crate::{diff, export, import};
+use crate::{diff, export, import, plugin};
 
 const ABOUT: &str = "Finds memory leaks in running processes, without changing or restarting them";
 
@@ -59,6 +59,7 @@ no target: say what to watch, for example
   memleak --unit nginx              the processes of a systemd unit
   memleak --container 3f4e9a        the processes of a container
   memleak -- ./server --port 8080   a command to launch
+  memleak kernel                    the kernel itself
 or with [[target]] in a file given by --config";
 
 /// What was typed.
@@ -104,6 +105,17 @@ enum Subcommands {
         config: ConfigArgs,
         #[command(flatten)]
         settings: SettingsArgs,
+    },
+    /// Watch the kernel's own allocations: slab, pages, per-CPU memory, vmalloc
+    ///
+    /// Everything that the kernel and its modules allocate from now on, by call stack and slab cache. The same rules,
+    /// alerts and report as for processes. docs/kernel.md says what can be known and what cannot.
+    #[command(after_long_help = EXIT_CODES)]
+    Kernel {
+        #[command(flatten)]
+        kernel: KernelArgs,
+        #[command(flatten)]
+        watch: WatchArgs,
     },
     /// Run a command to its end and report what it leaves outstanding: for tests and CI
     ///
@@ -315,9 +327,83 @@ struct TargetArgs {
 #[derive(Debug, Default, Args)]
 struct RunArgs {
     #[command(flatten)]
-    config: ConfigArgs,
-    #[command(flatten)]
     targets: TargetArgs,
+    #[command(flatten)]
+    watch: WatchArgs,
+}
+
+/// What part of the kernel is watched, and how.
+#[derive(Debug, Default, Args)]
+struct KernelArgs {
+    /// Probe sets that run, such as kernel-slab; repeat it or give a comma list
+    ///
+    /// kernel-slab, kernel-percpu, kernel-vmalloc and kernel-pages; without it, those that the settings leave on.
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    probe_set: Vec<String>,
+    /// How to attach: auto, tracepoint, fentry or kprobe
+    #[arg(long, value_name = "HOW")]
+    backend: Option<String>,
+    /// Only sites of slab caches that match; repeatable
+    #[arg(long, value_name = "GLOB", value_parser = config::parse_glob)]
+    cache: Vec<String>,
+    /// Only sites with code of a kernel module that matches; repeatable
+    #[arg(long, value_name = "GLOB", value_parser = config::parse_glob)]
+    module: Vec<String>,
+    /// Only allocations with this flag, such as __GFP_ACCOUNT; repeatable: with all of them
+    #[arg(long, value_name = "FLAG")]
+    gfp: Vec<String>,
+    /// Only allocations by this process; repeat it or give a comma list
+    #[arg(short, long, value_name = "PID", value_delimiter = ',', value_parser = pid())]
+    pid: Vec<u32>,
+    /// Only allocations in a cgroup and in those below it
+    #[arg(long, value_name = "PATH", value_parser = config::parse_cgroup)]
+    cgroup: Option<String>,
+}
+
+impl KernelArgs {
+    /// Lays the flags over the settings.
+    fn apply(self, config: &mut Config) -> Result<()> {
+        config.targets.clear();
+        let k = &mut config.kernel;
+        k.enabled = true;
+        for (setting, flags) in [(&mut k.caches, self.cache), (&mut k.modules, self.module), (&mut k.gfp, self.gfp)] {
+            if !flags.is_empty() {
+                *setting = flags;
+            }
+        }
+        let most = memleak_probes::kernel::MAX_KERNEL_PIDS;
+        if self.pid.len() > most {
+            return Err(Error::config(format!("--pid: {} processes are too many: at most {most}", self.pid.len())));
+        }
+        if !self.pid.is_empty() {
+            k.pids = self.pid;
+        }
+        k.cgroup = self.cgroup.or(k.cgroup.take());
+        if !self.probe_set.is_empty() {
+            let sets: Vec<String> = plugin::load(&config.plugins)?
+                .into_iter()
+                .filter(|p| p.kernel.is_some())
+                .map(|p| p.spec.name)
+                .collect();
+            if let Some(unknown) = self.probe_set.iter().find(|name| !sets.contains(name)) {
+                let message =
+                    format!("--probe-set {unknown}: no such probe set of the kernel; there are {}", sets.join(", "));
+                return Err(Error::config(message));
+            }
+            for name in sets {
+                let on = self.probe_set.contains(&name);
+                config.plugins.enabled.insert(name, on);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How to watch, whatever is watched.
+#[derive(Debug, Default, Args)]
+struct WatchArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
     /// Time between snapshots [default: 1s]
     ///
     /// Units are ms, s, m, h, d. Rules look at snapshots: a shorter interval finds leaks sooner and costs more of
@@ -581,6 +667,11 @@ impl Cli {
             Some(Subcommands::Doctor { pid, config, settings }) => {
                 settings.resolve(Command::Doctor { pids: pid }, config.file, &[], read_file)
             }
+            Some(Subcommands::Kernel { kernel, watch }) => {
+                let mut resolved = watch.resolve(kernel.backend.clone(), read_file)?;
+                kernel.apply(&mut resolved.config)?;
+                Ok(resolved)
+            }
             Some(Subcommands::Run(arguments)) => arguments.resolve(read_file),
             Some(Subcommands::Trace { pid, json, duration, config, settings }) => {
                 let duration = duration.map(|d| Override::flag("--duration", "duration", d));
@@ -629,11 +720,30 @@ fn plain(command: Command) -> Invocation {
 
 impl RunArgs {
     fn resolve(self, read_file: impl FnOnce(&Path) -> Result<String>) -> Result<Invocation> {
-        let flags: Vec<Override> =
-            [("--interval", "interval", self.interval), ("--duration", "duration", self.duration)]
-                .into_iter()
-                .filter_map(|(name, key, value)| Some(Override::flag(name, key, value?)))
-                .collect();
+        let mut resolved = self.watch.resolve(None, read_file)?;
+        let config = &mut resolved.config;
+        let targets = self.targets.into_specs();
+        if !targets.is_empty() {
+            config.targets = targets;
+        }
+        if config.targets.is_empty() && !config.kernel.enabled {
+            return Err(Error::config(NO_TARGET));
+        }
+        Ok(resolved)
+    }
+}
+
+impl WatchArgs {
+    /// Settings of a run, without its targets. `backend` is how the kernel is attached to.
+    fn resolve(self, backend: Option<String>, read_file: impl FnOnce(&Path) -> Result<String>) -> Result<Invocation> {
+        let flags: Vec<Override> = [
+            ("--interval", "interval", self.interval),
+            ("--duration", "duration", self.duration),
+            ("--backend", "kernel.backend", backend),
+        ]
+        .into_iter()
+        .filter_map(|(name, key, value)| Some(Override::flag(name, key, value?)))
+        .collect();
         let command = Command::Run { quiet: self.quiet, json: self.json };
         let mut resolved = self.settings.resolve(command, self.config.file, &flags, read_file)?;
         let config = &mut resolved.config;
@@ -641,13 +751,6 @@ impl RunArgs {
         override_path(&mut config.report.path, self.report);
         override_path(&mut config.alerts.file, self.alerts);
         override_path(&mut config.recording.path, self.record);
-        let targets = self.targets.into_specs();
-        if !targets.is_empty() {
-            config.targets = targets;
-        }
-        if config.targets.is_empty() {
-            return Err(Error::config(NO_TARGET));
-        }
         Ok(resolved)
     }
 }

@@ -39,6 +39,7 @@ pub fn run(config: &Config, pids: &[u32]) -> (String, bool) {
             }
         }
     }
+    kernel(&mut out, config);
     let mut good = true;
     if pids.is_empty() {
         good &= section(&mut out, measure_cost(config));
@@ -53,6 +54,33 @@ fn section(out: &mut String, result: Result<String>) -> bool {
     let good = result.is_ok();
     out.push_str(&result.unwrap_or_else(|e| format!("  failed: {e:#}\n")));
     good
+}
+
+/// What of the kernel's own allocations can be followed here.
+fn kernel(out: &mut String, config: &Config) {
+    let mut config = Config { targets: Vec::new(), ..config.clone() };
+    config.kernel.enabled = true;
+    // Nothing is kept of what it sees.
+    (config.kernel.max_outstanding, config.kernel.max_sites) = (1024, 1024);
+    let collector = match Collector::start(&config, Purpose::Watch) {
+        Ok(collector) => collector,
+        Err(e) => {
+            let _ = writeln!(out, "  kernel memory: cannot be watched: {}", visible(&format!("{e:#}")));
+            return;
+        }
+    };
+    for status in collector.kernel_statuses() {
+        let _ = match &status.state {
+            PluginState::Attached { file, functions } => {
+                writeln!(out, "  {}: works in {file} ({} probes)", status.probe_set, functions.len())
+            }
+            PluginState::Failed { reason, .. } => writeln!(out, "  {}: no: {}", status.probe_set, visible(reason)),
+            PluginState::NotMapped => Ok(()),
+        };
+    }
+    for gap in collector.kernel_gaps() {
+        let _ = writeln!(out, "  {}", visible(&gap));
+    }
 }
 
 /// Loads everything without a process.

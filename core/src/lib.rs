@@ -19,6 +19,8 @@ pub mod finding;
 pub mod governor;
 pub mod history;
 pub mod import;
+mod kallsyms;
+pub mod kernel;
 pub mod labels;
 pub mod live;
 pub mod maps;

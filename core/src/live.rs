@@ -264,6 +264,13 @@ pub fn notice_line(notice: &Notice) -> String {
             process.pid,
             visible(&process.comm)
         ),
+        Notice::Sampled { process, mean_bytes } => format!(
+            "{} {}: recording every allocation would exceed the budget; a sample is recorded from here on, one in {} on \
+             average, and numbers are estimates",
+            process.pid,
+            visible(&process.comm),
+            format_bytes(*mean_bytes)
+        ),
         Notice::Stopped { process, why, cool_down_s } => format!(
             "{} {}: all tracing stopped for {}, because {}",
             process.pid,

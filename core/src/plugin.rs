@@ -12,16 +12,22 @@ use memleak_probes::ProbeSetSpec;
 use crate::config::PluginSettings;
 use crate::{Error, Result};
 
+mod kernel;
 mod manifest;
 mod matching;
 
+pub use kernel::KernelPlugin;
 pub use matching::{Facts, Matching};
 
 /// Manifests that come with the binary, by file name.
-const EMBEDDED: [(&str, &str); 9] = [
+const EMBEDDED: [(&str, &str); 13] = [
     ("glibc.toml", include_str!("../../plugins/glibc.toml")),
     ("interposed.toml", include_str!("../../plugins/interposed.toml")),
     ("jemalloc.toml", include_str!("../../plugins/jemalloc.toml")),
+    ("kernel-pages.toml", include_str!("../../plugins/kernel-pages.toml")),
+    ("kernel-percpu.toml", include_str!("../../plugins/kernel-percpu.toml")),
+    ("kernel-slab.toml", include_str!("../../plugins/kernel-slab.toml")),
+    ("kernel-vmalloc.toml", include_str!("../../plugins/kernel-vmalloc.toml")),
     ("mimalloc.toml", include_str!("../../plugins/mimalloc.toml")),
     ("mmap.toml", include_str!("../../plugins/mmap.toml")),
     ("musl.toml", include_str!("../../plugins/musl.toml")),
@@ -46,6 +52,8 @@ pub struct Plugin {
     pub origin: String,
     /// Which files provide it.
     pub matching: Matching,
+    /// What it is made of when it is about the kernel; `None` for processes.
+    pub kernel: Option<KernelPlugin>,
 }
 
 /// Reads the embedded manifests and those of `settings.dir`, in order of their file names.
@@ -138,9 +146,11 @@ mod tests {
     fn embedded_manifests_are_valid_and_mmap_is_off() {
         let plugins = load(&PluginSettings::default()).unwrap();
         let on: Vec<(&str, bool)> = plugins.iter().map(|p| (p.spec.name.as_str(), p.enabled)).collect();
-        let on_by_default = ["glibc", "interposed", "jemalloc", "mimalloc", "musl", "operators", "tcmalloc"];
-        let mut expected = on_by_default.map(|name| (name, true)).to_vec();
-        expected.extend([("mmap", false), ("otel-memory", false)]);
+        let of_processes = ["glibc", "interposed", "jemalloc", "mimalloc", "musl", "operators", "tcmalloc"];
+        let of_the_kernel = ["kernel-percpu", "kernel-slab", "kernel-vmalloc"];
+        let on_by_default = of_processes.into_iter().chain(of_the_kernel);
+        let mut expected: Vec<(&str, bool)> = on_by_default.map(|name| (name, true)).collect();
+        expected.extend([("kernel-pages", false), ("mmap", false), ("otel-memory", false)]);
         expected.sort_unstable();
         assert_eq!(on, expected);
     }

@@ -295,6 +295,7 @@ mod tests {
                 cohorts: Vec::new(),
                 lifetimes: [0; LIFETIME_CLASSES],
                 reachability: None,
+                kernel: None,
             }
         };
         let process = Arc::clone(&sites[0].process);

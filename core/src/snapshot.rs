@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::coverage::Coverage;
 use crate::governor::StopReason;
+use crate::kernel::{KernelSample, KernelSummary};
 use crate::labels::Labels;
 use crate::reachability::roots::Root;
 use crate::reachability::{SiteVerdict, Verdict};
@@ -167,6 +168,8 @@ pub struct SiteSample {
     pub lifetimes: [u64; LIFETIME_CLASSES],
     /// Whether the process can still reach its blocks; `None` before the process has been scanned.
     pub reachability: Option<Arc<SiteReach>>,
+    /// What is known of a site of the kernel beside its totals; `None` for those of processes.
+    pub kernel: Option<Arc<KernelSample>>,
 }
 
 /// What the last series of scans says of a site.
@@ -411,6 +414,8 @@ pub struct ProcessSample {
     pub hard_stops: u64,
     /// Why nothing is attached now; `None` unless a hard stop is being sat out.
     pub stopped: Option<StopReason>,
+    /// How what was followed compares with what the kernel says of itself; `None` for processes.
+    pub kernel: Option<Arc<KernelSummary>>,
 }
 
 /// Everything that is outstanding at one instant.

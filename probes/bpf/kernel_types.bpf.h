@@ -56,6 +56,12 @@ struct task_struct {
 	struct pid *thread_pid;
 };
 
+struct kmem_cache {
+	unsigned int size; /* of an object with what belongs to it */
+	unsigned int object_size;
+	const char *name;
+};
+
 enum pid_type {
 	PIDTYPE_PID,
 	PIDTYPE_TGID,

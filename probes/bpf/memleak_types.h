@@ -144,6 +144,7 @@ struct memleak_site {
 	__u64 older_freed_count;
 	__u64 bytes_variance;
 	__u64 count_variance;
+	__u64 unseen_frees; /* blocks whose address was handed out again without a free that was seen */
 	struct memleak_cohort cohorts[MEMLEAK_COHORTS];
 	__u64 lifetimes[MEMLEAK_LIFETIME_CLASSES];
 };
@@ -317,6 +318,117 @@ struct memleak_event {
 	__u32 pid;
 	__u32 tid;
 	char comm[16];
+};
+
+/* What the kernel is probed at. Names the allocator function of a stack in place of struct memleak_stack.name. */
+enum memleak_kernel_probe {
+	KERNEL_KMALLOC,
+	KERNEL_KMALLOC_NODE, /* up to Linux 6.0 */
+	KERNEL_CACHE_ALLOC,
+	KERNEL_CACHE_ALLOC_NODE, /* up to Linux 6.0 */
+	KERNEL_KFREE,
+	KERNEL_CACHE_FREE,
+	KERNEL_PAGE_ALLOC,
+	KERNEL_PAGE_FREE,
+	KERNEL_PERCPU_ALLOC,
+	KERNEL_PERCPU_FREE,
+	KERNEL_VMAP_ALLOC, /* from Linux 6.4 on */
+	KERNEL_VMAP_FREE, /* from Linux 6.4 on */
+	KERNEL_PROBES = 12,
+};
+
+enum memleak_kernel_limits {
+	KERNEL_LEVELS = 4, /* a task, a soft interrupt, an interrupt, an NMI */
+	KERNEL_TGIDS = 16, /* processes whose allocations are recorded alone */
+	KERNEL_INNER = 32, /* functions below which pages count elsewhere */
+	KERNEL_INNER_FRAMES = 12, /* how far up such a function is looked for */
+	KERNEL_TRACER_FRAMES = 16, /* how far up the caller is looked for */
+	KERNEL_NO_ARGUMENT = 255,
+	KERNEL_FIRST_FUNCTION = 16, /* names from here on are those of functions */
+	KERNEL_FUNCTIONS = 256, /* places where functions are probed */
+	KERNEL_PENDING = 16384, /* calls under way */
+	KERNEL_BULK = 64, /* blocks of one call that are followed */
+};
+
+/* What a function of the kernel does. */
+enum memleak_kernel_role {
+	KERNEL_ROLE_ALLOC = 1,
+	KERNEL_ROLE_FREE = 2,
+	KERNEL_ROLE_FREE_BULK = 3, /* of `count` blocks, whose addresses `block` points at */
+	KERNEL_ROLE_FREE_AT =
+	    4, /* of the block that lies `size` bytes before `block`; of block `size` when that is NULL */
+};
+
+/* A function of the kernel that is probed: which argument is what, from 0. */
+struct memleak_kernel_function {
+	__u32 probe_set;
+	__u32 name;
+	__u8 role; /* enum memleak_kernel_role */
+	__u8 domain;
+	__u8 block;
+	__u8 size;
+	__u8 cache;
+	__u8 gfp;
+	__u8 count;
+	__u8 pad;
+};
+
+/* A call under way. Key: address of its return address, which no other call has. */
+struct memleak_kernel_pending {
+	__u64 stack; /* 0: not recorded */
+	__u64 size;
+	__u32 probe_set;
+	__u32 name;
+	__u32 domain;
+	__u32 pad;
+};
+
+/* Which argument of a tracepoint is what, from 0; KERNEL_NO_ARGUMENT where there is none. */
+struct memleak_kernel_layout {
+	__u8 block;
+	__u8 size; /* requested bytes; of pages, the order */
+	__u8 object; /* bytes that are handed out */
+	__u8 cache;
+	__u8 gfp;
+	__u8 caller;
+	__u8 migrate_type;
+	__u8 failed;
+};
+
+/* An allocation of the kernel, as a probe sees it. */
+struct memleak_kernel_call {
+	__u64 address;
+	__u64 size; /* 0: the cache's */
+	__u64 object_bytes; /* 0: the cache's */
+	__u64 cache; /* struct kmem_cache; 0: not known */
+	__u64 gfp;
+	__u64 caller; /* return address; 0: not known */
+	__u32 probe_set;
+	__u32 name;
+	__u32 domain; /* addresses of different kinds do not mix */
+	__u32 order;
+	__u32 migrate_type;
+	__u32 pad;
+};
+
+/* Code whose allocations of a domain count elsewhere. */
+struct memleak_kernel_range {
+	__u64 start;
+	__u64 end;
+	__u64 domain;
+};
+
+/* What is known of a site of the kernel: of its first allocation, where allocations may differ. */
+struct memleak_kernel_origin {
+	__u64 object_bytes; /* what is handed out for each block: the same for all blocks of a site */
+	__u64 gfp;
+	__u64 cgroup;
+	__u32 pid;
+	__u32 tid;
+	__u32 order;
+	__u32 migrate_type;
+	char comm[16];
+	char cache[48];
 };
 
 #endif

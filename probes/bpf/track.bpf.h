@@ -319,33 +319,28 @@ static __always_inline struct memleak_site *site_of(struct memleak_actor *actor,
 static __always_inline void end_missed(struct memleak_actor *actor, u64 address, u64 now)
 {
 	struct memleak_block missed;
+	struct memleak_site *site;
 
 	if (!take(actor, address, &missed))
 		return;
 	count(actor->slot, COUNTER_IMPLICIT_FREES);
+	site = site_of_block(&missed, actor->instance);
+	if (site)
+		__sync_fetch_and_add(&site->unseen_frees, 1);
 	settle(&missed, actor->instance, now);
 	emit(actor, EVENT_IMPLICIT_FREE, address, block_size(&missed), now, block_age(&missed, now), missed.stack,
 	     block_probe_set(&missed), 0);
 }
 
-/* A block of `size` bytes at `address` has been handed out. */
-static __always_inline void track_alloc(struct memleak_actor *actor, const struct memleak_function *function,
-					u64 address, u64 size, u64 stack_hash, const struct memleak_stack *stack)
+/* A block of `size` bytes at `address` has been handed out at a site. */
+static __always_inline void book_alloc(struct memleak_actor *actor, const struct memleak_function *function,
+				       u64 address, u64 size, u64 stack_hash, struct memleak_site *site, u64 now)
 {
 	struct memleak_block_key key = { .address = address, .instance = actor->instance, .domain = actor->domain };
-	struct memleak_site_key site_key = { .stack = stack_hash,
-					     .instance = actor->instance,
-					     .probe_set = function->probe_set };
-	u64 now = bpf_ktime_get_ns();
 	struct memleak_block block = new_block(function, stack_hash, size, now);
 	struct memleak_share share;
-	struct memleak_site *site;
 	u32 slot;
 
-	end_missed(actor, address, now);
-	site = site_of(actor, &site_key, stack);
-	if (!site)
-		return;
 	if (bpf_map_update_elem(&blocks, &key, &block, BPF_ANY)) {
 		count(actor->slot, COUNTER_OUTSTANDING_FULL);
 		return;
@@ -362,6 +357,22 @@ static __always_inline void track_alloc(struct memleak_actor *actor, const struc
 	}
 	site->last_allocation_ns = now;
 	emit(actor, EVENT_ALLOC, address, block_size(&block), now, 0, stack_hash, function->probe_set, function->name);
+}
+
+/* A block of `size` bytes at `address` has been handed out. */
+static __always_inline void track_alloc(struct memleak_actor *actor, const struct memleak_function *function,
+					u64 address, u64 size, u64 stack_hash, const struct memleak_stack *stack)
+{
+	struct memleak_site_key site_key = { .stack = stack_hash,
+					     .instance = actor->instance,
+					     .probe_set = function->probe_set };
+	u64 now = bpf_ktime_get_ns();
+	struct memleak_site *site;
+
+	end_missed(actor, address, now);
+	site = site_of(actor, &site_key, stack);
+	if (site)
+		book_alloc(actor, function, address, size, stack_hash, site, now);
 }
 
 /* The block at `address` is given back. With FUNCTION_RANGE only `length` bytes from its start are. */

@@ -104,7 +104,7 @@ pub(crate) fn can_signal_others() -> bool {
 }
 
 /// What must be there whatever the backend.
-fn check_kernel() -> Result<()> {
+pub(crate) fn check_kernel() -> Result<()> {
     check_capabilities()?;
     if !Path::new("/sys/kernel/btf/vmlinux").exists() {
         return Err(Error::new(

@@ -13,6 +13,7 @@
 //! reader     totals, stacks and counters in batches
 //! calibration what a hit costs here
 //! unwind     unwind tables: rows in pages, and which code of a process has them
+//! kernel     the kernel's own allocations
 //! events     exec, exit, fork, load; every allocation and free for `trace`
 //! ```
 
@@ -21,6 +22,7 @@ pub mod elf;
 mod error;
 pub mod events;
 pub mod features;
+pub mod kernel;
 mod operand;
 mod own_code;
 pub mod placement;

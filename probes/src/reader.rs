@@ -28,7 +28,7 @@ pub struct SiteKey {
 }
 
 impl SiteKey {
-    fn to_raw(self) -> memleak_site_key {
+    pub(crate) fn to_raw(self) -> memleak_site_key {
         memleak_site_key { stack: self.stack, instance: self.instance, probe_set: self.probe_set }
     }
 
@@ -54,6 +54,8 @@ pub struct SiteTotals {
     pub older_freed_bytes: u64,
     /// Blocks freed of generations that had left the ring of cohorts.
     pub older_freed_count: u64,
+    /// Blocks whose address was handed out again without a free that was seen; they count as freed.
+    pub unseen_frees: u64,
     /// Per slot: bytes and blocks born minus died. Slot g % COHORTS belongs to generation g; what an earlier
     /// generation left in it stays in it (subtract the value read when the slot was taken over).
     pub cohorts: [(i64, i64); COHORTS],
@@ -231,6 +233,7 @@ impl memleak_site {
             last_allocation_ns: self.last_allocation_ns,
             older_freed_bytes: self.older_freed_bytes,
             older_freed_count: self.older_freed_count,
+            unseen_frees: self.unseen_frees,
             cohorts: self.cohorts.map(|c| (c.bytes, c.count)),
             bytes_variance: 0.0,
             count_variance: 0.0,

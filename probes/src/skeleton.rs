@@ -6,6 +6,12 @@ pub(crate) mod userspace_alloc {
     include!(concat!(env!("OUT_DIR"), "/userspace_alloc.skel.rs"));
 }
 
+/// The tracker of the kernel's own allocations.
+#[allow(unused_qualifications, clippy::undocumented_unsafe_blocks, unreachable_pub, unused_imports)]
+pub(crate) mod kernel_alloc {
+    include!(concat!(env!("OUT_DIR"), "/kernel_alloc.skel.rs"));
+}
+
 /// The feature tests.
 #[allow(unused_qualifications, clippy::undocumented_unsafe_blocks, unreachable_pub, unused_imports)]
 pub(crate) mod features {

@@ -24,6 +24,7 @@ mod open;
 
 use attach::Plan;
 use open::open;
+pub(crate) use open::{pid_namespace, seed};
 
 /// Size of the ring buffer of a trace, bytes.
 const TRACE_RING_BYTES: u32 = 32 << 20;
@@ -267,7 +268,7 @@ impl Tracker {
     /// # Errors
     /// When the map refuses.
     pub fn set_unwind_code(&mut self, instance: u32, code: &[Code]) -> Result<usize> {
-        let (map, left_out) = self.unwind.map_of(code, open::seed());
+        let (map, left_out) = self.unwind.map_of(code, seed());
         (self.skel.maps.unwind_maps)
             .update(&instance.to_ne_bytes(), bytes_of(&*map), MapFlags::ANY)
             .map_err(|e| Error::bpf("say which code has unwind tables", &e))?;

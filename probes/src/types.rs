@@ -8,6 +8,11 @@ pub(crate) use crate::skeleton::userspace_alloc::types::{
     memleak_unwind_map, memleak_unwind_rbp, memleak_unwind_row, memleak_unwind_segment,
 };
 
+pub(crate) use crate::skeleton::kernel_alloc::types::{
+    memleak_kernel_function, memleak_kernel_layout, memleak_kernel_limits, memleak_kernel_origin, memleak_kernel_probe,
+    memleak_kernel_range, memleak_kernel_role,
+};
+
 /// Birth generations that a site tells apart.
 pub const COHORTS: usize = cohorts(|s| &s.cohorts);
 /// Classes of the lifetime histogram: class 0 is below 1 us, class n from 2^(n-1) to 2^n us, the last is open.
@@ -57,10 +62,13 @@ plain! {
     memleak_counters: 16 * 8,
     memleak_event: 5 * 8 + 6 * 4 + 16,
     memleak_function: 2 * 4 + 8 + 4 * 16 + 2 * 8 + 2 * 4,
+    memleak_kernel_function: 2 * 4 + 8,
+    memleak_kernel_layout: 8,
+    memleak_kernel_origin: 3 * 8 + 4 * 4 + 16 + 48,
     memleak_operand: 4 + 4 + 8,
     memleak_process_event: 4 * 4 + 8,
     memleak_share: 4 * 8,
-    memleak_site: 9 * 8 + 16 * COHORTS + 8 * LIFETIME_CLASSES,
+    memleak_site: 10 * 8 + 16 * COHORTS + 8 * LIFETIME_CLASSES,
     memleak_site_key: 8 + 2 * 4,
     memleak_stack: 4 * 4 + 8 * (MAX_FRAMES + 1),
     memleak_target: 4 * 4 + 8 + 16 * CODE_RANGES,

@@ -20,7 +20,7 @@ pub mod webdriver;
 pub use features::{Feature, library_path, missing, skip};
 pub use memleak::{Memleak, Outcome, memleak_command, output_within};
 pub use program::{Program, image, program_path};
-pub use snapshot::{Counts, ProcessView, Reachability, SiteView, Snapshot, Tally};
+pub use snapshot::{Counts, KernelView, ProcessView, Reachability, SiteView, Snapshot, Tally};
 
 /// Leaves the test, with a note, when this machine lacks one of the features; see [`features`].
 #[macro_export]

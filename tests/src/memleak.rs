@@ -81,6 +81,18 @@ impl Memleak {
         memleak
     }
 
+    /// Watches the kernel, with quick snapshots, every site in them, and every allocation traced; returns when everything
+    /// is attached.
+    pub fn kernel(args: &[impl AsRef<OsStr>]) -> Self {
+        let folder = tempfile::tempdir().expect("a folder for the run can be made");
+        let mut command = memleak_command();
+        let common = ["--json", "--interval", "200ms", "--set", "live.sites=0", "--set", "kernel.budget=off"];
+        command.arg("kernel").args(common).args(args);
+        let mut memleak = Self::spawn(command.current_dir(folder.path()), folder);
+        memleak.wait_until("the first snapshot", |_| true);
+        memleak
+    }
+
     /// Like [`Memleak::start`], but returns at once.
     pub fn launch(args: &[impl AsRef<OsStr>]) -> Self {
         let folder = tempfile::tempdir().expect("a folder for the run can be made");

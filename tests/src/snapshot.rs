@@ -115,6 +115,27 @@ pub struct SiteView {
     pub truncated: Option<String>,
     /// What scans of the process's memory say; `None` before there was one.
     pub reachability: Option<Reachability>,
+    /// What is known of a site of the kernel; `None` for those of processes.
+    pub kernel: Option<KernelView>,
+}
+
+/// What is known of a site of the kernel.
+#[derive(Clone, Debug, Deserialize)]
+pub struct KernelView {
+    /// Slab cache.
+    pub cache: Option<String>,
+    /// Bytes that are handed out for each block.
+    pub object_bytes: u64,
+    /// What is handed out beyond what was asked for.
+    pub slack_bytes: u64,
+    /// Flags of the allocation.
+    pub gfp: String,
+    /// Name of the process that allocated first.
+    pub first_comm: String,
+    /// Blocks whose free was not seen.
+    pub unseen_frees: u64,
+    /// Why it cannot be told whether its blocks were freed.
+    pub unverifiable: Option<String>,
 }
 
 /// What scans say of a site.

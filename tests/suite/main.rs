@@ -12,6 +12,7 @@ mod diff;
 mod export;
 mod governor;
 mod import;
+mod kernel;
 mod reachability;
 mod report;
 mod run;

@@ -204,6 +204,7 @@ impl Plan {
             cohorts: if last { self.cohorts(t, end, totals) } else { Vec::new() },
             lifetimes: if last { self.shape.lifetimes(freed_count) } else { [0; LIFETIME_CLASSES] },
             reachability: None,
+            kernel: None,
         }
     }
 

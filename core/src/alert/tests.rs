@@ -55,6 +55,7 @@ impl Run {
                 cohorts: vec![cohort],
                 lifetimes: Default::default(),
                 reachability: None,
+                kernel: None,
             }
         });
         let processes = self.processes.iter().map(|(process, alive)| ProcessSample {

@@ -188,6 +188,7 @@ mod tests {
             last_allocation_ns: 0,
             older_freed_bytes: 0,
             older_freed_count: 0,
+            unseen_frees: 0,
             bytes_variance: 0.0,
             count_variance: 0.0,
             cohorts: [(0, 0); COHORTS],

@@ -33,6 +33,8 @@ mod children;
 mod cohorts;
 mod coverage;
 mod end;
+mod kernel;
+mod kernel_budget;
 mod launch;
 mod scans;
 mod windows;
@@ -40,10 +42,14 @@ mod windows;
 pub use attach::{PluginState, PluginStatus};
 use cohorts::{Generations, SiteCohorts};
 pub use end::{End, Ended};
+use kernel::Kernel;
 use launch::Launched;
 
 /// Most sites of a process that are symbolized when it ends, largest first: nobody can do it later.
 const NAMED_AT_END: usize = 200;
+
+/// Instance number of the kernel, when it is watched.
+const KERNEL_INSTANCE: u32 = 1;
 
 /// By then a program has mapped the libraries that it was linked to, seconds.
 const STARTED_BY_S: f64 = 1.0;
@@ -112,6 +118,13 @@ pub enum Notice {
         /// True: everything is traced again. False: it is watched through windows.
         exact: bool,
     },
+    /// Recording everything that the kernel allocates exceeds the budget: a sample is recorded from here on.
+    Sampled {
+        /// The kernel, under its new instance number.
+        process: Arc<Process>,
+        /// Mean bytes between two allocations that are recorded.
+        mean_bytes: u64,
+    },
     /// The memory of a process has been scanned for references.
     Scanned {
         /// The process.
@@ -149,6 +162,8 @@ pub struct Collector {
     /// Only with a budget: without windows there is nothing to watch over.
     watchdog: Option<Watchdog>,
     tracker: Tracker,
+    /// The kernel, when it is a target.
+    kernel: Option<Kernel>,
     plugins: Vec<Plugin>,
     matcher: Matcher,
     /// Nothing can be added any more once all of these have ended: only pids and commands were asked for.
@@ -198,8 +213,9 @@ impl Collector {
     /// that cannot be started.
     pub fn start(config: &Config, purpose: Purpose) -> Result<Collector> {
         let trace_events = purpose == Purpose::Trace;
-        let plugins: Vec<Plugin> = plugin::load(&config.plugins)?.into_iter().filter(|p| p.enabled).collect();
-        if plugins.is_empty() {
+        let (kernel_plugins, plugins): (Vec<Plugin>, Vec<Plugin>) =
+            plugin::load(&config.plugins)?.into_iter().filter(|p| p.enabled).partition(|p| p.kernel.is_some());
+        if plugins.is_empty() && !config.targets.is_empty() {
             return Err(Error::config("every probe set is switched off ([plugins.NAME] enabled = false)"));
         }
         let mut matcher = Matcher::new(&config.targets)?;
@@ -236,7 +252,8 @@ impl Collector {
             tracker,
             plugins,
             matcher,
-            closed_set: !config.targets.iter().any(|t| t.pid.is_empty() && t.searches()),
+            kernel: Kernel::start(config, &kernel_plugins, KERNEL_INSTANCE)?,
+            closed_set: !config.kernel.enabled && !config.targets.iter().any(|t| t.pid.is_empty() && t.searches()),
             watched: HashMap::new(),
             known: HashSet::new(),
             launched: Vec::new(),
@@ -264,13 +281,16 @@ impl Collector {
             ended: HashMap::new(),
             command_ended: false,
             command_status: None,
-            next_instance: 1,
+            next_instance: if config.kernel.enabled { KERNEL_INSTANCE + 1 } else { 1 },
             snapshots: 0,
             started: Instant::now(),
             started_ns: monotonic_ns(),
         };
         for (number, target) in config.targets.iter().enumerate().filter(|(_, t)| !t.command.is_empty()) {
             collector.launch(&target.command, number)?;
+        }
+        if let Some(kernel) = &collector.kernel {
+            collector.notices.push(Notice::Watching(Arc::clone(kernel.process()), kernel.statuses()));
         }
         collector.scan()?;
         Ok(collector)
@@ -294,7 +314,10 @@ impl Collector {
 
     /// Fills the site's frames, unless that has been done.
     pub fn symbolize(&mut self, site: &Site) {
-        self.symbolizer.symbolize(site);
+        match &self.kernel {
+            Some(kernel) if kernel.process().instance == site.key.instance => kernel.symbolize(site),
+            _ => self.symbolizer.symbolize(site),
+        }
     }
 
     /// Where the return addresses of a site lie; once per site, and only with a recording.
@@ -305,6 +328,23 @@ impl Collector {
     /// Name of a probe set by its number.
     fn probe_set_name(&self, number: u32) -> &str {
         self.plugins.iter().find(|p| p.spec.number == number).map_or("?", |p| p.spec.name.as_str())
+    }
+
+    /// What of the kernel's memory cannot be followed, or has no name, and why; empty when the kernel is no target.
+    pub fn kernel_gaps(&self) -> Vec<String> {
+        let Some(kernel) = &self.kernel else { return Vec::new() };
+        let spots = kernel.blind_spots().into_iter();
+        let spots = spots.map(|(set, why)| {
+            format!(
+                "{set}: frees by RCU and of many blocks at a time are not seen, such sites are unverifiable ({why})"
+            )
+        });
+        spots.chain(kernel.missing_names()).collect()
+    }
+
+    /// The kernel's probe sets, with what became of each; empty when it is no target.
+    pub fn kernel_statuses(&self) -> Vec<PluginStatus> {
+        self.kernel.as_ref().map(Kernel::statuses).unwrap_or_default()
     }
 
     /// What people should know of since the last call.
@@ -361,6 +401,10 @@ impl Collector {
     /// When the kernel side cannot be read.
     pub fn poll(&mut self, timeout: Duration) -> Result<()> {
         self.tracker.poll(timeout.min(self.until_governed()))?;
+        let now_s = self.now_s();
+        if let Some(kernel) = &mut self.kernel {
+            self.notices.extend(kernel.follow(now_s, &mut self.next_instance)?);
+        }
         self.govern()?;
         if let Some(unwinder) = &mut self.unwinder {
             unwinder.apply(&mut self.tracker);
@@ -562,10 +606,15 @@ impl Collector {
                     cohorts: known.cohorts.read(&self.generations, totals, time_s),
                     lifetimes: totals.lifetimes,
                     reachability: self.scans.of(key),
+                    kernel: None,
                 });
             }
         }
-        if self.generations.is_due(time_s) {
+        let next_generation = self.generations.is_due(time_s);
+        let kernel = (self.kernel.as_mut())
+            .map(|k| k.read(&self.generations, next_generation, time_s, self.started_ns, &mut sites))
+            .transpose()?;
+        if next_generation {
             for (key, totals) in &raw {
                 let key = SiteKey { instance: key.instance, probe_set: key.probe_set, stack: key.stack };
                 if let Some(known) = self.sites.get_mut(&key) {
@@ -582,6 +631,8 @@ impl Collector {
         for process in &mut processes {
             process.stacks = self.stacks_of(process.process.instance, &sites);
         }
+        processes.splice(0..0, kernel.into_iter().flatten());
+        processes.sort_by_key(|p| p.process.instance);
         for instance in std::mem::take(&mut self.unclear) {
             if self.watched.get(&instance).is_some_and(|w| w.life == Life::Running) {
                 self.attach_to(instance);
@@ -700,6 +751,7 @@ impl Collector {
                 open_s: watched.governor.open_s(),
                 window_s: budget.share.map(|_| budget.max_window.as_secs_f64()),
                 hard_stops: watched.governor.stops(),
+                kernel: None,
                 stopped: watched.governor.stopped(),
                 hits: counters.hits,
                 unmatched_frees: counters.unmatched_frees,

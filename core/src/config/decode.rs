@@ -31,6 +31,7 @@ pub(super) fn decode(reader: &mut Reader, entries: Entries) -> Config {
     for key in ["pid", "name", "exe", "cgroup", "container", "unit", "command", "budget", "latency"] {
         root.reader.known.insert(format!("target.{key}"));
     }
+    super::kernel::kernel(root.section("kernel"), &mut config.kernel);
     history(root.section("history"), &mut config);
     plugins(root.section("plugins"), &mut config);
     rules(root.section("rules"), &mut config);
@@ -69,15 +70,7 @@ fn collector(mut s: Section<'_>, config: &mut Config) {
     s.integer("max_threads", 1..=4_194_304, &mut c.max_threads);
     s.integer("max_frames", 1..=127, &mut c.max_frames);
     s.bytes("min_size", Bytes(0)..=Bytes(1 << 40), &mut c.min_size);
-    let read_sample = |node: &Node| {
-        let mean = size(node)?;
-        if mean.0 == 0 || SAMPLE_BYTES.contains(&mean.0) {
-            return Ok(mean);
-        }
-        let (least, most) = (Bytes(*SAMPLE_BYTES.start()), Bytes(*SAMPLE_BYTES.end()));
-        Err(format!("{mean} is out of range: it must be 0B, which records everything, or from {least} to {most}"))
-    };
-    if let Some(mean) = s.read("sample_bytes", read_sample) {
+    if let Some(mean) = s.read("sample_bytes", sample_bytes) {
         c.sample_bytes = mean;
     }
     s.choice("placement", &[("best", Placement::Best), ("entry", Placement::Entry)], &mut c.placement);
@@ -128,6 +121,16 @@ fn collector(mut s: Section<'_>, config: &mut Config) {
     s.finish();
 }
 
+/// Mean bytes between two samples.
+pub(super) fn sample_bytes(node: &Node) -> Result<Bytes, String> {
+    let mean = size(node)?;
+    if mean.0 == 0 || SAMPLE_BYTES.contains(&mean.0) {
+        return Ok(mean);
+    }
+    let (least, most) = (Bytes(*SAMPLE_BYTES.start()), Bytes(*SAMPLE_BYTES.end()));
+    Err(format!("{mean} is out of range: it must be 0B, which records everything, or from {least} to {most}"))
+}
+
 fn unwind_cache(node: &Node) -> Result<UnwindCache, String> {
     Ok(match string(node)? {
         "auto" => UnwindCache::Auto,
@@ -138,7 +141,7 @@ fn unwind_cache(node: &Node) -> Result<UnwindCache, String> {
 }
 
 /// A part of something: a string such as "5%", more than 0 and at most 100 %.
-fn percent(node: &Node) -> Result<f64, String> {
+pub(super) fn percent(node: &Node) -> Result<f64, String> {
     let text = string(node)?;
     let number = text.trim().strip_suffix('%').and_then(|n| n.trim().parse::<f64>().ok());
     match number {
@@ -293,7 +296,7 @@ fn list_of_tables(node: &Node) -> Result<Vec<Node>, String> {
 }
 
 /// One process id or a list of them.
-fn pids(node: &Node) -> Result<Vec<u32>, String> {
+pub(super) fn pids(node: &Node) -> Result<Vec<u32>, String> {
     let one = |node: &Node| match node.value {
         Value::Integer(n) if (1..=MAX_PID).contains(&n) => u32::try_from(n).map_err(|e| e.to_string()),
         Value::Integer(n) => Err(format!("{n} is no process id: it must be from 1 to {MAX_PID}")),

@@ -5,6 +5,7 @@
 //! the working directory. The environment is not read.
 
 mod decode;
+mod kernel;
 mod read;
 #[cfg(test)]
 mod tests;
@@ -19,6 +20,7 @@ use crate::finding::Severity;
 use crate::units::Bytes;
 
 pub use decode::{MAX_PID, parse_cgroup, parse_container, parse_glob, split_command};
+pub use kernel::{KernelBackend, KernelSettings};
 pub use read::nearest;
 pub use tree::Override;
 
@@ -33,6 +35,8 @@ pub struct Config {
     pub targets: Vec<TargetSpec>,
     /// Collector settings.
     pub collector: CollectorSettings,
+    /// The kernel as a target.
+    pub kernel: KernelSettings,
     /// Bounds of the history.
     pub history: crate::history::Bounds,
     /// Probe sets.
@@ -60,6 +64,7 @@ impl Default for Config {
             duration: None,
             targets: Vec::new(),
             collector: CollectorSettings::default(),
+            kernel: KernelSettings::default(),
             history: crate::history::Bounds::default(),
             plugins: PluginSettings::default(),
             rules: RuleSettings::default(),

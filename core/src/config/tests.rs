@@ -148,6 +148,20 @@ fn every_key_reaches_its_field() {
         scans = 30
         min_lost = 31
         min_fraction = "32%"
+        [kernel]
+        enabled = true
+        backend = "kprobe"
+        sample_bytes = "8KiB"
+        budget = "off"
+        max_outstanding = 33
+        max_sites = 34
+        min_size = "35B"
+        caches = ["kmalloc-*"]
+        modules = "leak*"
+        gfp = ["__GFP_ZERO"]
+        pids = [36]
+        cgroup = "/g/"
+        movable_pages = true
         "#,
     )
     .unwrap();
@@ -155,6 +169,21 @@ fn every_key_reaches_its_field() {
     let growth = toml::toml! { enabled = false list = ["a", "b"] share = 0.5 };
     let text = |s: &str| Some(s.to_owned());
     let expected = Config {
+        kernel: KernelSettings {
+            enabled: true,
+            backend: KernelBackend::Kprobe,
+            sample_bytes: Bytes(8 << 10),
+            budget: None,
+            max_outstanding: 33,
+            max_sites: 34,
+            min_size: Bytes(35),
+            caches: vec!["kmalloc-*".to_owned()],
+            modules: vec!["leak*".to_owned()],
+            gfp: vec!["__GFP_ZERO".to_owned()],
+            pids: vec![36],
+            cgroup: text("g"),
+            movable_pages: true,
+        },
         interval: secs(2),
         duration: Some(secs(30)),
         targets: vec![

@@ -85,7 +85,7 @@ impl Recorder {
         let (kind, instance) = match notice {
             Notice::Watching(process, _) => (EventKind::Attach, Some(process.instance)),
             Notice::Ended(process) => (EventKind::End, Some(process.instance)),
-            Notice::Mode { process, .. } => (EventKind::Mode, Some(process.instance)),
+            Notice::Mode { process, .. } | Notice::Sampled { process, .. } => (EventKind::Mode, Some(process.instance)),
             _ => (EventKind::Failed, None),
         };
         self.event(kind, time_s, instance, live::notice_line(notice));

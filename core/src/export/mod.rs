@@ -146,6 +146,7 @@ pub(crate) mod sample {
             cohorts: Vec::new(),
             lifetimes: [0; LIFETIME_CLASSES],
             reachability: None,
+            kernel: None,
         }
     }
 

@@ -368,6 +368,7 @@ impl State {
             }],
             lifetimes: [0; LIFETIME_CLASSES],
             reachability: None,
+            kernel: None,
         }
     }
 }

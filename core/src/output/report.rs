@@ -207,6 +207,7 @@ mod tests {
                 cohorts: Vec::new(),
                 lifetimes: [0; LIFETIME_CLASSES],
                 reachability: None,
+                kernel: None,
             };
             history.push(&Snapshot {
                 number: t,

@@ -5,6 +5,7 @@ use serde::Serialize;
 use crate::coverage::Coverage;
 use crate::governor::StopReason;
 use crate::history::{History, SiteHistory};
+use crate::kernel::{KernelSample, KernelSummary, Origin};
 use crate::labels::Labels;
 use crate::reachability::roots::Root;
 use crate::reachability::{SiteVerdict, Verdict};
@@ -27,6 +28,8 @@ pub struct SnapshotLine<'a> {
     /// Number of sites, also of those that are not listed.
     sites_total: usize,
     sites: Vec<SiteLine<'a>>,
+    /// How traced allocations compare with the kernel's own statistics; `None` when it is not watched.
+    kernel: Option<&'a KernelSummary>,
 }
 
 #[derive(Debug, Serialize)]
@@ -87,6 +90,32 @@ struct SiteLine<'a> {
     frames: &'a [Frame],
     truncated: Option<&'a str>,
     reachability: Option<ReachLine>,
+    kernel: Option<KernelLine<'a>>,
+}
+
+/// What is known of a site of the kernel.
+#[derive(Debug, Serialize)]
+pub(crate) struct KernelLine<'a> {
+    #[serde(flatten)]
+    origin: &'a Origin,
+    slack_bytes: u64,
+    unseen_frees: u64,
+    unverifiable: Option<&'a str>,
+    cache_growth_bytes: Option<i64>,
+    reclaimable: bool,
+}
+
+impl<'a> KernelLine<'a> {
+    pub(crate) fn new(sample: &'a KernelSample, totals: &Totals) -> Self {
+        KernelLine {
+            origin: &sample.origin,
+            slack_bytes: sample.slack_bytes(totals.outstanding_count(), totals.outstanding_bytes()),
+            unseen_frees: sample.unseen_frees,
+            unverifiable: sample.unverifiable.as_deref(),
+            cache_growth_bytes: sample.cache_growth_bytes,
+            reclaimable: sample.reclaimable,
+        }
+    }
 }
 
 /// What scans say of a site.
@@ -152,6 +181,7 @@ impl<'a> SnapshotLine<'a> {
             },
             totals: TotalsLine::new(snapshot.totals(), snapshot.stderr()),
             sites_total: snapshot.sites.len(),
+            kernel: snapshot.processes.iter().find_map(|p| p.kernel.as_deref()),
             sites: (snapshot.sites.iter().take(sites))
                 .map(|s| SiteLine {
                     id: format!("{:016x}", s.site.id),
@@ -164,6 +194,7 @@ impl<'a> SnapshotLine<'a> {
                     frames: s.site.frames(),
                     truncated: s.site.truncated.as_deref(),
                     reachability: s.reachability.as_deref().map(ReachLine::from),
+                    kernel: s.kernel.as_deref().map(|k| KernelLine::new(k, &s.totals)),
                 })
                 .collect(),
         }

@@ -34,7 +34,7 @@ struct Manifest {
     functions: Vec<Function>,
 }
 
-fn yes() -> bool {
+pub(super) fn yes() -> bool {
     true
 }
 
@@ -48,9 +48,16 @@ fn no_prefix() -> Vec<String> {
 
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum Kind {
+pub(super) enum Kind {
     Userspace,
     Usdt,
+    Kernel,
+}
+
+/// Just enough of a manifest to know how to read it.
+#[derive(Debug, Deserialize)]
+struct KindOnly {
+    kind: Kind,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -126,17 +133,21 @@ struct ManifestReturns {
 
 /// Parses and checks one manifest.
 pub(super) fn parse(text: &str, origin: &str, number: usize) -> Result<Plugin> {
+    if let Ok(KindOnly { kind: Kind::Kernel }) = toml::from_str(text) {
+        return parse_kernel(text, origin, number);
+    }
     let manifest: Manifest =
         toml::from_str(text).map_err(|e| Error::config(format!("{origin}: {}", e.to_string().trim_end())))?;
     let wrong = |what: String| Error::config(format!("{origin}: {what}"));
     let Manifest { name, kind, description, enabled, domain, matching, functions } = manifest;
-    let valid = |s: &str| !s.is_empty() && s.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
-    if !valid(&name) || !valid(&domain) {
+    if !is_name(&name) || !is_name(&domain) {
         return Err(wrong("name and domain consist of letters, digits, - and _".into()));
     }
     let kind = match kind {
         Kind::Userspace => SetKind::Functions,
         Kind::Usdt => SetKind::Tracepoints,
+        // Read elsewhere, unless the file is so wrong that not even its kind could be told.
+        Kind::Kernel => return Err(wrong("is no manifest of the kernel".into())),
     };
     let matching = match (matching, kind) {
         (Some(matching), _) => matching,
@@ -173,7 +184,34 @@ pub(super) fn parse(text: &str, origin: &str, number: usize) -> Result<Plugin> {
         prefixes: matching.prefixes.clone(),
         functions: specs,
     };
-    Ok(Plugin { spec, description, enabled, origin: origin.to_owned(), matching })
+    Ok(Plugin { spec, description, enabled, origin: origin.to_owned(), matching, kernel: None })
+}
+
+/// Whether a text can be the name of a probe set or a domain.
+pub(super) fn is_name(text: &str) -> bool {
+    !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
+}
+
+/// A probe set of the kernel; no file of a process provides it.
+fn parse_kernel(text: &str, origin: &str, number: usize) -> Result<Plugin> {
+    let number = u32::try_from(number).unwrap_or(u32::MAX);
+    let parsed = super::kernel::parse(text, origin, number)?;
+    let spec = ProbeSetSpec {
+        kind: SetKind::Functions,
+        number,
+        name: parsed.plugin.spec.name.clone(),
+        domain: "kernel".into(),
+        prefixes: Vec::new(),
+        functions: Vec::new(),
+    };
+    Ok(Plugin {
+        spec,
+        description: parsed.description,
+        enabled: parsed.enabled,
+        origin: origin.to_owned(),
+        matching: Matching::nothing(),
+        kernel: Some(parsed.plugin),
+    })
 }
 
 /// What holds for tracepoints beyond what holds for functions.
@@ -216,7 +254,7 @@ impl ManifestMatching {
     }
 }
 
-fn globs(key: &str, patterns: &[String]) -> Result<GlobSet, String> {
+pub(super) fn globs(key: &str, patterns: &[String]) -> Result<GlobSet, String> {
     let mut set = GlobSetBuilder::new();
     for pattern in patterns {
         set.add(Glob::new(pattern).map_err(|e| format!("{key}: {e}"))?);

@@ -37,6 +37,18 @@ pub struct Matching {
 }
 
 impl Matching {
+    /// No file provides the set.
+    pub(super) fn nothing() -> Self {
+        Matching {
+            sonames: GlobSet::empty(),
+            except: GlobSet::empty(),
+            defines: Vec::new(),
+            exports: Vec::new(),
+            prefixes: Vec::new(),
+            fallback: false,
+        }
+    }
+
     /// True when a file of this path provides the set.
     pub fn fits(&self, path: &str, facts: &Facts) -> bool {
         let file_name = path.rsplit('/').next().unwrap_or(path);

@@ -648,6 +648,7 @@ impl Cursor {
             cohorts: details.cohorts_at(time_s),
             lifetimes,
             reachability: None,
+            kernel: None,
             stderr: details.stderr,
         }
     }

@@ -91,6 +91,7 @@ impl Run {
             cohorts: Vec::new(),
             lifetimes: [0; LIFETIME_CLASSES],
             reachability: None,
+            kernel: None,
             stderr: StandardErrors::default(),
         });
     }
@@ -144,6 +145,7 @@ impl Run {
                 rss_anon_bytes: (!self.number.is_multiple_of(7)).then_some(self.number << 19),
                 window_s: p.instance.is_multiple_of(2).then_some(0.2),
                 hard_stops: self.number / 9,
+                kernel: None,
                 stopped: self.number.is_multiple_of(9).then_some(StopReason::Slowdown),
                 coverage: (!self.number.is_multiple_of(7)).then(|| {
                     let before = Baseline { resident_bytes: 9 << 20, heap_bytes: 4 << 20, regions: Vec::new() };

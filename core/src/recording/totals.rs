@@ -49,6 +49,7 @@ fn columns(sample: &ProcessSample) -> [u64; COLUMNS] {
         coverage,
         window_s,
         hard_stops,
+        kernel: _,
         stopped,
     } = sample;
     let Losses {
@@ -155,6 +156,7 @@ fn process_sample(process: &Arc<Process>, c: &[u64; COLUMNS]) -> ProcessSample {
         rss_anon_bytes: known(c[24]),
         window_s: known(c[25]).map(f64::from_bits),
         hard_stops: c[26],
+        kernel: None,
         stopped: match c[27] {
             1 => Some(StopReason::Starved),
             2 => Some(StopReason::Slowdown),

@@ -710,7 +710,8 @@ impl Writer {
 
 /// A sample of a site. Every field is named, so that one that is added cannot be forgotten here.
 pub(super) fn row(id: u32, sample: &SiteSample) -> Row<'_> {
-    let SiteSample { site: _, totals, stderr, last_allocation_s, cohorts, lifetimes, reachability: _ } = sample;
+    let SiteSample { site: _, totals, stderr, last_allocation_s, cohorts, lifetimes, reachability: _, kernel: _ } =
+        sample;
     Row { id, totals: *totals, last_allocation_s: *last_allocation_s, cohorts, lifetimes, stderr: *stderr }
 }
 

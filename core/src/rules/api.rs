@@ -11,8 +11,9 @@ use mlua::{Function, Integer, Lua, MultiValue, Table, UserData, UserDataFields, 
 
 use super::view::{Context, Ending, Range, SeriesView, SiteView, Stat, TIME_SLACK_S, View};
 use crate::history::Sample;
+use crate::kernel::KernelSample;
 use crate::labels::Labels;
-use crate::snapshot::{LIFETIME_CLASSES, Mode, Site, SiteReach};
+use crate::snapshot::{LIFETIME_CLASSES, Mode, Site, SiteReach, Totals};
 use crate::stats;
 use crate::symbolize::Frame;
 use crate::units;
@@ -116,6 +117,11 @@ impl UserData for SiteRef {
             frames(lua, &site, this.index)
         });
         fields.add_field_method_get("cohorts", cohorts);
+        fields.add_field_method_get("is_kernel", |_, this| this.with(|_, s| s.history.latest.kernel.is_some()));
+        fields.add_field_method_get("kernel", |lua, this| {
+            let kernel = this.with(|_, s| s.history.latest.kernel.clone().map(|k| (k, s.totals)))?;
+            kernel.map(|(kernel, totals)| kernel_table(lua, &kernel, &totals)).transpose()
+        });
         fields.add_field_method_get("reachability", |lua, this| {
             let reach = this.with(|v, s| s.history.latest.reachability.clone().map(|r| (r, v.time_s)))?;
             reach.map(|(reach, now_s)| reachability(lua, &reach, now_s)).transpose()
@@ -202,6 +208,22 @@ fn cohorts(lua: &Lua, this: &SiteRef) -> mlua::Result<Table> {
         list.raw_push(table)?;
     }
     Ok(list)
+}
+
+/// What is known of a site of the kernel.
+fn kernel_table(lua: &Lua, kernel: &KernelSample, totals: &Totals) -> mlua::Result<Table> {
+    let table = lua.create_table_with_capacity(0, 10)?;
+    table.raw_set("cache", kernel.origin.cache.as_deref())?;
+    table.raw_set("object_bytes", integer(kernel.origin.object_bytes))?;
+    let slack = kernel.slack_bytes(totals.outstanding_count(), totals.outstanding_bytes());
+    table.raw_set("slack_bytes", integer(slack))?;
+    table.raw_set("gfp", kernel.origin.gfp.as_str())?;
+    table.raw_set("comm", kernel.origin.first_comm.as_str())?;
+    table.raw_set("unseen_frees", integer(kernel.unseen_frees))?;
+    table.raw_set("unverifiable", kernel.unverifiable.as_deref())?;
+    table.raw_set("reclaimable", kernel.reclaimable)?;
+    table.raw_set("cache_growth_bytes", kernel.cache_growth_bytes)?;
+    Ok(table)
 }
 
 /// What the last scans said of a site.

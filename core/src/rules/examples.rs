@@ -20,6 +20,7 @@ use super::{Ending, RuleEngine};
 use crate::config::RuleSettings;
 use crate::finding::Severity;
 use crate::history::{Bounds, History};
+use crate::kernel::KernelSample;
 use crate::reachability::roots::Root;
 use crate::reachability::verdict::Tally;
 use crate::reachability::{SiteVerdict, Verdict};
@@ -34,7 +35,7 @@ const MAX_BLOCKS: usize = 200_000;
 /// Most units of a shape that pass from one snapshot to the next.
 const MAX_UNITS: f64 = 100.0;
 /// Keys of an example.
-const KEYS: [&str; 19] = [
+const KEYS: [&str; 20] = [
     "name",
     "shape",
     "expect",
@@ -46,6 +47,7 @@ const KEYS: [&str; 19] = [
     "params",
     "mode",
     "rss_rate",
+    "kernel",
     "reachability",
     "func",
     "at_exit",
@@ -96,6 +98,7 @@ struct Example {
     windows: bool,
     rss_rate: f64,
     reachability: Option<Verdict>,
+    kernel: Option<KernelSample>,
     func: String,
     at_exit: Option<Ending>,
     rate: f64,
@@ -186,6 +189,7 @@ fn verdict(settings: &RuleSettings, rule: &str, example: &Example) -> Result<(St
         }
         let grown = example.rss_rate * example.interval_s * n as f64;
         simulation.process.rss_bytes = Some((64 << 20) + grown as u64);
+        simulation.kernel = example.kernel.clone().map(Arc::new);
         simulation.reachability = example.reachability.map(|v| Arc::new(scanned(v, simulation.history.time_s())));
         simulation.step();
         if let Some(site) = simulation.sites.iter().find(|s| s.heap.len() > MAX_BLOCKS) {
@@ -313,6 +317,22 @@ fn read(number: usize, table: &Table) -> Result<Example, String> {
         Some("estimated") => true,
         Some(other) => return Err(format!("mode must be \"exact\" or \"estimated\", not {other:?}")),
     };
+    let kernel = match text("kernel")? {
+        None => None,
+        Some(word) => {
+            let mut sample = KernelSample::default();
+            match word.as_str() {
+                "verifiable" => {}
+                "unverifiable" => sample.unverifiable = Some("its frees are not seen".into()),
+                "reclaimable" => sample.reclaimable = true,
+                _ => {
+                    let words = ["verifiable", "unverifiable", "reclaimable"];
+                    return Err(format!("kernel cannot be {word:?}; {}", hint(&word, words)));
+                }
+            }
+            Some(sample)
+        }
+    };
     let reachability = match text("reachability")? {
         None => None,
         Some(word) => {
@@ -348,6 +368,7 @@ fn read(number: usize, table: &Table) -> Result<Example, String> {
         windows,
         rss_rate: rate("rss_rate", 0.0)?,
         reachability,
+        kernel,
         func: text("func")?.unwrap_or_else(|| "allocate".to_owned()),
         at_exit,
         rate: rate("rate", 50_000.0)?,

@@ -169,6 +169,10 @@ impl RuleEngine {
             }
         }
         for (index, rule, draft) in found {
+            // Of blocks that may have been freed unseen nothing can be said.
+            if context.is_unverifiable(index) {
+                continue;
+            }
             let Some((finding, totals)) = finding(context, index, rule, draft) else { continue };
             let mut why = reasons.get(&index).cloned();
             if let (None, Some(suppressions)) = (&why, &mut self.suppressions) {

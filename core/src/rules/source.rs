@@ -15,11 +15,12 @@ const MAX_FILE: u64 = 1 << 20;
 const LIB_DIR: &str = "lib";
 
 /// Shipped rules: file name and text.
-const RULES: [(&str, &str); 10] = [
+const RULES: [(&str, &str); 11] = [
     ("at_exit.lua", include_str!("../../../rules/at_exit.lua")),
     ("definitely_lost.lua", include_str!("../../../rules/definitely_lost.lua")),
     ("growth.lua", include_str!("../../../rules/growth.lua")),
     ("imbalance.lua", include_str!("../../../rules/imbalance.lua")),
+    ("kernel_growth.lua", include_str!("../../../rules/kernel_growth.lua")),
     ("reachable_growth.lua", include_str!("../../../rules/reachable_growth.lua")),
     ("slow_growth.lua", include_str!("../../../rules/slow_growth.lua")),
     ("suppressions.lua", include_str!("../../../rules/suppressions.lua")),

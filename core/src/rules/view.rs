@@ -340,6 +340,15 @@ impl Context {
         self.epoch.get()
     }
 
+    /// Whether it cannot be known what became of a site's blocks.
+    pub(super) fn is_unverifiable(&self, index: usize) -> bool {
+        let look = |view: &View| {
+            let site = view.sites.get(index)?;
+            Some(site.history.latest.kernel.as_ref()?.unverifiable.is_some())
+        };
+        self.with(self.epoch(), look).flatten().unwrap_or(false)
+    }
+
     /// Looks at the view of `epoch`; `None` when that snapshot is over.
     pub(super) fn with<R>(&self, epoch: u64, look: impl FnOnce(&View) -> R) -> Option<R> {
         if epoch != self.epoch.get() {

@@ -44,7 +44,7 @@ pub(super) fn open(settings: &Settings, backend: Backend) -> Result<OpenUserspac
 }
 
 /// Device and inode of our pid namespace; zeros when it is the kernel's first one.
-fn pid_namespace() -> (u64, u64) {
+pub(crate) fn pid_namespace() -> (u64, u64) {
     /// Inode of the first pid namespace, see PROC_PID_INIT_INO in proc_ns.h.
     const FIRST: u64 = 0xEFFF_FFFC;
     match std::fs::metadata("/proc/self/ns/pid") {
@@ -54,7 +54,7 @@ fn pid_namespace() -> (u64, u64) {
 }
 
 /// A random number; not secret enough for keys, enough to keep targets from guessing.
-pub(super) fn seed() -> u64 {
+pub(crate) fn seed() -> u64 {
     use std::hash::{BuildHasher, Hasher};
     std::collections::hash_map::RandomState::new().build_hasher().finish()
 }

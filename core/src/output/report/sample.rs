@@ -129,6 +129,7 @@ fn snapshot(number: u32, process: &Arc<Process>, sites: &[Arc<Site>]) -> Snapsho
         cohorts: vec![cohort],
         lifetimes,
         reachability: None,
+        kernel: None,
     };
     Snapshot {
         number: n,

@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, OnceLock};
 
 use crate::history::{Bounds, History};
+use crate::kernel::KernelSample;
 use crate::snapshot::{
     Cohort, LIFETIME_CLASSES, Process, ProcessSample, Site, SiteKey, SiteReach, SiteSample, Snapshot, StandardErrors,
     Totals,
@@ -197,6 +198,8 @@ pub struct Simulation {
     pub stderr: StandardErrors,
     /// What scans say of each site.
     pub reachability: Option<Arc<SiteReach>>,
+    /// What is known of the sites, as if they were the kernel's.
+    pub kernel: Option<Arc<KernelSample>>,
     pub number: u64,
     pub sites: Vec<Simulated>,
     interval_s: f64,
@@ -222,6 +225,7 @@ impl Simulation {
             },
             stderr: StandardErrors::default(),
             reachability: None,
+            kernel: None,
             interval_s,
             number: 0,
             rng: Rng(seed),
@@ -253,6 +257,7 @@ impl Simulation {
                 cohorts: s.heap.cohorts(),
                 lifetimes: s.heap.lifetimes,
                 reachability: self.reachability.clone(),
+                kernel: self.kernel.clone(),
             });
             s.heap.advance(self.interval_s);
         }

@@ -40,6 +40,7 @@ fn history(n: u64, losses: Losses) -> History {
             cohorts: Vec::new(),
             lifetimes: [0; LIFETIME_CLASSES],
             reachability: None,
+            kernel: None,
         });
     }
     let mut history = History::default();

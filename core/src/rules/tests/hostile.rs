@@ -282,6 +282,7 @@ fn cpu_time_is_bounded_over_all_sites() {
             cohorts: Vec::new(),
             lifetimes: [0; crate::snapshot::LIFETIME_CLASSES],
             reachability: None,
+            kernel: None,
         });
     }
     let mut history = crate::history::History::default();

@@ -1,0 +1,550 @@
+//! The kernel as a target: its probe sets attached, its totals read, its sites named.
+//!
+//! It is one "process" with the pid 0 in everything that shows processes. Its sites are told apart by call stack and by
+//! slab cache.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use globset::{Glob, GlobSet, GlobSetBuilder};
+use memleak_probes::kernel::{
+    InnerCode, KernelFilter, KernelOrigin, KernelSetStatus, KernelSettings as ProbeSettings, KernelTracker, MAX_INNER,
+};
+use memleak_probes::{Attached, Counters, StackEnd, placement::Placement};
+
+use super::cohorts::{Generations, SiteCohorts};
+use super::kernel_budget::{Purse, Verdict};
+use super::{Notice, PluginState, PluginStatus, to_totals};
+use crate::config::{Config, KernelBackend, KernelSettings};
+use crate::governor::StopReason;
+use crate::kallsyms::Kallsyms;
+use crate::kernel::gfp::GfpFlags;
+use crate::kernel::judge::{Earlier, claims, judge};
+use crate::kernel::statistics::{Statistics, is_reclaimable, kmalloc_cache};
+use crate::kernel::{COMM, KernelSample, Origin, SetState};
+use crate::plugin::Plugin;
+use crate::snapshot::{
+    Losses, Mode, Process, ProcessSample, Sampling, Site, SiteKey, SiteSample, StackCounts, StandardErrors,
+};
+use crate::symbolize::{Frame, ModuleName, NormalizedFrame, site_id};
+use crate::{Error, ErrorKind, Result};
+
+/// Frames of the tracer itself, on top of a stack whose caller the probe did not know.
+const TRACER: [&str; 9] = [
+    "bpf_*",
+    "__bpf_*",
+    "___bpf_*",
+    "__traceiter_*",
+    "trace_call_bpf*",
+    "perf_trace_*",
+    "kprobe_*",
+    "ftrace_*",
+    "__x64_sys_bpf*",
+];
+
+/// What is recorded first when recording everything exceeds the budget: on average one allocation in so many bytes.
+const FIRST_SAMPLE: u64 = 16 << 10;
+/// When that is still too much, so many times fewer ...
+const COARSER: u64 = 16;
+/// ... down to this.
+const COARSEST: u64 = 4 << 20;
+/// When not even that is within the budget, nothing is traced for so long, seconds.
+const COOL_DOWN_S: f64 = 60.0;
+
+/// How far back the growth of caches is compared with that of their sites, and in which steps, seconds.
+const PAST_S: f64 = 60.0;
+/// See [`PAST_S`].
+const PAST_STEP_S: f64 = 10.0;
+
+/// The kernel while it is watched.
+pub(super) struct Kernel {
+    /// `None` while tracing is stopped.
+    tracker: Option<KernelTracker>,
+    status: Vec<KernelSetStatus>,
+    process: Arc<Process>,
+    plugins: Vec<Plugin>,
+    symbols: Kallsyms,
+    tracer: GlobSet,
+    flags: GfpFlags,
+    caches: GlobSet,
+    modules: GlobSet,
+    sites: HashMap<SiteKey, Known>,
+    at_start: Statistics,
+    /// What was claimed and counted up to a minute ago, by time, oldest first.
+    past: VecDeque<(f64, Earlier)>,
+    now: Statistics,
+    /// Whether the kernel gives objects of a cache back when memory is short.
+    reclaimable: HashMap<String, bool>,
+    settings: ProbeSettings,
+    purse: Purse,
+    /// What there was to say last of books that were closed.
+    closed: Option<ProcessSample>,
+    /// Nothing is attached until then, because the budget could not be kept.
+    stopped_until_s: Option<f64>,
+    cpu_at_start_s: f64,
+}
+
+/// A site and what is needed to read it.
+struct Known {
+    site: Arc<Site>,
+    origin: Arc<Origin>,
+    cohorts: SiteCohorts,
+    /// It passes the filters.
+    shown: bool,
+    complete: bool,
+}
+
+impl Kernel {
+    /// Attaches what the settings want; `None` when the kernel is no target.
+    ///
+    /// # Errors
+    /// A filter that this kernel does not know, a missing privilege or feature, or nothing can be attached.
+    pub(super) fn start(config: &Config, plugins: &[Plugin], instance: u32) -> Result<Option<Kernel>> {
+        let k = &config.kernel;
+        if !k.enabled {
+            return Ok(None);
+        }
+        let plugins: Vec<Plugin> = plugins.iter().filter(|p| p.kernel.is_some()).cloned().collect();
+        if plugins.is_empty() {
+            return Err(Error::config(
+                "every probe set of the kernel is switched off ([plugins.NAME] enabled = false)",
+            ));
+        }
+        let flags = GfpFlags::read();
+        let symbols = Kallsyms::read();
+        let settings = ProbeSettings {
+            backend: match k.backend {
+                KernelBackend::Auto => None,
+                KernelBackend::Tracepoint => Some(memleak_probes::kernel::KernelBackend::Tracepoint),
+                KernelBackend::Fentry => Some(memleak_probes::kernel::KernelBackend::Fentry),
+                KernelBackend::Kprobe => Some(memleak_probes::kernel::KernelBackend::Kprobe),
+            },
+            symbols: symbols.addresses(functions(&plugins)),
+            sets: plugins.iter().filter_map(|p| Some(p.kernel.as_ref()?.spec.clone())).collect(),
+            max_outstanding: k.max_outstanding,
+            max_sites: k.max_sites,
+            max_frames: config.collector.max_frames,
+            sample_bytes: k.sample_bytes.0,
+            filter: filter(k, &flags)?,
+            inner: inner(&plugins, &symbols),
+            movable_pages: k.movable_pages,
+            cohort: 0,
+        };
+        let at_start = Statistics::read();
+        let tracker = KernelTracker::start(&settings)?;
+        Ok(Some(Kernel {
+            status: tracker.status().to_vec(),
+            tracker: Some(tracker),
+            process: Arc::new(Process { instance, comm: COMM.into(), ..Process::default() }),
+            plugins,
+            symbols,
+            tracer: globs(&TRACER.map(str::to_owned))?,
+            flags,
+            caches: globs(&k.caches)?,
+            modules: globs(&k.modules)?,
+            sites: HashMap::new(),
+            now: Statistics::default(),
+            at_start,
+            past: VecDeque::new(),
+            reclaimable: HashMap::new(),
+            settings,
+            purse: Purse::new(k.budget),
+            closed: None,
+            stopped_until_s: None,
+            cpu_at_start_s: machine_cpu_s(),
+        }))
+    }
+
+    /// What stands for the kernel among the processes.
+    pub(super) fn process(&self) -> &Arc<Process> {
+        &self.process
+    }
+
+    /// Name of one of its probe sets.
+    pub(super) fn probe_set_name(&self, number: u32) -> Option<&str> {
+        self.plugins.iter().find(|p| p.spec.number == number).map(|p| p.spec.name.as_str())
+    }
+
+    /// What became of each probe set.
+    pub(super) fn statuses(&self) -> Vec<PluginStatus> {
+        self.status.iter().map(|status| self.status(status)).collect()
+    }
+
+    /// Which frees cannot be followed, by probe set, and why.
+    pub(super) fn blind_spots(&self) -> Vec<(String, String)> {
+        let name = |s: &KernelSetStatus| self.probe_set_name(s.number).unwrap_or("?").to_owned();
+        self.status.iter().filter_map(|s| Some((name(s), s.blind.clone()?))).collect()
+    }
+
+    /// Why functions or allocation flags have no names, and what to do.
+    pub(super) fn missing_names(&self) -> Vec<String> {
+        let symbols = self.symbols.missing().map(str::to_owned);
+        let flags = self.flags.known().is_empty().then(|| {
+            "allocation flags have no names: mount tracefs (mount -t tracefs tracefs /sys/kernel/tracing)".to_owned()
+        });
+        symbols.into_iter().chain(flags).collect()
+    }
+
+    fn status(&self, status: &KernelSetStatus) -> PluginStatus {
+        let state = match &status.state {
+            Ok((backend, points)) => PluginState::Attached {
+                file: format!("the kernel, by {backend}"),
+                functions: (points.iter())
+                    .map(|point| Attached { symbol: point.clone(), placement: Ok(Placement::ENTRY) })
+                    .collect(),
+            },
+            Err(reason) => PluginState::Failed { file: "the kernel".into(), reason: reason.clone() },
+        };
+        PluginStatus { probe_set: self.probe_set_name(status.number).unwrap_or("?").into(), state }
+    }
+
+    /// Notices modules that have come or gone, and keeps the budget: what there is to tell of that.
+    ///
+    /// # Errors
+    /// The programs cannot be loaded again.
+    pub(super) fn follow(&mut self, now_s: f64, next_instance: &mut u32) -> Result<Option<Notice>> {
+        if self.symbols.refresh() {
+            tracing::debug!("modules have come or gone; names read again");
+        }
+        if let Some(until_s) = self.stopped_until_s {
+            if now_s < until_s {
+                return Ok(None);
+            }
+            self.stopped_until_s = None;
+            self.purse.start_anew(now_s);
+            self.tracker = Some(KernelTracker::start(&self.settings)?);
+        }
+        let Some(tracker) = &self.tracker else { return Ok(None) };
+        match self.purse.tick(now_s, tracker)? {
+            Verdict::Within => Ok(None),
+            Verdict::Above if self.settings.sample_bytes < COARSEST => {
+                self.settings.sample_bytes = match self.settings.sample_bytes {
+                    0 => FIRST_SAMPLE,
+                    n => (n * COARSER).min(COARSEST),
+                };
+                self.close_books(next_instance)?;
+                // One at a time: the tables are large.
+                self.tracker = None;
+                self.tracker = Some(KernelTracker::start(&self.settings)?);
+                self.purse.start_anew(now_s);
+                let process = Arc::clone(&self.process);
+                Ok(Some(Notice::Sampled { process, mean_bytes: self.settings.sample_bytes }))
+            }
+            Verdict::Above => {
+                self.close_books(next_instance)?;
+                self.tracker = None;
+                self.purse.note_stop();
+                self.stopped_until_s = Some(now_s + COOL_DOWN_S);
+                let (process, why) = (Arc::clone(&self.process), StopReason::Slowdown);
+                Ok(Some(Notice::Stopped { process, why, cool_down_s: COOL_DOWN_S }))
+            }
+        }
+    }
+
+    /// Numbers from before and after a change cannot be compared: the kernel becomes another instance.
+    fn close_books(&mut self, next_instance: &mut u32) -> Result<()> {
+        let last = self.process_sample(StackCounts::default())?;
+        self.closed = Some(ProcessSample { alive: false, ..last });
+        self.process = Arc::new(Process { instance: *next_instance, ..Process::clone(&self.process) });
+        *next_instance += 1;
+        self.sites.clear();
+        // What is outstanding is counted anew from here on.
+        self.at_start = Statistics::read();
+        self.past.clear();
+        Ok(())
+    }
+
+    /// Reads the totals of all sites into a snapshot. With `next_generation` the birth generation changes.
+    pub(super) fn read(
+        &mut self,
+        generations: &Generations,
+        next_generation: bool,
+        time_s: f64,
+        started_ns: u64,
+        sites: &mut Vec<SiteSample>,
+    ) -> Result<Vec<ProcessSample>> {
+        self.now = Statistics::read();
+        let first = sites.len();
+        let raw = self.tracker.as_ref().map_or_else(|| Ok(Vec::new()), KernelTracker::read_sites)?;
+        let mut stacks = StackCounts { by_tables: true, ..StackCounts::default() };
+        // A site is made before its first allocation is known to have succeeded.
+        for (raw_key, totals) in raw.iter().filter(|(_, totals)| totals.allocated_count > 0) {
+            let key = SiteKey { instance: self.process.instance, probe_set: raw_key.probe_set, stack: raw_key.stack };
+            if !self.sites.contains_key(&key) {
+                let known = self.new_site(*raw_key, key)?;
+                self.sites.insert(key, known);
+            }
+            let Some(known) = self.sites.get_mut(&key) else { continue };
+            let cohorts = known.cohorts.read(generations, totals, time_s);
+            if next_generation {
+                known.cohorts.close_generation(generations, totals);
+            }
+            stacks.taken += totals.allocated_count;
+            stacks.complete += if known.complete { totals.allocated_count } else { 0 };
+            if !known.shown {
+                continue;
+            }
+            let age_ns = totals.last_allocation_ns.saturating_sub(started_ns);
+            sites.push(SiteSample {
+                site: Arc::clone(&known.site),
+                totals: to_totals(totals),
+                stderr: StandardErrors { bytes: totals.bytes_variance.sqrt(), count: totals.count_variance.sqrt() },
+                last_allocation_s: (age_ns / 1_000_000) as f64 / 1e3,
+                cohorts,
+                lifetimes: totals.lifetimes,
+                reachability: None,
+                kernel: Some(Arc::new(KernelSample {
+                    origin: Arc::clone(&known.origin),
+                    unseen_frees: totals.unseen_frees,
+                    ..KernelSample::default()
+                })),
+            });
+        }
+        if next_generation {
+            self.settings.cohort = self.settings.cohort.wrapping_add(1);
+            if let Some(tracker) = &mut self.tracker {
+                tracker.next_cohort();
+            }
+        }
+        let blind = self.status.iter().any(|s| s.blind.is_some());
+        let known = &mut self.reclaimable;
+        let mut reclaimable = |cache: &str| match known.get(cache) {
+            Some(known) => *known,
+            None => *known.entry(cache.to_owned()).or_insert(is_reclaimable(cache)),
+        };
+        let new = sites.get_mut(first..).unwrap_or_default();
+        if self.past.back().is_none_or(|(at_s, _)| time_s >= at_s + PAST_STEP_S) {
+            self.past.push_back((time_s, Earlier { claims: claims(new), statistics: self.now.clone() }));
+        }
+        while self.past.len() > 1 && self.past.front().is_some_and(|(at_s, _)| *at_s < time_s - PAST_S) {
+            self.past.pop_front();
+        }
+        let recently = self.past.front().map(|(_, earlier)| earlier);
+        let mut summary = judge(new, &self.at_start, recently, &self.now, blind, &mut reclaimable);
+        summary.probe_sets = self.status.iter().map(|s| self.set_state(s)).collect();
+        summary.missed_events = self.tracker.as_ref().and_then(|t| t.run_stats().ok()).map_or(0, |s| s.misses);
+        let mut sample = self.process_sample(stacks)?;
+        sample.kernel = Some(Arc::new(summary));
+        Ok(self.closed.take().into_iter().chain([sample]).collect())
+    }
+
+    fn set_state(&self, status: &KernelSetStatus) -> SetState {
+        SetState {
+            name: self.probe_set_name(status.number).unwrap_or("?").to_owned(),
+            backend: status.state.as_ref().ok().map(|(backend, _)| backend.to_string()),
+            failed: status.state.as_ref().err().cloned(),
+            blind: status.blind.clone(),
+        }
+    }
+
+    fn process_sample(&self, stacks: StackCounts) -> Result<ProcessSample> {
+        let counters = self.tracker.as_ref().map_or_else(|| Ok(Counters::default()), KernelTracker::read_counters)?;
+        let sample_bytes = self.settings.sample_bytes;
+        Ok(ProcessSample {
+            process: Arc::clone(&self.process),
+            alive: true,
+            mode: if sample_bytes == 0 { Mode::Exact } else { Mode::Sampled },
+            sampling: (sample_bytes > 0).then_some(Sampling {
+                mean_bytes: sample_bytes,
+                allocated_bytes: counters.allocated_bytes,
+                allocated_count: counters.allocated_count,
+            }),
+            hits: counters.hits,
+            unmatched_frees: counters.unmatched_frees,
+            losses: Losses {
+                outstanding_full: counters.outstanding_full,
+                sites_full: counters.sites_full,
+                stacks_full: counters.stacks_full,
+                stacks_failed: counters.stacks_failed,
+                threads_full: counters.threads_full,
+                implicit_frees: counters.implicit_frees,
+                ..Losses::default()
+            },
+            stacks,
+            rss_bytes: Some(self.now.kernel_bytes()),
+            cpu_s: Some(machine_cpu_s() - self.cpu_at_start_s),
+            overhead_s: self.purse.spent_s(),
+            budget: self.purse.budget(),
+            stopped: self.stopped_until_s.map(|_| StopReason::Slowdown),
+            hard_stops: self.purse.stops(),
+            ..ProcessSample::default()
+        })
+    }
+
+    /// Takes what is known of a new site out of the kernel, and names it.
+    fn new_site(&mut self, raw: memleak_probes::SiteKey, key: SiteKey) -> Result<Known> {
+        let Some(tracker) = &self.tracker else { return Err(Error::new(ErrorKind::Kernel, "tracing is stopped")) };
+        let (stack, origin) = tracker.take_origin(raw)?;
+        let end = stack.as_ref().map(|s| s.end);
+        let (mut addresses, function) = match stack {
+            Some(stack) => (stack.addresses, tracker.function_name(stack.name)),
+            None => (Vec::new(), ""),
+        };
+        addresses.drain(..self.leading(&addresses, key.probe_set));
+        let origin = self.origin(function, origin.unwrap_or_default());
+        let truncated = match end {
+            Some(StackEnd::Complete) => None,
+            Some(StackEnd::Cut) => Some("the limit of frames was reached (collector.max_frames)"),
+            Some(_) => Some("the stack could not be read"),
+            None => Some("there was no room for the stack (kernel.max_sites)"),
+        };
+        let frames: Vec<Frame> = addresses.iter().map(|a| self.frame(*a)).collect();
+        let normalized: Vec<NormalizedFrame> = frames.iter().map(normalize).collect();
+        let probe_set: Arc<str> = self.probe_set_name(key.probe_set).unwrap_or("?").into();
+        let what = format!("{function} {} {}", origin.cache.as_deref().unwrap_or_default(), origin.object_bytes);
+        let id = site_id(COMM, &probe_set, &what, &normalized);
+        let of_module = |f: &Frame| f.module.as_deref().is_some_and(|m| self.modules.is_match(m));
+        let shown = (self.caches.is_empty() || origin.cache.as_deref().is_some_and(|c| self.caches.is_match(c)))
+            && (self.modules.is_empty() || frames.iter().any(of_module));
+        let site = Arc::new(Site {
+            key,
+            id,
+            process: Arc::clone(&self.process),
+            probe_set,
+            function: function.into(),
+            addresses,
+            truncated: truncated.map(Arc::from),
+            frames: std::sync::OnceLock::new(),
+        });
+        // Of modules at once: later another one may lie there. The names of the rest stay what they are.
+        if frames.iter().any(|f| f.module.as_deref() != Some(crate::kallsyms::KERNEL)) {
+            let _ = site.frames.set(frames);
+        }
+        let complete = end == Some(StackEnd::Complete);
+        Ok(Known { site, origin: Arc::new(origin), cohorts: SiteCohorts::default(), shown, complete })
+    }
+
+    /// How many frames at the top belong to the tracer, to the allocator or to functions that only pass on what it gives.
+    fn leading(&self, addresses: &[u64], probe_set: u32) -> usize {
+        let wrappers = self.plugins.iter().find(|p| p.spec.number == probe_set).and_then(|p| p.kernel.as_ref());
+        let is_leading = |address: &u64, globs: &GlobSet| {
+            self.symbols.find(address.saturating_sub(1)).is_some_and(|place| globs.is_match(place.function))
+        };
+        let tracer = addresses.iter().take_while(|a| is_leading(a, &self.tracer)).count();
+        let rest = &addresses[tracer..];
+        let passing = rest.iter().take_while(|a| wrappers.is_some_and(|w| is_leading(a, &w.wrappers))).count();
+        // A stack of nothing else is better than none.
+        if tracer + passing < addresses.len() { tracer + passing } else { 0 }
+    }
+
+    fn origin(&self, function: &str, raw: KernelOrigin) -> Origin {
+        let has = |flag: &str| self.flags.bits(flag).is_some_and(|bits| raw.gfp & bits != 0);
+        let by_size = || {
+            let cache = kmalloc_cache(raw.object_bytes, has("__GFP_ACCOUNT"), has("__GFP_RECLAIMABLE"));
+            cache.filter(|_| function.contains("kmalloc"))
+        };
+        Origin {
+            cache: Some(raw.cache).filter(|c| !c.is_empty()).or_else(by_size),
+            object_bytes: raw.object_bytes,
+            gfp: self.flags.describe(raw.gfp),
+            first_pid: raw.pid,
+            first_tid: raw.tid,
+            first_comm: raw.comm,
+            cgroup: raw.cgroup,
+            order: raw.order,
+            migrate_type: raw.migrate_type,
+        }
+    }
+
+    /// Fills the frames of a site, unless that has been done.
+    pub(super) fn symbolize(&self, site: &Site) {
+        site.frames.get_or_init(|| site.addresses.iter().map(|a| self.frame(*a)).collect());
+    }
+
+    fn frame(&self, address: u64) -> Frame {
+        let frame = Frame { address, offset: address, ..Frame::default() };
+        // The call is before the return address, maybe as the last instruction of the function.
+        match self.symbols.find(address.saturating_sub(1)) {
+            Some(place) => Frame {
+                function: Some(place.function.to_owned()),
+                module: Some(place.module.to_owned()),
+                offset: place.offset + 1,
+                ..frame
+            },
+            None => {
+                let why = self.symbols.missing().unwrap_or("the kernel lists no function at the address");
+                Frame { reason: Some(why.to_owned()), ..frame }
+            }
+        }
+    }
+}
+
+/// The same after the next boot, whose addresses differ.
+fn normalize(frame: &Frame) -> NormalizedFrame {
+    match (&frame.function, &frame.module) {
+        (Some(function), Some(module)) => NormalizedFrame {
+            module: ModuleName::Generated(format!("{module}:{function}").into()),
+            offset: frame.offset,
+        },
+        _ => NormalizedFrame { module: ModuleName::Unmapped, offset: frame.address & 0xfff },
+    }
+}
+
+fn globs(patterns: &[String]) -> Result<GlobSet> {
+    let mut set = GlobSetBuilder::new();
+    for pattern in patterns {
+        set.add(Glob::new(pattern).map_err(|e| Error::config(format!("{pattern:?} is not a valid glob: {e}")))?);
+    }
+    set.build().map_err(|e| Error::config(e.to_string()))
+}
+
+/// The settings' filters in the kernel's terms.
+fn filter(k: &KernelSettings, flags: &GfpFlags) -> Result<KernelFilter> {
+    let mut gfp = 0;
+    for name in &k.gfp {
+        gfp |= flags.bits(name).ok_or_else(|| {
+            let known = flags.known();
+            let hint = match crate::config::nearest(name, known.iter().copied()) {
+                Some(near) => format!("did you mean {near}?"),
+                None if known.is_empty() => {
+                    "this kernel names none; mount tracefs (mount -t tracefs tracefs /sys/kernel/tracing), or give a \
+                     number such as 0x400000"
+                        .to_owned()
+                }
+                None => format!("there are {}", known.join(", ")),
+            };
+            Error::config(format!("kernel.gfp: this kernel has no allocation flag {name:?}; {hint}"))
+        })?;
+    }
+    let cgroup = k.cgroup.as_ref().map(|path| cgroup_id(path)).transpose()?;
+    Ok(KernelFilter { pids: k.pids.clone(), cgroup, gfp, min_size: k.min_size.0 })
+}
+
+/// Id of a cgroup, which is its folder's inode, and how deep it lies.
+fn cgroup_id(path: &str) -> Result<(u64, u32)> {
+    let folder = Path::new("/sys/fs/cgroup").join(path);
+    let meta = std::fs::metadata(&folder)
+        .map_err(|e| Error::io(format!("failed to find the cgroup {} (kernel.cgroup)", folder.display()), e))?;
+    Ok((meta.ino(), path.split('/').count() as u32))
+}
+
+/// Names of all functions that any set may probe.
+fn functions(plugins: &[Plugin]) -> impl Iterator<Item = &String> {
+    plugins.iter().filter_map(|p| p.kernel.as_ref()).flat_map(|k| k.spec.functions.iter().flat_map(|f| &f.symbols))
+}
+
+/// Code whose allocations belong to other probe sets.
+fn inner(plugins: &[Plugin], symbols: &Kallsyms) -> Vec<InnerCode> {
+    let mut code = Vec::new();
+    for plugin in plugins {
+        let Some(kernel) = plugin.kernel.as_ref().filter(|k| !k.inner.is_empty()) else { continue };
+        let room = MAX_INNER.saturating_sub(code.len());
+        let ranges = symbols.ranges(&kernel.inner, room);
+        code.extend(ranges.into_iter().map(|(start, end)| InnerCode { start, end, probe_set: plugin.spec.number }));
+    }
+    code
+}
+
+/// CPU time that the machine has used since it was started, seconds.
+fn machine_cpu_s() -> f64 {
+    let text = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    let Some(line) = text.lines().next() else { return 0.0 };
+    let ticks: Vec<f64> = line.split_ascii_whitespace().skip(1).filter_map(|f| f.parse().ok()).collect();
+    // user nice system idle iowait irq softirq steal; guest time is part of user time.
+    let busy: f64 = ticks.iter().enumerate().filter(|(i, _)| matches!(i, 0..=2 | 5 | 6)).map(|(_, t)| t).sum();
+    // SAFETY: no pointers are passed.
+    let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+    busy / per_second.max(1) as f64
+}
