@@ -12,7 +12,7 @@ mod diff;
 mod export;
 mod governor;
 mod import;
-mod kernel;
+mod kernel_live;
 mod reachability;
 mod report;
 mod run;

@@ -77,5 +77,5 @@ fn the_list_shows_parameters_with_their_values() {
     let growth = rules.iter().find(|r| r["name"] == "growth").expect("growth");
     let param = growth["params"].as_array().expect("params").iter().find(|p| p["name"] == "min_bytes").expect("it");
     assert_eq!((&param["unit"], &param["value"]), (&"bytes".into(), &(1 << 20).into()));
-    assert_eq!(rules.len(), 10);
+    assert_eq!(rules.len(), 11);
 }
