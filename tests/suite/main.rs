@@ -13,6 +13,7 @@ mod export;
 mod governor;
 mod import;
 mod kernel_live;
+mod leakmod;
 mod reachability;
 mod report;
 mod run;
