@@ -25,7 +25,7 @@ C_SOURCES := $(wildcard probes/bpf/*.c probes/bpf/*.h tests/programs/*.c tests/p
 CLANG_FORMAT ?= $(or $(shell command -v clang-format-19),clang-format)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-kernels bench lint format build install uninstall setup clean root toolchain
+.PHONY: help run test test-kernels bench recordings lint format build install uninstall setup clean root toolchain
 
 help: ## list what can be made
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -76,6 +76,9 @@ bench: toolchain ## measure what memleak costs real programs (root; about an hou
 		$(if $(SECONDS),--seconds $(SECONDS)) --workloads "$(WORKLOADS)" --tools "$(TOOLS)"; code=$$?; \
 		[ -z "$$SUDO_USER" ] || chown "$$SUDO_USER:" $(TARGET)/bench.json; \
 		exit $$code
+
+recordings: root toolchain build ## record anew the shapes that rules are tested with (root; ten minutes)
+	tests/record_shapes.sh $(MEMLEAK)
 
 lint: toolchain ## check formatting, lints and documentation
 	tests/setup.sh lint

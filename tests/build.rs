@@ -57,6 +57,7 @@ const BUILDS: &[Build] = &[
     gcc("busy", "programs/busy.c", &[]),
     gcc("shapes", "programs/shapes.c", &[]),
     gcc("growth", "programs/growth.c", &[]),
+    gcc("heap_shapes", "programs/heap_shapes.c", &[]),
     gcc("jump", "programs/jump.c", &[]),
     gcc("fork_busy", "programs/fork_busy.c", &[]),
     gcc("early", "programs/early.c", &[]),

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::recording::Filter;
 use crate::run::{self, ExitCode, FailOn, Format};
 use crate::units;
-use crate::{diff, export, import, plugin};
+use crate::{diff, export, import, plugin, recorded};
 
 const ABOUT: &str = "Finds memory leaks in running processes, without changing or restarting them";
 
@@ -195,17 +195,9 @@ enum Subcommands {
     },
     /// Run rules over a recorded run
     ///
-    /// Prints what they find, and when. Settings are those of the run; --set and --rules override them.
-    Replay {
-        /// The recording
-        #[arg(value_name = "REC", value_hint = ValueHint::FilePath)]
-        recording: PathBuf,
-        /// Print one JSON object
-        #[arg(long)]
-        json: bool,
-        #[command(flatten)]
-        settings: SettingsArgs,
-    },
+    /// Prints what they find, and when. Settings are those of the run; --set and --rules override them. Exit code 1 when
+    /// an alert would have been raised; with a comparison, when the two replays differ.
+    Replay(ReplayArgs),
     /// Print a completion script for a shell
     Completions {
         /// Shell to complete for
@@ -256,6 +248,50 @@ struct SettingsArgs {
     /// Log more on standard error; -vv logs everything
     #[arg(short, long, action = ArgAction::Count)]
     verbose: u8,
+}
+
+/// What `memleak replay` takes.
+#[derive(Debug, Args)]
+struct ReplayArgs {
+    /// The recording
+    #[arg(value_name = "REC", value_hint = ValueHint::FilePath)]
+    recording: PathBuf,
+    /// Replay again with the rules of this folder, and show which findings appear, vanish or move in time
+    #[arg(long, value_name = "DIR2", value_hint = ValueHint::DirPath)]
+    compare: Option<PathBuf>,
+    /// Replay again with another setting, such as rules.growth.min_bytes=1MiB, and compare; repeatable
+    #[arg(long, value_name = "KEY=VALUE", value_parser = Override::parse_set)]
+    compare_set: Vec<Override>,
+    /// File that says which sites leak: prints precision and recall of every rule
+    ///
+    /// A line is "leak PATTERN" or "quiet PATTERN", with patterns as in a file of suppressions; the first that fits a
+    /// site counts. Findings below alerts.min_severity do not count.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    labels: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    settings: SettingsArgs,
+}
+
+impl ReplayArgs {
+    fn resolve(self, read_file: impl FnOnce(&Path) -> Result<String>) -> Result<Invocation> {
+        let mut options = Box::new(recorded::Options {
+            recording: self.recording,
+            json: self.json,
+            overrides: self.settings.sets.clone(),
+            compare: self.compare,
+            compare_overrides: self.compare_set,
+            labels: self.labels,
+            ..recorded::Options::default()
+        });
+        // Only what was typed counts: everything else is the recording's.
+        let typed = self.settings.resolve(Command::Check, None, &[], read_file)?;
+        options.rules = typed.config.rules.dir.clone();
+        options.suppressions = typed.config.rules.suppressions_file.clone();
+        Ok(Invocation { command: Command::Replay(options), ..typed })
+    }
 }
 
 /// Part of a recording.
@@ -622,14 +658,7 @@ pub enum Command {
         overrides: Vec<Override>,
     },
     /// Run rules over a recording.
-    Replay {
-        /// The recording.
-        recording: PathBuf,
-        /// As JSON.
-        json: bool,
-        /// What overrides the settings of the run.
-        overrides: Vec<Override>,
-    },
+    Replay(Box<recorded::Options>),
     /// Print a completion script.
     Completions(Shell),
     /// Print the manual page of memleak, or of one of its subcommands.
@@ -703,10 +732,7 @@ impl Cli {
                 let command = Command::Report { recording, output, filter: part.filter(), overrides };
                 settings.resolve(command, None, &[], read_file)
             }
-            Some(Subcommands::Replay { recording, json, settings }) => {
-                let overrides = settings.sets.clone();
-                settings.resolve(Command::Replay { recording, json, overrides }, None, &[], read_file)
-            }
+            Some(Subcommands::Replay(arguments)) => arguments.resolve(read_file),
             Some(Subcommands::Completions { shell }) => Ok(plain(Command::Completions(shell))),
             Some(Subcommands::Man { subcommand }) => Ok(plain(Command::Man(subcommand))),
         }

@@ -5,6 +5,10 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+use crate::output::filters::{format_count, format_percent};
+use crate::output::text::visible;
+use crate::units::format_bytes;
+
 pub mod gfp;
 pub mod judge;
 pub mod statistics;
@@ -84,6 +88,57 @@ pub struct KernelSummary {
     pub unverifiable_bytes: u64,
 }
 
+/// Caches that are named in a report.
+const NAMED_CACHES: usize = 3;
+
+impl KernelSummary {
+    /// What a report says of it, one sentence each.
+    pub fn sentences(&self) -> Vec<String> {
+        let mut out = Vec::new();
+        if let (Some(grown), Some(explained), Some(share)) =
+            (self.cache_growth_bytes, self.explained_bytes, self.explained_share)
+        {
+            let mut largest: Vec<&CacheLine> = self.caches.iter().filter(|c| c.growth > 0).collect();
+            largest.sort_by_key(|c| std::cmp::Reverse(c.growth.unsigned_abs().saturating_mul(c.object_bytes)));
+            let largest: Vec<String> = (largest.iter().take(NAMED_CACHES))
+                .map(|c| {
+                    let bytes = format_bytes(c.growth.unsigned_abs().saturating_mul(c.object_bytes));
+                    format!("{} by {bytes}", visible(&c.name))
+                })
+                .collect();
+            out.push(format!(
+                "Slab caches of the kernel that have grown since the start have grown by {} (/proc/slabinfo): sites explain \
+                 {} ({}). The largest: {}.",
+                format_bytes(grown),
+                format_bytes(explained),
+                format_percent(share),
+                largest.join(", ")
+            ));
+        }
+        if self.unverifiable_sites > 0 {
+            out.push(format!(
+                "{} sites of the kernel with {} outstanding are unverifiable, because some of their frees cannot be followed: \
+                 they make no finding.",
+                format_count(self.unverifiable_sites as f64),
+                format_bytes(self.unverifiable_bytes)
+            ));
+        }
+        for set in self.probe_sets.iter().filter(|s| s.blind.is_some()) {
+            out.push(format!(
+                "{}: objects that are handed to RCU or freed many at a time are not seen being freed on this machine.",
+                visible(&set.name)
+            ));
+        }
+        if self.missed_events > 0 {
+            out.push(format!(
+                "{} events were kept from the programs by the kernel, because they came while the same program ran.",
+                format_count(self.missed_events as f64)
+            ));
+        }
+        out
+    }
+}
+
 /// How a probe set of the kernel is attached.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct SetState {
@@ -110,4 +165,29 @@ pub struct CacheLine {
     pub growth: i64,
     /// Blocks that were traced and are outstanding.
     pub outstanding: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever reads the report must see how much of the growth it explains, and what it leaves out.
+    #[test]
+    fn the_report_says_what_is_explained_and_what_is_not() {
+        let line = CacheLine { name: "dentry".into(), object_bytes: 192, active: 9000, growth: 1000, outstanding: 500 };
+        let summary = KernelSummary {
+            cache_growth_bytes: Some(192_000),
+            explained_bytes: Some(96_000),
+            explained_share: Some(0.5),
+            caches: vec![line],
+            unverifiable_sites: 2,
+            unverifiable_bytes: 2048,
+            ..KernelSummary::default()
+        };
+        let text = summary.sentences().join(" ");
+        for part in ["187.5 KiB", "(50 %)", "dentry by 187.5 KiB", "2 sites", "2.0 KiB outstanding"] {
+            assert!(text.contains(part), "{part} is missing in {text}");
+        }
+        assert!(KernelSummary::default().sentences().is_empty());
+    }
 }

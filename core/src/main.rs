@@ -79,10 +79,7 @@ fn invoke(invocation: Invocation) -> Result<u8> {
             recorded::report(&recording, &output, &filter, &overrides, config.templates_dir.as_deref())?;
             Ok(CLEAN)
         }
-        Command::Replay { recording, json, overrides } => {
-            let raised = recorded::replay(&recording, json, &overrides, config.rules.dir)?;
-            Ok(if raised { FINDINGS } else { CLEAN })
-        }
+        Command::Replay(options) => Ok(if recorded::replay(&options)? { FINDINGS } else { CLEAN }),
         Command::Completions(shell) => cli::write_completions(shell, &mut io::stdout()).map(|()| CLEAN),
         Command::Man(subcommand) => cli::write_man(subcommand.as_deref(), &mut io::stdout()).map(|()| CLEAN),
     }

@@ -15,6 +15,7 @@ mod import;
 mod kernel_live;
 mod leakmod;
 mod reachability;
+mod recording;
 mod report;
 mod run;
 mod servers;

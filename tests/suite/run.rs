@@ -232,3 +232,17 @@ for r in run["results"]:
         &sarif,
     );
 }
+
+// Test harnesses put what they run into namespaces: process ids inside are others than outside.
+#[test]
+fn processes_in_a_pid_namespace_are_counted_to_the_byte() {
+    needs!(Feature::Bpf, Feature::MountNamespace);
+    let program = program_path("run").expect("the program was built");
+    let mut command = memleak_command();
+    command.args(["run", "--format", "json", "-o", "-", "--only", "run", "--", "unshare", "--pid", "--fork"]);
+    let (code, stdout, stderr) = output_within(command.arg(program).args(["leak", "fork"]));
+    let report: Value = serde_json::from_str(&stdout).unwrap_or_else(|e| panic!("no report ({e}): {stdout}\n{stderr}"));
+    assert_eq!(code, Some(1), "{report}");
+    assert_eq!(found(&report, "leak_blocks"), Some((131 * 13, 131)), "{report}");
+    assert_eq!(found(&report, "leak_in_child"), Some((3 * 11 * 37, 3 * 11)), "{report}");
+}

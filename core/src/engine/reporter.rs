@@ -165,8 +165,15 @@ impl<'a> Reporter<'a> {
 
     /// What tracing has cost the targets, as an estimate, and what it was allowed to.
     fn overhead_line(&self, history: &History) -> String {
-        let hits: u64 = history.processes().map(|p| p.hits).sum();
-        let cost: f64 = history.processes().map(|p| p.overhead_s).sum();
+        // The kernel's events have a price of their own.
+        let processes = || history.processes().filter(|p| p.kernel.is_none());
+        let hits: u64 = processes().map(|p| p.hits).sum();
+        let cost: f64 = processes().map(|p| p.overhead_s).sum();
+        let kernel: f64 = history.processes().filter(|p| p.kernel.is_some()).map(|p| p.overhead_s).sum();
+        let kernel = match kernel / history.time_s() {
+            share if share > 0.0 => format!("; tracing the kernel about {:.1} % of one core", share * 100.0),
+            _ => String::new(),
+        };
         let share = if history.time_s() > 0.0 { cost / history.time_s() * 100.0 } else { 0.0 };
         let budget = &self.config.collector.budget;
         let allowed = match budget.share {
@@ -198,7 +205,7 @@ impl<'a> Reporter<'a> {
         };
         format!(
             "tracing cost the targets about {share:.1} % of one core (estimate: {hits} hits at {:.0} ns, calibrated at \
-             start); {allowed}{windows}{stops}",
+             start); {allowed}{windows}{stops}{kernel}",
             self.prices.hit_ns
         )
     }

@@ -5,7 +5,7 @@ use std::fmt;
 use std::fs::File;
 
 use object::{Object, ObjectSymbol, ReadCache, SymbolKind};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::maps::elf::ElfInfo;
 use crate::maps::{Backing, Mapping, Maps, open_mapped};
@@ -19,7 +19,7 @@ const MAX_SYMBOLS: usize = 1_000_000;
 const MAX_THREADS: usize = 4096;
 
 /// What holds a reference, outside of tracked blocks. Names are hostile text.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Root {
     /// A variable of a program or library.

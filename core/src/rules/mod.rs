@@ -34,7 +34,7 @@ pub use params::{ParamInfo, ParamValue};
 pub use reload::{ReloadEvent, ReloadOutcome};
 pub use rule::RuleInfo;
 pub use source::Origin;
-pub use suppressions::SuppressionUse;
+pub use suppressions::{CodePattern, SuppressionUse};
 pub use view::Ending;
 
 use crate::config::RuleSettings;

@@ -25,11 +25,12 @@ const MAX_FINDINGS: usize = 100_000;
 /// Longest name of a rule, in bytes.
 const MAX_NAME: usize = 64;
 /// Keys that a rule file may return.
-const KEYS: [&str; 9] = [
+const KEYS: [&str; 10] = [
     "name",
     "description",
     "params",
     "min_outstanding",
+    "needs_scan",
     "evaluate",
     "evaluate_snapshot",
     "evaluate_exit",
@@ -93,6 +94,8 @@ pub(super) struct Rule {
     params: Table,
     /// `evaluate` is not called for sites with fewer outstanding bytes.
     min_outstanding: u64,
+    /// Nor for sites of which no scan has said anything.
+    needs_scan: bool,
     evaluate: Option<Entry>,
     evaluate_snapshot: Option<Entry>,
     evaluate_exit: Option<Entry>,
@@ -139,6 +142,11 @@ impl Rule {
             _ => return Err(broken("examples must be a list of tables".to_owned())),
         };
         let min_outstanding = least_bytes(&table, &info.params).map_err(&broken)?;
+        let needs_scan = match table.raw_get::<Value>("needs_scan") {
+            Ok(Value::Nil) => false,
+            Ok(Value::Boolean(needed)) => needed,
+            _ => return Err(broken("needs_scan must be true or false".to_owned())),
+        };
         let params = params::to_lua(&sandbox.lua, &info.params).map_err(|e| broken(e.to_string()))?;
         Ok(Rule {
             info: Arc::new(info),
@@ -146,6 +154,7 @@ impl Rule {
             sandbox,
             params,
             min_outstanding,
+            needs_scan,
             evaluate,
             evaluate_snapshot,
             evaluate_exit,
@@ -341,9 +350,10 @@ impl Run<'_> {
         let epoch = self.context.epoch();
         let outstanding = self.context.with(epoch, |view| {
             // A site with nothing outstanding holds no leak; most sites of a busy process are such sites.
-            let least = self.rule.min_outstanding;
-            let held =
-                |s: &super::view::SiteView| s.totals.outstanding_count() > 0 && s.totals.outstanding_bytes() >= least;
+            let Rule { min_outstanding: least, needs_scan, .. } = *self.rule;
+            let held = |s: &super::view::SiteView| {
+                s.totals.outstanding_count() > 0 && s.totals.outstanding_bytes() >= least && (!needs_scan || s.scanned)
+            };
             view.sites.iter().enumerate().filter(|(_, s)| held(s)).map(|(i, _)| i).collect::<Vec<_>>()
         });
         for index in outstanding.unwrap_or_default() {

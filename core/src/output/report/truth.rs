@@ -6,6 +6,7 @@ use super::site::SiteView;
 use super::{PluginState, RunInfo};
 use crate::coverage::Coverage;
 use crate::history::History;
+use crate::kernel::KernelSummary;
 use crate::output::filters::{format_count, format_percent};
 use crate::output::text::visible;
 use crate::snapshot::{Losses, Mode, ProcessSample, StackCounts};
@@ -258,7 +259,9 @@ fn coverage(history: &History) -> Vec<String> {
     let mut grown: Vec<(&ProcessSample, Coverage)> =
         history.processes().filter_map(|p| p.coverage.map(|c| (p, c))).collect();
     grown.sort_by_key(|(p, c)| (std::cmp::Reverse(c.growth_bytes), p.process.instance));
-    summed_up(grown.into_iter().map(|(p, c)| coverage_sentence(p, &c)).collect())
+    let of_kernel = history.processes().filter_map(|p| p.kernel.as_deref()).flat_map(KernelSummary::sentences);
+    let of_processes = summed_up(grown.into_iter().map(|(p, c)| coverage_sentence(p, &c)).collect());
+    of_kernel.chain(of_processes).collect()
 }
 
 fn summed_up(mut sentences: Vec<String>) -> Vec<String> {
