@@ -56,6 +56,8 @@ const BUILDS: &[Build] = &[
     gcc("leaker", "programs/leaker.c", &[]),
     gcc("busy", "programs/busy.c", &[]),
     gcc("shapes", "programs/shapes.c", &[]),
+    gcc("hot", "programs/hot.c", &[]),
+    gcc("big", "programs/big.c", &[]),
     gcc("growth", "programs/growth.c", &[]),
     gcc("heap_shapes", "programs/heap_shapes.c", &[]),
     gcc("jump", "programs/jump.c", &[]),

@@ -138,6 +138,7 @@ impl Engine<'_> {
         let evaluation = self.rules.evaluate(&self.history, &mut |site| collector.symbolize(site));
         self.reporter.note_rule_errors(&evaluation.errors);
         self.collector.scan_suspects(evaluation.findings.iter().map(|f| &*f.site))?;
+        self.collector.scan_asked(evaluation.scans.iter().map(|site| &**site))?;
         let events = self.alerts.update(&evaluation.findings, &self.history, snapshot.time_s, snapshot.wall_s);
         self.name(&snapshot, &events);
         self.record(&snapshot, &evaluation, &events);

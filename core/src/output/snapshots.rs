@@ -7,12 +7,9 @@ use crate::governor::StopReason;
 use crate::history::{History, SiteHistory};
 use crate::kernel::{KernelSample, KernelSummary, Origin};
 use crate::labels::Labels;
-use crate::reachability::roots::Root;
-use crate::reachability::{SiteVerdict, Verdict};
+use crate::output::reach::ReachView;
 use crate::selfstats::OwnCost;
-use crate::snapshot::{
-    Cohort, Losses, Mode, ProcessSample, ReachWay, Sampling, SiteReach, SiteSample, Snapshot, StandardErrors, Totals,
-};
+use crate::snapshot::{Cohort, Losses, Mode, ProcessSample, Sampling, SiteSample, Snapshot, StandardErrors, Totals};
 use crate::symbolize::Frame;
 
 /// The line.
@@ -89,7 +86,7 @@ struct SiteLine<'a> {
     cohorts: &'a [Cohort],
     frames: &'a [Frame],
     truncated: Option<&'a str>,
-    reachability: Option<ReachLine>,
+    reachability: Option<ReachView>,
     kernel: Option<KernelLine<'a>>,
 }
 
@@ -114,38 +111,6 @@ impl<'a> KernelLine<'a> {
             unverifiable: sample.unverifiable.as_deref(),
             cache_growth_bytes: sample.cache_growth_bytes,
             reclaimable: sample.reclaimable,
-        }
-    }
-}
-
-/// What scans say of a site.
-#[derive(Debug, Serialize)]
-pub(crate) struct ReachLine {
-    verdict: Verdict,
-    #[serde(flatten)]
-    counts: SiteVerdict,
-    lost_fraction: Option<f64>,
-    lost_fraction_low: Option<f64>,
-    lost_fraction_high: Option<f64>,
-    time_s: f64,
-    evidence: String,
-    root: Option<Root>,
-    way: Option<String>,
-}
-
-impl From<&SiteReach> for ReachLine {
-    fn from(reach: &SiteReach) -> Self {
-        let fraction = reach.counts.lost_fraction();
-        ReachLine {
-            verdict: reach.verdict,
-            counts: reach.counts,
-            lost_fraction: fraction.map(|f| f.0),
-            lost_fraction_low: fraction.map(|f| f.1),
-            lost_fraction_high: fraction.map(|f| f.2),
-            time_s: reach.time_s,
-            evidence: reach.describe(),
-            root: reach.way.as_ref().map(|w| w.root.clone()),
-            way: reach.way.as_ref().map(ReachWay::describe),
         }
     }
 }
@@ -193,7 +158,7 @@ impl<'a> SnapshotLine<'a> {
                     cohorts: &s.cohorts,
                     frames: s.site.frames(),
                     truncated: s.site.truncated.as_deref(),
-                    reachability: s.reachability.as_deref().map(ReachLine::from),
+                    reachability: s.reachability.as_deref().map(ReachView::from),
                     kernel: s.kernel.as_deref().map(|k| KernelLine::new(k, &s.totals)),
                 })
                 .collect(),
