@@ -16,6 +16,7 @@ mod governor;
 mod import;
 mod interpreted;
 mod kernel_live;
+mod leakmod;
 mod reachability;
 mod recording;
 mod report;
