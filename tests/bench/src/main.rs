@@ -148,7 +148,6 @@ fn run(mut options: Options) -> Result<bool> {
         unwinding: None,
         bars: Vec::new(),
     };
-    let bench = Bench { memleak: &memleak, tools: &tools, effort: &effort };
     let mut good = true;
     for workload in workloads.iter().filter(|workload| wanted(workload.id())) {
         let place = folder.path().join(workload.id());
