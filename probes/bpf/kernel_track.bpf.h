@@ -175,6 +175,24 @@ static __always_inline void note_origin(struct memleak_kernel_origin *origin, co
 	bpf_map_update_elem(&origins, key, origin, BPF_NOEXIST);
 }
 
+/* What kmalloc hands out for a request: a power of two, except for two caches in between. */
+static __always_inline u64 kmalloc_bytes(u64 size)
+{
+	u64 bytes = 8;
+	u32 i;
+
+	if (size > 64 && size <= 96)
+		return 96;
+	if (size > 128 && size <= 192)
+		return 192;
+	for (i = 0; i < 32; i++) {
+		if (bytes >= size)
+			break;
+		bytes <<= 1;
+	}
+	return bytes;
+}
+
 /*
  * Makes sure that the site of an allocation exists, and returns its stack's hash; 0 when the allocation is not recorded.
  * `level` is how deep interrupts are nested here.
@@ -193,6 +211,9 @@ static __always_inline u64 prepare_at(void *ctx, struct memleak_actor *actor, st
 	stack = &cpu->stacks[level];
 	if (cache && !call->object_bytes)
 		call->object_bytes = BPF_CORE_READ(cache, size);
+	/* Functions do not tell. */
+	if (!call->object_bytes)
+		call->object_bytes = call->domain ? call->size : kmalloc_bytes(call->size);
 	stack->name = call->name;
 	kernel_walk(ctx, stack, call->caller);
 	if (!stack->count)
@@ -271,16 +292,17 @@ static __always_inline void kernel_alloc(void *ctx, struct memleak_kernel_call *
 	commit(&actor, call->address, call->size, hash, call->probe_set, call->name);
 }
 
-/* The kernel has taken a block back. */
-static __always_inline void kernel_free(u32 domain, u64 address)
+/* The kernel has taken a block back. A global function: the verifier looks at it once, and not at each of many calls. */
+__noinline int kernel_free(u32 domain, u64 address)
 {
 	struct memleak_function function = {};
 	struct memleak_actor actor = { .domain = domain };
 
 	if (!is_block(address))
-		return;
+		return 0;
 	count(0, COUNTER_HITS);
 	track_free(&actor, &function, address, 0, 0);
+	return 0;
 }
 
 #endif
