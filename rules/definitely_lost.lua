@@ -40,6 +40,7 @@ return {
     min_bytes = "1B",
     max_age = "1h",
   },
+  needs_scan = true,
   evaluate = evaluate,
   examples = {
     { name = "blocks that nothing refers to", shape = "thread_pool", reachability = "definite", expect = "critical" },

@@ -58,6 +58,8 @@ return {
     max_level_off = 0.45,
     max_age = "10min",
   },
+  needs_scan = true,
+  min_outstanding = "min_bytes",
   evaluate = evaluate,
   examples = {
     { name = "a container that is never emptied", shape = "leak", reachability = "reachable", expect = "warning" },

@@ -56,7 +56,10 @@ const BUILDS: &[Build] = &[
     gcc("leaker", "programs/leaker.c", &[]),
     gcc("busy", "programs/busy.c", &[]),
     gcc("shapes", "programs/shapes.c", &[]),
+    gcc("hot", "programs/hot.c", &[]),
+    gcc("big", "programs/big.c", &[]),
     gcc("growth", "programs/growth.c", &[]),
+    gcc("heap_shapes", "programs/heap_shapes.c", &[]),
     gcc("jump", "programs/jump.c", &[]),
     gcc("fork_busy", "programs/fork_busy.c", &[]),
     gcc("early", "programs/early.c", &[]),
@@ -67,6 +70,7 @@ const BUILDS: &[Build] = &[
     // Without debug information the symbol table alone names the function, with the name made to do harm.
     gcc("hostile", "programs/hostile.c", &["-g0"]),
     gcc("pool", "programs/pool.c", &["-L.", "-l:libpool.so", "-Wl,-rpath,$ORIGIN"]),
+    gcc("stepped", "programs/stepped.c", &[]),
     gcc("longjmp", "programs/longjmp.c", &["-L.", "-l:libpool.so", "-Wl,-rpath,$ORIGIN"]),
     gcc("jemalloc", "programs/jemalloc.c", &["-ldl"]),
     gcc("tcmalloc", "programs/tcmalloc.c", &["-ldl"]),

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::recording::Filter;
 use crate::run::{self, ExitCode, FailOn, Format};
 use crate::units;
-use crate::{diff, export, import, plugin};
+use crate::{diff, export, import, plugin, recorded};
 
 const ABOUT: &str = "Finds memory leaks in running processes, without changing or restarting them";
 
@@ -121,7 +121,7 @@ enum Subcommands {
     ///
     /// The command and all processes that it starts are followed from their first instruction, with every call traced
     /// whatever it costs. What is outstanding when a process has ended, after its exit handlers, is reported by call
-    /// site; whether something still pointed to it is not checked. docs/ci.md has examples.
+    /// site, lost or still referenced. docs/ci.md has examples.
     #[command(after_long_help = RUN_EXIT_CODES)]
     Run(LaunchArgs),
     /// Print every allocation and free of a process as a line
@@ -138,6 +138,29 @@ enum Subcommands {
         /// How long to trace, such as 5s; until stopped if not given
         #[arg(long, value_name = "TIME")]
         duration: Option<String>,
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        settings: SettingsArgs,
+    },
+    /// Tell leaks from caches: which blocks can a process no longer reach?
+    ///
+    /// Watches processes for a while, reads their memory from outside while they run, and says for each allocation site
+    /// which blocks nothing refers to any more, and what holds on to the others. A collector that runs already scans on
+    /// SIGUSR2. Exit codes: 0 nothing is definitely lost, 1 something is, 2 no process could be scanned.
+    Scan {
+        /// Process to scan; repeat it or give a comma list
+        #[arg(short, long, value_name = "PID", value_delimiter = ',', value_parser = pid(), required = true)]
+        pid: Vec<u32>,
+        /// Print one JSON object per process
+        #[arg(long)]
+        json: bool,
+        /// How long to watch before the scan, such as 2m; 30s if not given
+        #[arg(long, value_name = "TIME")]
+        duration: Option<String>,
+        /// Stop the process for a moment, for its registers and memory that stands still (reachability.stop = "brief")
+        #[arg(long)]
+        stop: bool,
         #[command(flatten)]
         config: ConfigArgs,
         #[command(flatten)]
@@ -195,17 +218,9 @@ enum Subcommands {
     },
     /// Run rules over a recorded run
     ///
-    /// Prints what they find, and when. Settings are those of the run; --set and --rules override them.
-    Replay {
-        /// The recording
-        #[arg(value_name = "REC", value_hint = ValueHint::FilePath)]
-        recording: PathBuf,
-        /// Print one JSON object
-        #[arg(long)]
-        json: bool,
-        #[command(flatten)]
-        settings: SettingsArgs,
-    },
+    /// Prints what they find, and when. Settings are those of the run; --set and --rules override them. Exit code 1 when
+    /// an alert would have been raised; with a comparison, when the two replays differ.
+    Replay(ReplayArgs),
     /// Print a completion script for a shell
     Completions {
         /// Shell to complete for
@@ -256,6 +271,50 @@ struct SettingsArgs {
     /// Log more on standard error; -vv logs everything
     #[arg(short, long, action = ArgAction::Count)]
     verbose: u8,
+}
+
+/// What `memleak replay` takes.
+#[derive(Debug, Args)]
+struct ReplayArgs {
+    /// The recording
+    #[arg(value_name = "REC", value_hint = ValueHint::FilePath)]
+    recording: PathBuf,
+    /// Replay again with the rules of this folder, and show which findings appear, vanish or move in time
+    #[arg(long, value_name = "DIR2", value_hint = ValueHint::DirPath)]
+    compare: Option<PathBuf>,
+    /// Replay again with another setting, such as rules.growth.min_bytes=1MiB, and compare; repeatable
+    #[arg(long, value_name = "KEY=VALUE", value_parser = Override::parse_set)]
+    compare_set: Vec<Override>,
+    /// File that says which sites leak: prints precision and recall of every rule
+    ///
+    /// A line is "leak PATTERN" or "quiet PATTERN", with patterns as in a file of suppressions; the first that fits a
+    /// site counts. Findings below alerts.min_severity do not count.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    labels: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    settings: SettingsArgs,
+}
+
+impl ReplayArgs {
+    fn resolve(self, read_file: impl FnOnce(&Path) -> Result<String>) -> Result<Invocation> {
+        let mut options = Box::new(recorded::Options {
+            recording: self.recording,
+            json: self.json,
+            overrides: self.settings.sets.clone(),
+            compare: self.compare,
+            compare_overrides: self.compare_set,
+            labels: self.labels,
+            ..recorded::Options::default()
+        });
+        // Only what was typed counts: everything else is the recording's.
+        let typed = self.settings.resolve(Command::Check, None, &[], read_file)?;
+        options.rules = typed.config.rules.dir.clone();
+        options.suppressions = typed.config.rules.suppressions_file.clone();
+        Ok(Invocation { command: Command::Replay(options), ..typed })
+    }
 }
 
 /// Part of a recording.
@@ -595,6 +654,11 @@ pub enum Command {
         /// As JSON lines.
         json: bool,
     },
+    /// Watch and scan the processes in the settings' targets.
+    Scan {
+        /// As JSON lines.
+        json: bool,
+    },
     /// Put names into a report.
     Symbolize {
         /// The report.
@@ -622,14 +686,7 @@ pub enum Command {
         overrides: Vec<Override>,
     },
     /// Run rules over a recording.
-    Replay {
-        /// The recording.
-        recording: PathBuf,
-        /// As JSON.
-        json: bool,
-        /// What overrides the settings of the run.
-        overrides: Vec<Override>,
-    },
+    Replay(Box<recorded::Options>),
     /// Print a completion script.
     Completions(Shell),
     /// Print the manual page of memleak, or of one of its subcommands.
@@ -680,6 +737,14 @@ impl Cli {
                 resolved.config.targets = vec![TargetSpec { pid, ..TargetSpec::default() }];
                 Ok(resolved)
             }
+            Some(Subcommands::Scan { pid, json, duration, stop, config, settings }) => {
+                let duration = duration.map(|d| Override::flag("--duration", "duration", d));
+                let stop = stop.then(|| Override::flag("--stop", "reachability.stop", "brief".to_owned()));
+                let flags: Vec<Override> = duration.into_iter().chain(stop).collect();
+                let mut resolved = settings.resolve(Command::Scan { json }, config.file, &flags, read_file)?;
+                resolved.config.targets = vec![TargetSpec { pid, ..TargetSpec::default() }];
+                Ok(resolved)
+            }
             Some(Subcommands::Symbolize { report, debug_dir, out }) => {
                 let out = out.unwrap_or_else(|| report.clone());
                 let usual = debug_dir.is_empty().then(|| PathBuf::from("/usr/lib/debug"));
@@ -703,10 +768,7 @@ impl Cli {
                 let command = Command::Report { recording, output, filter: part.filter(), overrides };
                 settings.resolve(command, None, &[], read_file)
             }
-            Some(Subcommands::Replay { recording, json, settings }) => {
-                let overrides = settings.sets.clone();
-                settings.resolve(Command::Replay { recording, json, overrides }, None, &[], read_file)
-            }
+            Some(Subcommands::Replay(arguments)) => arguments.resolve(read_file),
             Some(Subcommands::Completions { shell }) => Ok(plain(Command::Completions(shell))),
             Some(Subcommands::Man { subcommand }) => Ok(plain(Command::Man(subcommand))),
         }

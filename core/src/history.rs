@@ -36,6 +36,12 @@ impl Series {
         if self.samples.len() >= cap.max(2) {
             self.thin();
         }
+        if self.samples.len() == self.samples.capacity() {
+            // Room for as many as every series may have at once: with many sites, moving them to larger and larger pieces
+            // of memory would leave as much again unused. Then by halves, never beyond what it may hold.
+            let more = if self.samples.is_empty() { MIN_SAMPLES } else { self.samples.len() / 2 };
+            self.samples.reserve_exact(more.min(cap.max(2).saturating_sub(self.samples.len())).max(1));
+        }
         self.samples.push(sample);
     }
 
@@ -97,7 +103,7 @@ pub struct Bounds {
 
 impl Default for Bounds {
     fn default() -> Self {
-        Bounds { samples: 500, points: 1_000_000 }
+        Bounds { samples: 500, points: 300_000 }
     }
 }
 
@@ -106,6 +112,22 @@ impl Bounds {
     pub(crate) fn cap(&self, sites: usize) -> usize {
         (self.points / sites.max(1)).clamp(MIN_SAMPLES, self.samples.max(MIN_SAMPLES))
     }
+}
+
+/// What a snapshot says of one site.
+pub(crate) struct News {
+    pub(crate) key: SiteKey,
+    pub(crate) totals: Totals,
+    pub(crate) what: What,
+}
+
+/// How much of it is new.
+#[expect(clippy::large_enum_variant, reason = "made one at a time and taken apart at once")]
+pub(crate) enum What {
+    /// All of it, or more than can be said here.
+    All(SiteSample),
+    /// Time has gone on; the last cohort with it, when it is still open.
+    Time { is_last_open: bool },
 }
 
 /// All series of a run.
@@ -151,33 +173,53 @@ impl History {
 
     /// Takes a snapshot in. Sites whose process the snapshot says has ended are kept, marked as ended.
     pub fn push(&mut self, snapshot: &Snapshot) {
+        let Snapshot { number: _, time_s, wall_s, processes, sites, collect_cpu_s: _ } = snapshot;
+        let news = sites.iter().map(|s| News { key: s.site.key, totals: s.totals, what: What::All(s.clone()) });
+        self.take((*time_s, *wall_s), snapshot.totals(), processes.iter().cloned(), sites.len(), news);
+    }
+
+    /// Takes a snapshot in of which only the changes are known; `count` is the number of its sites.
+    pub(crate) fn take(
+        &mut self,
+        (time_s, wall_s): (f64, f64),
+        totals: Totals,
+        processes: impl Iterator<Item = ProcessSample>,
+        count: usize,
+        news: impl Iterator<Item = News>,
+    ) {
         self.snapshots += 1;
-        self.time_s = snapshot.time_s;
-        self.wall_s = snapshot.wall_s;
-        self.totals.push(Sample { time_s: snapshot.time_s, totals: snapshot.totals() }, self.bounds.samples);
-        let cap = self.bounds.cap(snapshot.sites.len());
-        for s in &snapshot.sites {
-            let sample = Sample { time_s: snapshot.time_s, totals: s.totals };
-            match self.sites.get_mut(&s.site.key) {
-                Some(h) => {
-                    let h = Arc::make_mut(h);
-                    h.series.push(sample, cap);
-                    h.latest = s.clone();
+        (self.time_s, self.wall_s) = (time_s, wall_s);
+        self.totals.push(Sample { time_s, totals }, self.bounds.samples);
+        let cap = self.bounds.cap(count);
+        for News { key, totals, what } in news {
+            let sample = Sample { time_s, totals };
+            let Some(known) = self.sites.get_mut(&key) else {
+                if let What::All(latest) = what {
+                    let mut series = Series::default();
+                    series.push(sample, cap);
+                    self.sites.insert(key, Arc::new(SiteHistory { series, latest, ended_s: None }));
                 }
-                None => {
-                    let series = Series::from(vec![sample]);
-                    let h = SiteHistory { series, latest: s.clone(), ended_s: None };
-                    self.sites.insert(s.site.key, Arc::new(h));
+                continue;
+            };
+            let known = Arc::make_mut(known);
+            known.series.push(sample, cap);
+            match what {
+                What::All(latest) => known.latest = latest,
+                What::Time { is_last_open: true } => {
+                    if let Some(cohort) = known.latest.cohorts.last_mut() {
+                        cohort.end_s = time_s;
+                    }
                 }
+                What::Time { is_last_open: false } => {}
             }
         }
-        for p in &snapshot.processes {
+        for p in processes {
             if !p.alive {
                 for h in self.sites.values_mut().filter(|h| h.site().key.instance == p.process.instance) {
-                    Arc::make_mut(h).ended_s.get_or_insert(snapshot.time_s);
+                    Arc::make_mut(h).ended_s.get_or_insert(time_s);
                 }
             }
-            self.processes.insert(p.process.instance, p.clone());
+            self.processes.insert(p.process.instance, p);
         }
         self.drop_ended();
     }

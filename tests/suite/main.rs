@@ -4,6 +4,7 @@
 //! installed are skipped with a note, except in CI.
 
 mod bad_input;
+mod bars;
 mod cli;
 mod containers;
 mod coverage;
@@ -13,7 +14,9 @@ mod export;
 mod governor;
 mod import;
 mod kernel_live;
+mod leakmod;
 mod reachability;
+mod recording;
 mod report;
 mod run;
 mod servers;

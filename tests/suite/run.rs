@@ -46,12 +46,33 @@ fn what_is_outstanding_after_the_handlers_is_exact() {
         .collect();
     assert_eq!(freed, [(7 * 43, 7), (5 * 59, 5)], "{report}");
     assert!(report["freed"][0]["place"].as_str().is_some_and(|p| p.starts_with("fill_handled ")), "{report}");
-    // A block that a global still holds is not called a leak.
-    let reason = report["findings"][0]["reason"].as_str().expect("a reason");
-    assert!(reason.contains("whether anything still pointed to them was not checked"), "{reason}");
+    // What nothing refers to is a leak; a block that a global still holds is not.
+    let of = |function: &str| {
+        let findings = report["findings"].as_array().expect("findings");
+        let finding = findings.iter().find(|f| f["frames"][0]["function"] == function).expect("a finding");
+        (finding["severity"].as_str().expect("a severity"), finding["reason"].as_str().expect("a reason"))
+    };
+    let (severity, reason) = of("leak_blocks");
+    assert!(severity == "critical" && reason.contains("nothing in its memory referred to"), "{severity} {reason}");
+    let (severity, reason) = of("fill_static");
+    assert!(severity == "info" && reason.contains("something still referred to them"), "{severity} {reason}");
+    assert!(reason.contains("global kept (run)"), "{reason}");
 }
 
-// Without a call of exit() no handler runs, and the global counts.
+// Whoever does not want to wait for the scan gets what there was before.
+#[test]
+fn without_a_scan_at_exit_nothing_is_told_apart() {
+    needs!(Feature::Bpf);
+    let (code, report) = run(&["--set", "reachability.at_exit=false"], &["leak", "static"]);
+    assert_eq!((code, count(&report, "findings")), (Some(1), 2), "{report}");
+    for finding in report["findings"].as_array().expect("findings") {
+        assert_eq!(finding["severity"], "warning", "{report}");
+        let reason = finding["reason"].as_str().expect("a reason");
+        assert!(reason.contains("whether anything still pointed to them was not checked"), "{reason}");
+    }
+}
+
+// Without a call of exit() no handler runs and nothing is scanned, and the global counts.
 #[test]
 fn what_handlers_had_no_chance_to_free_is_outstanding() {
     needs!(Feature::Bpf);
@@ -63,7 +84,7 @@ fn what_handlers_had_no_chance_to_free_is_outstanding() {
 // A program that cleans up is clean: no finding of its own, of the C library or of the dynamic linker.
 #[test]
 fn a_clean_program_is_clean() {
-    needs!(Feature::Bpf);
+    needs!(Feature::Bpf, Feature::StoppedChildren);
     let (code, report) = run(&[], &["handler", "vfork"]);
     assert_eq!((code, count(&report, "findings")), (Some(0), 0), "{report}");
     let mut programs: Vec<&str> =
@@ -75,7 +96,7 @@ fn a_clean_program_is_clean() {
 // Children that end at once are followed from their first instruction, however short they live.
 #[test]
 fn short_lived_children_are_counted_to_the_byte() {
-    needs!(Feature::Bpf);
+    needs!(Feature::Bpf, Feature::StoppedChildren);
     for _ in 0..3 {
         let (code, report) = run(&[], &["fork"]);
         assert_eq!((code, found(&report, "leak_in_child")), (Some(1), Some((3 * 11 * 37, 3 * 11))), "{report}");
@@ -115,7 +136,7 @@ fn the_commands_own_exit_is_shown_and_can_be_passed_on() {
 // A service that detaches itself is waited for, and when that takes too long shown for what it is.
 #[test]
 fn descendants_that_outlive_the_command_are_waited_for() {
-    needs!(Feature::Bpf);
+    needs!(Feature::Bpf, Feature::StoppedChildren);
     let (code, report) = run(&[], &["short"]);
     assert_eq!((code, found(&report, "leak_in_daemon")), (Some(1), Some((17 * 71, 17))), "{report}");
     let (code, report) = run(&["--wait", "1s"], &["daemon"]);
@@ -131,7 +152,7 @@ fn descendants_that_outlive_the_command_are_waited_for() {
 #[test]
 fn fail_on_decides_the_exit_code() {
     needs!(Feature::Bpf);
-    for (fail_on, expected) in [("never", 0), ("critical", 0), ("growth", 0), ("at_exit", 1), ("growth,info", 1)] {
+    for (fail_on, expected) in [("never", 0), ("critical", 1), ("growth", 0), ("at_exit", 1), ("growth,info", 1)] {
         assert_eq!(run(&["--fail-on", fail_on], &["leak"]).0, Some(expected), "{fail_on}");
     }
     let (code, _, stderr) = run_raw(&["--fail-on", "at_exti"], &[]);
@@ -200,14 +221,14 @@ fn junit_and_sarif_are_well_formed_and_count_the_same() {
     let (junit, sarif) = (folder.path().join("memleak.xml"), folder.path().join("memleak.sarif"));
     let doings = ["leak", "static", "exit3"];
     let (code, _, stderr) = run_raw(&["--format", "junit", "-o", junit.to_str().expect("UTF-8")], &doings);
-    assert!(code == Some(1) && stderr.contains("WARNING at_exit"), "{stderr}");
+    assert!(code == Some(1) && stderr.contains("CRITICAL at_exit"), "{stderr}");
     python(
         r#"
 import sys, xml.etree.ElementTree as et
 suite = et.parse(sys.argv[1]).getroot().find("testsuite")
 cases = suite.findall("testcase")
-assert (suite.get("tests"), suite.get("failures")) == ("3", "2") and len(cases) == 3, suite.attrib
-assert len(suite.findall("testcase/failure")) == 2
+assert (suite.get("tests"), suite.get("failures")) == ("3", "1") and len(cases) == 3, suite.attrib
+assert len(suite.findall("testcase/failure")) == 1
 assert any("leak_blocks" in c.get("name") and c.get("file").endswith("run.c") for c in cases)
 assert any(p.get("value") == "exited with 3" for p in suite.findall("properties/property"))
 "#,
@@ -224,11 +245,25 @@ assert log["version"] == "2.1.0" and run["tool"]["driver"]["name"] == "memleak"
 rules = [r["id"] for r in run["tool"]["driver"]["rules"]]
 assert len(run["results"]) == 2 and run["invocations"][0]["exitCode"] == 3
 for r in run["results"]:
-    assert rules[r["ruleIndex"]] == r["ruleId"] == "at_exit" and r["level"] == "error" and r["message"]["text"]
+    assert rules[r["ruleIndex"]] == r["ruleId"] == "at_exit" and r["level"] in ("error", "note") and r["message"]["text"]
     place = r["locations"][0]["physicalLocation"]
     assert place["artifactLocation"]["uri"].endswith("run.c") and place["region"]["startLine"] > 1
     assert len(r["partialFingerprints"]["memleakFinding/v1"]) == 16 and r["stacks"][0]["frames"]
 "#,
         &sarif,
     );
+}
+
+// Test harnesses put what they run into namespaces: process ids inside are others than outside.
+#[test]
+fn processes_in_a_pid_namespace_are_counted_to_the_byte() {
+    needs!(Feature::Bpf, Feature::MountNamespace);
+    let program = program_path("run").expect("the program was built");
+    let mut command = memleak_command();
+    command.args(["run", "--format", "json", "-o", "-", "--only", "run", "--", "unshare", "--pid", "--fork"]);
+    let (code, stdout, stderr) = output_within(command.arg(program).args(["leak", "fork"]));
+    let report: Value = serde_json::from_str(&stdout).unwrap_or_else(|e| panic!("no report ({e}): {stdout}\n{stderr}"));
+    assert_eq!(code, Some(1), "{report}");
+    assert_eq!(found(&report, "leak_blocks"), Some((131 * 13, 131)), "{report}");
+    assert_eq!(found(&report, "leak_in_child"), Some((3 * 11 * 37, 3 * 11)), "{report}");
 }

@@ -19,8 +19,10 @@ const NAMING_AT_END: Duration = Duration::from_secs(10);
 
 pub(super) struct Recorder {
     writer: Writer,
-    /// Snapshots in a row that could not be stored.
+    /// Snapshots in a row that could not be stored, ...
     missing: u64,
+    /// ... and why, as it was told.
+    told: String,
 }
 
 impl Recorder {
@@ -29,7 +31,11 @@ impl Recorder {
         let Some(path) = &config.recording.path else { return Ok(None) };
         let limits = Limits { max_size: config.recording.max_size.0, ..Limits::default() };
         let settings = Settings::of(config).to_text();
-        Ok(Some(Recorder { writer: Writer::create(path, limits, &Host::this(), run, &settings)?, missing: 0 }))
+        Ok(Some(Recorder {
+            writer: Writer::create(path, limits, &Host::this(), run, &settings)?,
+            missing: 0,
+            told: String::new(),
+        }))
     }
 
     /// Stores a snapshot with everything that was said of it; returns what people should be told.
@@ -56,12 +62,15 @@ impl Recorder {
         match self.writer.push(&step, &mut |site| collector.take_locations(site.key)) {
             Ok(()) if self.missing > 0 => {
                 let missing = std::mem::take(&mut self.missing);
+                self.told.clear();
                 Some(format!("recording goes on; {missing} snapshots are missing in it"))
             }
             Ok(()) => None,
             Err(e) => {
-                if self.missing == 0 {
-                    tracing::error!("recording pauses, everything else goes on: {e:#}");
+                let why = format!("{e:#}");
+                if why != self.told {
+                    tracing::error!("recording pauses, everything else goes on: {why}");
+                    self.told = why;
                 }
                 self.missing += 1;
                 None
@@ -85,8 +94,13 @@ impl Recorder {
         let (kind, instance) = match notice {
             Notice::Watching(process, _) => (EventKind::Attach, Some(process.instance)),
             Notice::Ended(process) => (EventKind::End, Some(process.instance)),
-            Notice::Mode { process, .. } | Notice::Sampled { process, .. } => (EventKind::Mode, Some(process.instance)),
-            _ => (EventKind::Failed, None),
+            Notice::Mode { process, .. } | Notice::Sampled { process, .. } | Notice::Stopped { process, .. } => {
+                (EventKind::Mode, Some(process.instance))
+            }
+            Notice::Scanning { process, .. } | Notice::Scanned { process, .. } | Notice::NotScanned { process, .. } => {
+                (EventKind::Scan, Some(process.instance))
+            }
+            Notice::Failed { .. } => (EventKind::Failed, None),
         };
         self.event(kind, time_s, instance, live::notice_line(notice));
     }

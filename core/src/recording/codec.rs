@@ -114,6 +114,14 @@ impl<'a> In<'a> {
         usize::try_from(n).ok().filter(|n| *n <= self.0.len()).ok_or_else(|| damaged("a list is cut off"))
     }
 
+    /// Text with its length in front.
+    pub(super) fn get_text(&mut self) -> Result<&'a str> {
+        let len = self.get_len()?;
+        let (text, rest) = self.0.split_at(len);
+        self.0 = rest;
+        std::str::from_utf8(text).map_err(|_| damaged("a text is none"))
+    }
+
     /// The next section.
     pub(super) fn section(&mut self) -> Result<Option<(u64, In<'a>)>> {
         if self.0.is_empty() {

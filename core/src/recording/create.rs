@@ -65,7 +65,8 @@ fn exists(path: &Path) -> String {
     }
 }
 
-fn is_locked(path: &Path) -> bool {
+/// Whether a writer has the file open.
+pub(super) fn is_locked(path: &Path) -> bool {
     let options = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path);
     options.is_ok_and(|file| !lock(&file))
 }
@@ -109,7 +110,8 @@ fn prepare(db: &Connection) -> rusqlite::Result<()> {
     Ok(())
 }
 
-fn beside(path: &Path, suffix: &str) -> PathBuf {
+/// What SQLite keeps beside the file of that name.
+pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()

@@ -1,10 +1,13 @@
-//! What a snapshot knows of a site besides its totals: last allocation, cohorts, lifetimes.
+//! What a snapshot knows of a site besides its totals: last allocation, cohorts, lifetimes, what scans said.
 //!
 //! Written as differences, like the totals, and with what these predict left out: when a block is freed, its cohort's
 //! outstanding bytes change by what the totals have changed by already. Rules and reports need the details of few
 //! snapshots, so they are a blob of their own that can be skipped.
 
+use std::sync::Arc;
+
 use super::codec::{In, damaged, put, put_delta, put_f64, put_section};
+use super::reach::{self, Stored};
 use super::totals::{Change, Decoder as TotalsDecoder};
 use crate::Result;
 use crate::snapshot::{Cohort, LIFETIME_CLASSES, StandardErrors, Totals};
@@ -16,6 +19,7 @@ const LAST: u64 = 4;
 const COHORTS: u64 = 5;
 const LIFETIMES: u64 = 6;
 const ERRORS: u64 = 7;
+const REACH: u64 = 8;
 
 /// The last allocation, as milliseconds before the snapshot.
 const LAST_MS: u8 = 1;
@@ -32,6 +36,8 @@ const LIFETIMES_PREDICTED: u8 = 32;
 
 /// Standard errors have changed.
 const ERRORS_CHANGED: u8 = 64;
+/// What scans say has changed.
+const REACH_CHANGED: u8 = 128;
 
 /// Stands for the snapshot's own time as the end of a cohort, which then need not be written for every snapshot.
 const NOW: f64 = f64::INFINITY;
@@ -43,9 +49,15 @@ pub(super) struct Details {
     pub(super) cohorts: Vec<Cohort>,
     pub(super) lifetimes: [u64; LIFETIME_CLASSES],
     pub(super) stderr: StandardErrors,
+    pub(super) reach: Option<Arc<Stored>>,
 }
 
 impl Details {
+    /// Whether the last cohort goes on until the next change.
+    pub(super) fn is_last_open(&self) -> bool {
+        self.cohorts.last().is_some_and(|c| c.end_s == NOW)
+    }
+
     /// The cohorts as of a snapshot.
     pub(super) fn cohorts_at(&self, time_s: f64) -> Vec<Cohort> {
         let end = |c: &Cohort| Cohort { end_s: if c.end_s == NOW { time_s } else { c.end_s }, ..*c };
@@ -68,6 +80,7 @@ pub(super) struct Row<'a> {
     pub(super) cohorts: &'a [Cohort],
     pub(super) lifetimes: &'a [u64; LIFETIME_CLASSES],
     pub(super) stderr: StandardErrors,
+    pub(super) reach: Option<Arc<Stored>>,
 }
 
 /// The streams of a blob.
@@ -80,6 +93,7 @@ struct Streams {
     cohorts: Vec<u8>,
     lifetimes: Vec<u8>,
     errors: Vec<u8>,
+    reach: Vec<u8>,
 }
 
 impl Streams {
@@ -115,7 +129,7 @@ impl Encoder {
             if flags != 0 {
                 put(&mut streams.ids, u64::from(row.id - last_id));
                 last_id = row.id;
-                streams.flags.push(flags);
+                put(&mut streams.flags, u64::from(flags));
             }
             self.sites.push((row.id, row.totals, details));
         }
@@ -130,6 +144,7 @@ impl Encoder {
             (COHORTS, streams.cohorts),
             (LIFETIMES, streams.lifetimes),
             (ERRORS, streams.errors),
+            (REACH, streams.reach),
         ] {
             put_section(&mut out, tag, &contents);
         }
@@ -161,6 +176,11 @@ fn encode_site(streams: &mut Streams, row: &Row<'_>, totals: &Totals, old: &mut 
         put_f64(&mut streams.errors, row.stderr.count);
         flags |= ERRORS_CHANGED;
         old.stderr = row.stderr;
+    }
+    if row.reach != old.reach {
+        reach::encode(&mut streams.reach, old.reach.as_deref(), row.reach.as_deref());
+        flags |= REACH_CHANGED;
+        old.reach = row.reach.clone();
     }
     flags
 }
@@ -267,12 +287,14 @@ pub(super) struct Decoder {
     sites: Vec<Details>,
     /// Sites that are not empty.
     used: Vec<u32>,
+    /// Sites that the last snapshot has changed, ascending.
+    pub(super) changes: Vec<u32>,
 }
 
 impl Decoder {
     /// For sites with numbers up to `max_id`.
     pub(super) fn new(max_id: u32) -> Self {
-        Decoder { sites: vec![Details::default(); max_id as usize + 1], used: Vec::new() }
+        Decoder { sites: vec![Details::default(); max_id as usize + 1], ..Decoder::default() }
     }
 
     /// Details of a site of the last snapshot.
@@ -292,12 +314,13 @@ impl Decoder {
     /// # Errors
     /// The bytes are damaged.
     pub(super) fn apply(&mut self, input: In<'_>, totals: &TotalsDecoder, time_s: f64) -> Result<()> {
-        let [_, mut bound_list, mut ids, mut flags, mut last, mut cohorts, mut lifetimes, mut errors] =
-            input.sections::<8>()?;
+        let [_, mut bound_list, mut ids, mut flags, mut last, mut cohorts, mut lifetimes, mut errors, mut reach] =
+            input.sections::<9>()?;
         let mut bounds = Vec::with_capacity(bound_list.left() / 8);
         while !bound_list.is_empty() {
             bounds.push(bound_list.get_f64()?);
         }
+        self.changes.clear();
         for id in &totals.gone {
             self.sites[*id as usize] = Details::default();
         }
@@ -317,6 +340,7 @@ impl Decoder {
             let old = changes.peek().filter(|c: &&&Change| c.id == number).map_or(new, |c| c.old);
             let flag = u8::try_from(flags.get()?).map_err(|_| damaged("a site has unknown flags"))?;
             self.used.push(number);
+            self.changes.push(number);
             if flag & LAST_MS != 0 {
                 site.last_allocation_s = seconds(last.get_delta(milliseconds(time_s))?);
             }
@@ -335,6 +359,9 @@ impl Decoder {
             }
             if flag & ERRORS_CHANGED != 0 {
                 site.stderr = StandardErrors { bytes: errors.get_f64()?, count: errors.get_f64()? };
+            }
+            if flag & REACH_CHANGED != 0 {
+                site.reach = reach::decode(&mut reach, site.reach.as_deref())?.map(Arc::new);
             }
         }
         // A keyframe resets what is in this list: it must not grow with the snapshots.

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use super::reader::Cursor;
+use super::cursor::Cursor;
 use super::{Filter, Reader};
 use crate::Result;
 use crate::history::{Bounds, History, Sample, Series, SiteHistory};
@@ -70,7 +70,7 @@ impl Reader {
                 let Some(site) = self.numbered(id) else { continue };
                 sites.push(SiteHistory {
                     series: std::mem::take(&mut series[id as usize]),
-                    latest: at.sample(site, id, self.contents()[place].time_s),
+                    latest: at.sample(self, site, id, self.contents()[place].time_s)?,
                     ended_s: ended.get(&site.key.instance).copied(),
                 });
             }

@@ -11,8 +11,12 @@
 
 mod codec;
 mod create;
+mod cursor;
 mod details;
+mod digest;
 mod history;
+mod open;
+mod reach;
 mod reader;
 mod schema;
 mod settings;
@@ -31,7 +35,8 @@ use crate::finding::Severity;
 use crate::output::report::RunInfo;
 use crate::snapshot::{Site, SiteKey, Totals};
 
-pub use reader::{Filter, Reader, Snapshots};
+pub use cursor::{Replay, Snapshots};
+pub use reader::{Filter, Reader};
 pub use schema::VERSION;
 pub use settings::{Settings, recorded};
 pub use writer::{Limits, Step, Writer};
@@ -75,6 +80,9 @@ pub struct Session {
     pub host: Host,
     /// True when the run ended in order; false when it was killed, or still runs.
     pub complete: bool,
+    /// True when the run was broken off and the file with what it had written last (`-wal`) is not beside the recording:
+    /// its end may be missing.
+    pub lacks_wal: bool,
     /// How many snapshots were taken out again to keep the file within its size.
     pub thinned: u64,
 }
@@ -101,6 +109,8 @@ pub enum EventKind {
     Mode,
     /// Something could not be watched or was not attached.
     Failed,
+    /// A process's memory was scanned, or could not be.
+    Scan,
     /// Events were lost.
     Loss,
     /// A rule failed, or was added, changed or removed.
@@ -121,6 +131,7 @@ impl EventKind {
             EventKind::End => "end",
             EventKind::Mode => "mode",
             EventKind::Failed => "failed",
+            EventKind::Scan => "scan",
             EventKind::Loss => "loss",
             EventKind::Rule => "rule",
             EventKind::Alert => "alert",
@@ -135,6 +146,7 @@ impl EventKind {
             EventKind::End,
             EventKind::Mode,
             EventKind::Failed,
+            EventKind::Scan,
             EventKind::Loss,
             EventKind::Rule,
             EventKind::Alert,

@@ -6,28 +6,26 @@
 
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-use rusqlite::{Connection, OpenFlags, OptionalExtension, Row};
+use rusqlite::{OptionalExtension, Row};
 
-use super::codec::{Decompressor, In, damaged};
-use super::{
-    AlertRecord, Event, EventKind, FindingSpan, Host, Location, Session, SnapshotInfo, details, schema, totals,
-};
+use super::codec::{In, damaged};
+use super::cursor::{Cursor, Replay, Snapshots};
+use super::open::{self, Opened};
+use super::{AlertRecord, Event, EventKind, FindingSpan, Host, Location, Session, SnapshotInfo, digest, schema};
 use crate::alert::Status;
 use crate::finding::Severity;
-use crate::output::text::visible;
-use crate::snapshot::{LIFETIME_CLASSES, Process, ProcessSample, Site, SiteKey, SiteSample, Snapshot, Totals};
+use crate::snapshot::{Process, ProcessSample, Site, SiteKey, Totals};
 use crate::symbolize::Frame;
 use crate::{Error, ErrorKind, Result};
 
-/// Bytes that a site or process may take in a snapshot; more is damage.
-const MAX_SITE_BYTES: usize = 4096;
 /// How many numbers of sites there may be per site: they are given without gaps.
 const MAX_SPARSE: u64 = 16;
+/// What is wrong with a recording that is not whole.
+const LACKS_WAL: &str = "its run was broken off, and the -wal file that belongs beside it is missing: bring it back";
 
 /// Part of a recording.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -57,21 +55,20 @@ impl Filter {
 type Stack = (Vec<u8>, Option<Vec<u8>>);
 
 /// A site and where its stack is.
-struct Known {
-    site: Arc<Site>,
+pub(super) struct Known {
+    pub(super) site: Arc<Site>,
     stack: i64,
 }
 
 /// An open recording.
 pub struct Reader {
-    db: Connection,
-    shown: String,
+    pub(super) file: Opened,
     session: Session,
-    processes: BTreeMap<u32, Arc<Process>>,
+    pub(super) processes: BTreeMap<u32, Arc<Process>>,
     /// By number in the file; most places are taken.
-    sites: Vec<Option<Known>>,
+    pub(super) sites: Vec<Option<Known>>,
     by_key: HashMap<SiteKey, u32>,
-    snapshots: Vec<SnapshotInfo>,
+    pub(super) snapshots: Vec<SnapshotInfo>,
     modules: HashMap<i64, (Option<String>, Option<String>)>,
     /// By row; addresses are left out. Read when the first name is asked for.
     frames: OnceCell<HashMap<u64, Frame>>,
@@ -83,30 +80,13 @@ impl Reader {
     /// # Errors
     /// There is no such file, it is not a recording, it is damaged, or it is of a newer version.
     pub fn open(path: &Path) -> Result<Reader> {
-        let shown = visible(&path.to_string_lossy()).into_owned();
-        let refuse = |why: &str| Error::new(ErrorKind::Io, format!("failed to open {shown}: {why}"));
-        let meta = fs::metadata(path).map_err(|e| Error::io(format!("failed to open {shown}"), e))?;
-        if !meta.is_file() {
-            return Err(refuse(if meta.is_dir() { "it is a folder" } else { "it is not a regular file" }));
-        }
-        if meta.len() == 0 {
-            return Err(refuse("it is empty: the run ended before it was written"));
-        }
-        let failed = |e| schema::failed(&shown, e);
-        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let db = Connection::open_with_flags(path, flags).map_err(failed)?;
-        db.busy_timeout(std::time::Duration::from_secs(5)).map_err(failed)?;
-        db.pragma_update(None, "cache_size", -4096).map_err(failed)?;
-        // Names in the schema of a hostile file must not run functions.
-        db.pragma_update(None, "trusted_schema", false).map_err(failed)?;
-        db.set_prepared_statement_cache_capacity(32);
-        // One view of the file until the reader is dropped.
-        db.execute_batch("BEGIN").map_err(failed)?;
-        let format = schema::check(&db, &shown)?;
+        let file = open::open(path)?;
+        let Opened { db, shown, lacks_wal, .. } = &file;
+        let format = schema::check(db, shown)?;
+        let session = Session { format, lacks_wal: *lacks_wal, ..Session::default() };
         let mut reader = Reader {
-            db,
-            shown,
-            session: Session { format, ..Session::default() },
+            file,
+            session,
             processes: BTreeMap::new(),
             sites: Vec::new(),
             by_key: HashMap::new(),
@@ -114,10 +94,11 @@ impl Reader {
             modules: HashMap::new(),
             frames: OnceCell::new(),
         };
-        reader.read_session()?;
-        reader.read_processes()?;
-        reader.read_sites()?;
-        reader.read_snapshots()?;
+        reader.read().map_err(|e| match reader.session.lacks_wal {
+            // Pages that the writer had begun to move from there.
+            true => Error::with_source(ErrorKind::Io, LACKS_WAL, e),
+            false => e,
+        })?;
         Ok(reader)
     }
 
@@ -128,7 +109,7 @@ impl Reader {
 
     /// The file, fit for messages.
     pub fn shown(&self) -> &str {
-        &self.shown
+        &self.file.shown
     }
 
     /// Every process that was watched, by instance.
@@ -154,7 +135,15 @@ impl Reader {
     /// The snapshots that a filter takes, in their order.
     pub fn snapshots<'a>(&'a self, filter: &'a Filter) -> Snapshots<'a> {
         let range = self.range(filter);
-        Snapshots { cursor: Cursor::new(self, range.start), range, reader: self, filter }
+        Snapshots::new(self, range, filter)
+    }
+
+    /// Takes all snapshots into a history, one after the other.
+    ///
+    /// # Errors
+    /// The recording is damaged.
+    pub fn replay(&self) -> Result<Replay<'_>> {
+        Replay::new(self)
     }
 
     /// Fills the frames of a site: its names if any were recorded, else where its return addresses lie.
@@ -302,27 +291,35 @@ impl Reader {
         start..end.max(start)
     }
 
-    fn failed(&self, error: rusqlite::Error) -> Error {
-        schema::failed(&self.shown, error)
+    pub(super) fn failed(&self, error: rusqlite::Error) -> Error {
+        schema::failed(&self.file.shown, error)
     }
 
-    fn known(&self, id: u32) -> Option<&Known> {
+    pub(super) fn known(&self, id: u32) -> Option<&Known> {
         self.sites.get(id as usize)?.as_ref()
     }
 
     fn rows<T>(&self, sql: &str, mut row: impl FnMut(&Row<'_>) -> rusqlite::Result<T>) -> Result<Vec<T>> {
         let mut read = || {
-            let mut statement = self.db.prepare_cached(sql)?;
+            let mut statement = self.file.db.prepare_cached(sql)?;
             let rows = statement.query_map([], |r| row(r))?;
             rows.collect::<rusqlite::Result<Vec<T>>>()
         };
         read().map_err(|e| self.failed(e))
     }
 
+    fn read(&mut self) -> Result<()> {
+        self.read_session()?;
+        self.read_processes()?;
+        self.read_sites()?;
+        self.read_snapshots()
+    }
+
     fn read_session(&mut self) -> Result<()> {
         let rows = self.rows("SELECT key, value FROM session", |r| {
             Ok((r.get::<_, String>(0)?, r.get::<_, rusqlite::types::Value>(1)?))
         })?;
+        let mut digest = None;
         for (key, value) in rows {
             match (key.as_str(), value) {
                 ("run", rusqlite::types::Value::Text(text)) => {
@@ -331,6 +328,7 @@ impl Reader {
                 }
                 ("settings", rusqlite::types::Value::Text(text)) => self.session.settings = text,
                 ("complete", _) => self.session.complete = true,
+                (digest::KEY, rusqlite::types::Value::Text(text)) => digest = Some(text),
                 ("thinned", rusqlite::types::Value::Integer(n)) => self.session.thinned = n.cast_unsigned(),
                 _ => {}
             }
@@ -339,6 +337,11 @@ impl Reader {
             Ok(Host { name: r.get(0)?, kernel: r.get(1)?, machine: r.get(2)?, boot_id: r.get(3)? })
         })?;
         self.session.host = hosts.into_iter().next().unwrap_or_default();
+        if let Some(digest) = digest
+            && digest::of(&self.file.db).map_err(|e| self.failed(e))? != digest
+        {
+            return Err(damaged("it is not what it was when its run ended"));
+        }
         Ok(())
     }
 
@@ -446,7 +449,7 @@ impl Reader {
     fn stack(&self, site: &Site) -> Result<Option<Stack>> {
         let Some(known) = self.known_id(site.key).and_then(|id| self.known(id)) else { return Ok(None) };
         let read = || {
-            let mut statement = self.db.prepare_cached("SELECT locations, frames FROM stacks WHERE id = ?")?;
+            let mut statement = self.file.db.prepare_cached("SELECT locations, frames FROM stacks WHERE id = ?")?;
             statement.query_row([known.stack], |r| Ok((r.get(0)?, r.get(1)?))).optional()
         };
         read().map_err(|e| self.failed(e))
@@ -539,147 +542,4 @@ fn addresses(blob: &[u8]) -> Vec<u64> {
         before = address;
     }
     out
-}
-
-/// Reads the numbers of one snapshot after the other.
-pub(super) struct Cursor {
-    pub(super) totals: totals::Decoder,
-    pub(super) details: details::Decoder,
-    decompressor: Decompressor,
-    limit: usize,
-    /// Place of the snapshot to be read next.
-    next: usize,
-}
-
-impl Cursor {
-    /// Ready to read the snapshot at a place of the contents.
-    pub(super) fn new(reader: &Reader, place: usize) -> Result<Cursor> {
-        let max = reader.max_number();
-        let mut cursor = Cursor {
-            totals: totals::Decoder::new(max),
-            details: details::Decoder::new(max),
-            decompressor: Decompressor::new()?,
-            limit: (reader.sites.len() + reader.processes.len() + 16) * MAX_SITE_BYTES,
-            next: 0,
-        };
-        cursor.seek(reader, place);
-        Ok(cursor)
-    }
-
-    /// Skips to the last keyframe before a place, that one included, unless it is behind what was read already.
-    pub(super) fn seek(&mut self, reader: &Reader, place: usize) {
-        let before = &reader.snapshots[..reader.snapshots.len().min(place + 1)];
-        let keyframe = before.iter().rposition(|s| s.keyframe).unwrap_or(0);
-        self.next = self.next.max(keyframe);
-    }
-
-    /// Reads up to a snapshot, that one included, with the details if they are wanted; these can only be had when they
-    /// were wanted since the last keyframe.
-    pub(super) fn read(&mut self, reader: &Reader, place: usize, details: bool) -> Result<()> {
-        while self.next <= place {
-            let info = reader.snapshots[self.next];
-            self.apply(reader, &info, details).map_err(|e| {
-                Error::with_source(
-                    ErrorKind::Io,
-                    format!("failed to read snapshot {} of {}", info.number, reader.shown),
-                    e,
-                )
-            })?;
-            self.next += 1;
-        }
-        Ok(())
-    }
-
-    fn apply(&mut self, reader: &Reader, info: &SnapshotInfo, details: bool) -> Result<()> {
-        let number = info.number.cast_signed();
-        let failed = |e| match e {
-            rusqlite::Error::QueryReturnedNoRows => damaged("a snapshot has no samples"),
-            e => reader.failed(e),
-        };
-        let limit = self.limit;
-        if info.keyframe {
-            self.totals.reset();
-            self.details.reset();
-        }
-        let mut apply = |sql: &str, take: &mut dyn FnMut(In<'_>) -> Result<()>| -> Result<()> {
-            let mut statement = reader.db.prepare_cached(sql).map_err(failed)?;
-            let mut rows = statement.query([number]).map_err(failed)?;
-            let row = rows.next().map_err(failed)?.ok_or_else(|| damaged("a snapshot has no samples"))?;
-            let blob = row.get_ref(0).map_err(failed)?;
-            let blob = blob.as_blob().map_err(|_| damaged("the samples of a snapshot are no blob"))?;
-            take(self.decompressor.decompress(blob, limit)?)
-        };
-        apply("SELECT data FROM totals WHERE snapshot = ?", &mut |input| self.totals.apply(input))?;
-        if *self.totals.sum() != info.totals {
-            return Err(damaged("the totals of a snapshot are not the sum of its sites"));
-        }
-        if details {
-            let totals = &self.totals;
-            apply("SELECT data FROM details WHERE snapshot = ?", &mut |input| {
-                self.details.apply(input, totals, info.time_s)
-            })?;
-        }
-        Ok(())
-    }
-
-    /// The snapshot that was read last.
-    fn snapshot(&self, reader: &Reader, info: &SnapshotInfo, filter: &Filter) -> Result<Snapshot> {
-        let processes = reader.process_samples(self, filter)?;
-        let mut sites = Vec::with_capacity(self.totals.present().len());
-        for id in self.totals.present() {
-            let Some(known) = reader.known(*id) else { return Err(damaged("a site of a snapshot is missing")) };
-            if filter.takes(&known.site) {
-                sites.push(self.sample(&known.site, *id, info.time_s));
-            }
-        }
-        sites.sort_unstable_by_key(|s| (std::cmp::Reverse(s.totals.outstanding_bytes()), s.site.key));
-        let SnapshotInfo { number, time_s, wall_s, collect_cpu_s, .. } = *info;
-        Ok(Snapshot { number, time_s, wall_s, processes, sites, collect_cpu_s })
-    }
-
-    /// One site of the snapshot that was read last.
-    pub(super) fn sample(&self, site: &Arc<Site>, id: u32, time_s: f64) -> SiteSample {
-        let details = self.details.details(id);
-        let lifetimes: [u64; LIFETIME_CLASSES] = details.lifetimes;
-        SiteSample {
-            site: Arc::clone(site),
-            totals: self.totals.totals(id),
-            last_allocation_s: details.last_allocation_s,
-            cohorts: details.cohorts_at(time_s),
-            lifetimes,
-            reachability: None,
-            kernel: None,
-            stderr: details.stderr,
-        }
-    }
-}
-
-/// The snapshots of a recording, see [`Reader::snapshots`]. After an error it ends.
-pub struct Snapshots<'a> {
-    reader: &'a Reader,
-    filter: &'a Filter,
-    cursor: Result<Cursor>,
-    range: Range<usize>,
-}
-
-impl Iterator for Snapshots<'_> {
-    type Item = Result<Snapshot>;
-
-    fn next(&mut self) -> Option<Result<Snapshot>> {
-        let place = self.range.next()?;
-        let mut read = || {
-            let cursor = self.cursor.as_mut().map_err(|e| Error::new(e.kind(), e.to_string()))?;
-            cursor.read(self.reader, place, true)?;
-            cursor.snapshot(self.reader, &self.reader.snapshots[place], self.filter)
-        };
-        let result = read();
-        if result.is_err() {
-            self.range = 0..0;
-        }
-        Some(result)
-    }
-
-    fn size_hint(&self) -> (usize, Option<usize>) {
-        (0, Some(self.range.len()))
-    }
 }

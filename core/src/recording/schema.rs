@@ -115,7 +115,10 @@ pub(super) fn failed(shown: &str, error: rusqlite::Error) -> Error {
              is writable or has its -shm file)"
                 .to_owned()
         }
-        Some(ErrorCode::DiskFull) => "the disk is full".to_owned(),
+        // SQLite has nothing to add, and says it twice.
+        Some(ErrorCode::DiskFull) => {
+            return Error::new(ErrorKind::Io, format!("failed to write {shown}: the disk is full"));
+        }
         _ => return Error::with_source(ErrorKind::Io, format!("failed to use {shown}"), error),
     };
     Error::with_source(ErrorKind::Io, format!("failed to use {shown}: {what}"), error)

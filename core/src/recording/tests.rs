@@ -9,9 +9,12 @@ use crate::coverage::{Baseline, Coverage};
 use crate::finding::Finding;
 use crate::governor::StopReason;
 use crate::labels::Labels;
+use crate::reachability::roots::Root;
+use crate::reachability::verdict::Tally;
+use crate::reachability::{SiteVerdict, Verdict};
 use crate::snapshot::{
-    Cohort, LIFETIME_CLASSES, Losses, Mode, Process, ProcessSample, Sampling, SiteSample, Snapshot, StackCounts,
-    StandardErrors,
+    Cohort, LIFETIME_CLASSES, Losses, Mode, Process, ProcessSample, ReachStep, ReachWay, Sampling, SiteReach,
+    SiteSample, Snapshot, StackCounts, StandardErrors,
 };
 use crate::symbolize::Frame;
 
@@ -198,10 +201,55 @@ impl Run {
         if sample.cohorts.len() > 6 {
             sample.cohorts.remove(0);
         }
+        if born.is_multiple_of(6) {
+            sample.reachability = reach(n, time_s, &sample.site);
+        }
         if let Some(first) = sample.cohorts.first_mut() {
             first.outstanding_count = first.outstanding_count.saturating_sub(died);
         }
     }
+}
+
+/// What a scan may say, the way over the site itself included; at times it takes everything back.
+fn reach(numbers: &mut Numbers, time_s: f64, site: &Arc<Site>) -> Option<Arc<SiteReach>> {
+    let mut tally = || Tally { blocks: numbers.below(9), bytes: numbers.below(9000) };
+    let (lost, indirectly_lost, possible, reachable) = (tally(), tally(), tally(), tally());
+    let counts = SiteVerdict {
+        scans: 3,
+        lost,
+        indirectly_lost,
+        possible,
+        reachable,
+        disguised: tally(),
+        young: tally(),
+        called_lost: lost.blocks * 7,
+        refuted: lost.blocks / 2,
+        still: lost.blocks == 3,
+        gone: tally(),
+        in_requests: lost.blocks,
+        device_bytes: lost.bytes,
+    };
+    let verdict =
+        [Verdict::Unknown, Verdict::Reachable, Verdict::Possible, Verdict::Definite][lost.blocks as usize % 4];
+    let root = match possible.blocks % 3 {
+        0 => Root::Global { module: "/bin/\u{1b}x".into(), name: Some("table".into()), offset: 8 },
+        1 => Root::Stack { tid: None },
+        _ => Root::Untracked { address: u64::MAX },
+    };
+    let steps = vec![ReachStep::Blocks(Arc::clone(site), 3), ReachStep::Skipped(7)];
+    let way = (reachable.blocks > 2).then_some(ReachWay { root, steps });
+    (possible.blocks != 8).then(|| Arc::new(SiteReach { verdict, counts, time_s, way }))
+}
+
+/// The same as text; sites on the way by their keys.
+fn reach_text(reach: &SiteReach) -> String {
+    let SiteReach { verdict, counts, time_s, way } = reach;
+    let step = |s: &ReachStep| match s {
+        ReachStep::Blocks(site, count) => format!("{:?} {count}", site.key),
+        ReachStep::Skipped(count) => format!("{count} more"),
+    };
+    let way = way.as_ref().map(|w| (&w.root, w.steps.iter().map(step).collect::<Vec<_>>()));
+    format!("{verdict:?} {counts:?} {time_s:?} {way:?}")
 }
 
 fn locate(site: &Site) -> Vec<Location> {
@@ -227,8 +275,14 @@ fn text(snapshot: &Snapshot) -> String {
     let sites: Vec<_> = (snapshot.sites.iter())
         .map(|s| {
             format!(
-                "{:?} {:?} {:?} {:?} {:?} {:?}",
-                s.site.key, s.stderr, s.totals, s.last_allocation_s, s.cohorts, s.lifetimes
+                "{:?} {:?} {:?} {:?} {:?} {:?} {:?}",
+                s.site.key,
+                s.stderr,
+                s.totals,
+                s.last_allocation_s,
+                s.cohorts,
+                s.lifetimes,
+                s.reachability.as_deref().map(reach_text)
             )
         })
         .collect();
@@ -400,7 +454,7 @@ fn a_recording_can_be_read_while_it_is_written() {
 /// The file must not grow beyond its bound, keep both ends, and what is left must be what was there.
 #[test]
 fn thinning_keeps_the_size_the_ends_and_the_truth() {
-    let limits = Limits { max_size: 400 << 10, keyframe_every: 16 };
+    let limits = Limits { max_size: 700 << 10, keyframe_every: 16 };
     let (_dir, path, written) = write(limits, 1500, 10);
     let size = std::fs::metadata(&path).expect("file").len();
     assert!(size <= limits.max_size, "{size}");
@@ -488,12 +542,13 @@ fn read_all(path: &std::path::Path) -> crate::Result<String> {
     Ok(all)
 }
 
-/// A damaged file is an error or reads as something; it is never a panic. Of what the samples say nothing may change
-/// unnoticed: they carry checksums.
+/// A damaged file is an error, never a panic, and never another truth: samples carry checksums, and so does the rest
+/// once a run has ended in order. Flipped bits in places that say nothing (free pages) change nothing.
 #[test]
-fn truncated_and_flipped_files_never_panic() {
-    let (dir, path, written) = write(Limits { keyframe_every: 5, ..Limits::default() }, 24, 13);
+fn truncated_and_flipped_files_never_panic_and_never_lie() {
+    let (dir, path, _) = write(Limits { keyframe_every: 5, ..Limits::default() }, 24, 13);
     let whole = std::fs::read(&path).expect("file");
+    let said = read_all(&path).expect("reads");
     let damaged = dir.path().join("damaged");
     let mut noticed = 0;
     for end in (0..whole.len()).step_by(whole.len() / 40) {
@@ -502,20 +557,89 @@ fn truncated_and_flipped_files_never_panic() {
     }
     assert!(noticed >= 39, "{noticed}");
     let mut numbers = Numbers(14);
-    let samples: Vec<String> = written.iter().map(|s| format!("{:?}", s.totals())).collect();
+    let mut noticed = 0;
     for _ in 0..400 {
         let mut bytes = whole.clone();
         let bit = numbers.below(bytes.len() as u64 * 8) as usize;
         bytes[bit / 8] ^= 1 << (bit % 8);
         std::fs::write(&damaged, &bytes).expect("file");
-        if read_all(&damaged).is_ok() {
-            let reader = Reader::open(&damaged).expect("opens");
-            for snapshot in reader.snapshots(&Filter::default()) {
-                let snapshot = snapshot.expect("reads");
-                let place = written.iter().position(|w| w.number == snapshot.number);
-                let original = place.map(|p| &samples[p]);
-                assert!(original.is_none_or(|o| *o == format!("{:?}", snapshot.totals())), "bit {bit}");
-            }
+        match read_all(&damaged) {
+            Ok(again) => assert!(again == said, "bit {bit}"),
+            Err(_) => noticed += 1,
         }
     }
+    assert!(noticed > 40, "{noticed}");
+}
+
+/// What somebody has changed in an ended recording is noticed, also where SQLite sees nothing wrong.
+#[test]
+fn a_changed_recording_is_refused() {
+    for change in [
+        "UPDATE frames SET function = 'inner2'",
+        "UPDATE processes SET pid = 1 WHERE instance = 1",
+        "DELETE FROM sites WHERE id = (SELECT max(id) FROM sites)",
+        "UPDATE session SET value = 'interval = \"2s\"' WHERE key = 'settings'",
+    ] {
+        let (_dir, path, _) = write(Limits::default(), 30, 15);
+        rusqlite::Connection::open(&path).expect("database").execute_batch(change).expect("changed");
+        let text = format!("{:#}", Reader::open(&path).err().unwrap_or_else(|| panic!("{change} was not noticed")));
+        assert!(text.contains("it is not what it was when its run ended"), "{change}: {text}");
+    }
+}
+
+/// A killed writer leaves its newest snapshots beside the recording: with that file nothing is missing, without it the
+/// reader says so, and it never makes files of its own.
+#[test]
+fn a_broken_off_recording_is_read_with_and_without_its_wal() {
+    let (dir, path, mut writer) = create(Limits::default());
+    let mut run = Run::new(16);
+    let snapshots: Vec<Snapshot> = (0..8).map(|_| run.next()).collect();
+    for snapshot in &snapshots {
+        writer.push(&Step::new(snapshot), &mut locate).expect("stored");
+    }
+    // What a kill would leave, as the writer goes on.
+    let left = tempfile::tempdir().expect("folder");
+    let copy = |suffix: &str| {
+        let name = format!("run.memleak{suffix}");
+        std::fs::copy(dir.path().join(&name), left.path().join(&name)).expect("copied");
+    };
+    copy("");
+    copy("-wal");
+    let path_left = left.path().join("run.memleak");
+    let reader = Reader::open(&path_left).expect("opens");
+    assert_eq!((reader.contents().len(), reader.session().lacks_wal, reader.session().complete), (8, false, false));
+    drop(reader);
+    for name in ["run.memleak-wal", "run.memleak-shm"] {
+        let _ = std::fs::remove_file(left.path().join(name));
+    }
+    let reader = Reader::open(&path_left).expect("opens");
+    assert_eq!((reader.contents().len(), reader.session().lacks_wal), (0, true));
+    assert_eq!(std::fs::read_dir(left.path()).expect("folder").count(), 1);
+    writer.finish(None, &[]).expect("finished");
+    let reader = Reader::open(&path).expect("opens");
+    assert_eq!((reader.contents().len(), reader.session().lacks_wal), (8, false));
+}
+
+/// The ways on which sites lie are stored with their names, although these sites may have nothing outstanding.
+#[test]
+fn a_way_over_a_site_that_is_in_no_snapshot_comes_back() {
+    let (_dir, path, mut writer) = create(Limits::default());
+    let mut run = Run::new(17);
+    let mut snapshot = (0..9).map(|_| run.next()).last().expect("snapshot");
+    let between = snapshot.sites.pop().expect("a site").site;
+    let function = Some("dict_expand".to_owned());
+    let address = between.addresses.first().copied().unwrap_or(1);
+    let _ = between.frames.set(vec![Frame { function, address, ..Frame::default() }]);
+    let root = Root::Global { module: "/srv/app".into(), name: Some("table".into()), offset: 0 };
+    let way = ReachWay { root, steps: vec![ReachStep::Blocks(Arc::clone(&between), 3)] };
+    let said = way.describe();
+    let counts = SiteVerdict { scans: 3, ..SiteVerdict::default() };
+    let reach = SiteReach { verdict: Verdict::Reachable, counts, time_s: 1.0, way: Some(way) };
+    snapshot.sites[0].reachability = Some(Arc::new(reach));
+    writer.push(&Step::new(&snapshot), &mut locate).expect("stored");
+    writer.finish(None, &[]).expect("finished");
+    let reader = Reader::open(&path).expect("opens");
+    let read = reader.snapshots(&Filter::default()).next().expect("snapshot").expect("reads");
+    let reach = read.sites[0].reachability.as_ref().expect("a verdict");
+    assert_eq!(reach.way.as_ref().map(ReachWay::describe), Some(said));
 }

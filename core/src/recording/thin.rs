@@ -140,7 +140,8 @@ fn halve(db: &Connection, shown: &str, compressor: &mut Compressor, max_site: u3
             .map(|((id, totals), cohorts)| {
                 let d = details.details(*id);
                 let (last_allocation_s, lifetimes) = (d.last_allocation_s, &d.lifetimes);
-                Row { id: *id, totals: *totals, last_allocation_s, cohorts, lifetimes, stderr: d.stderr }
+                let (stderr, reach) = (d.stderr, d.reach.clone());
+                Row { id: *id, totals: *totals, last_allocation_s, cohorts, lifetimes, stderr, reach }
             })
             .collect();
         store("details", number, compressor.compress(&new_details.encode(&rows, time_s))?)?;

@@ -13,11 +13,12 @@ use rusqlite::{OptionalExtension, params};
 use super::codec::{Compressor, put, put_delta};
 use super::create::{Created, create};
 use super::details::{self, Row};
-use super::{Event, EventKind, Host, Location, schema, thin, totals};
+use super::reach::Stored;
+use super::{Event, EventKind, Host, Location, digest, schema, thin, totals};
 use crate::alert::{Alert, Status};
 use crate::finding::Finding;
 use crate::output::report::RunInfo;
-use crate::snapshot::{Site, SiteKey, SiteSample, Snapshot};
+use crate::snapshot::{Site, SiteKey, SiteReach, SiteSample, Snapshot};
 use crate::symbolize::Frame;
 use crate::units::format_duration_s;
 use crate::{Error, ErrorKind, Result};
@@ -123,6 +124,8 @@ pub struct Writer {
     totals: totals::Encoder,
     details: details::Encoder,
     sites: HashMap<SiteKey, Known>,
+    /// What was said of the sites of the newest snapshot, as it was given and as it is stored.
+    reaches: HashMap<SiteKey, (Arc<SiteReach>, Arc<Stored>)>,
     next_site: u32,
     processes: HashSet<u32>,
     /// Losses that have been told, by instance.
@@ -153,6 +156,7 @@ impl Writer {
             totals: totals::Encoder::default(),
             details: details::Encoder::default(),
             sites: HashMap::new(),
+            reaches: HashMap::new(),
             next_site: 1,
             processes: HashSet::new(),
             losses: HashMap::new(),
@@ -221,6 +225,7 @@ impl Writer {
                 self.caches = Caches::default();
                 self.sites.retain(|_, known| known.id < first_new);
                 self.next_site = first_new;
+                self.reaches.clear();
                 self.processes.clear();
                 self.next_standing.clear();
                 self.until_keyframe = 0;
@@ -270,7 +275,9 @@ impl Writer {
             if let Some(run) = run {
                 w.session("run", &json(run)?)?;
             }
-            w.session("complete", "1")
+            w.session("complete", "1")?;
+            let digest = digest::of(&w.file.db).map_err(|e| w.failed(e))?;
+            w.session(digest::KEY, &digest)
         })?;
         let db = &self.file.db;
         db.pragma_update(None, "journal_mode", "DELETE").map_err(|e| self.failed(e))
@@ -330,8 +337,9 @@ impl Writer {
         }
         let mut samples: Vec<(u32, &SiteSample)> = Vec::with_capacity(snapshot.sites.len());
         for sample in &snapshot.sites {
-            samples.push((self.site(sample, snapshot.number, locate)?, sample));
+            samples.push((self.site(&sample.site, snapshot.number, locate)?, sample));
         }
+        self.store_reaches(snapshot, locate)?;
         samples.sort_unstable_by_key(|(id, _)| *id);
         samples.dedup_by_key(|(id, _)| *id);
         let pinned = snapshot.processes.iter().any(|p| !p.alive);
@@ -358,7 +366,7 @@ impl Writer {
         let blob = self.totals.encode(&plain, totals::process_rows(&snapshot.processes));
         let blob = self.compressor.compress(&blob)?;
         self.run_sql("INSERT INTO totals (snapshot, data) VALUES (?, ?)", params![number, blob])?;
-        let rows: Vec<Row<'_>> = samples.iter().map(|(id, sample)| row(*id, sample)).collect();
+        let rows: Vec<Row<'_>> = samples.iter().map(|(id, sample)| self.row(*id, sample)).collect();
         let blob = self.details.encode(&rows, snapshot.time_s);
         let blob = self.compressor.compress(&blob)?;
         self.run_sql("INSERT INTO details (snapshot, data) VALUES (?, ?)", params![number, blob])?;
@@ -375,6 +383,36 @@ impl Writer {
         }
     }
 
+    /// A sample of a site. Every field is named, so that one that is added cannot be forgotten here.
+    fn row<'s>(&self, id: u32, sample: &'s SiteSample) -> Row<'s> {
+        let SiteSample { site, totals, stderr, last_allocation_s, cohorts, lifetimes, reachability, kernel: _ } =
+            sample;
+        let (last_allocation_s, stderr) = (*last_allocation_s, *stderr);
+        let reach = reachability.as_ref().and_then(|_| self.reaches.get(&site.key)).map(|(_, s)| Arc::clone(s));
+        Row { id, totals: *totals, last_allocation_s, cohorts, lifetimes, stderr, reach }
+    }
+
+    /// Brings what scans said of the sites of a snapshot into the form in which it is stored.
+    fn store_reaches(&mut self, snapshot: &Snapshot, locate: &mut dyn FnMut(&Site) -> Vec<Location>) -> Result<()> {
+        let mut known = std::mem::take(&mut self.reaches);
+        for sample in &snapshot.sites {
+            let Some(reach) = &sample.reachability else { continue };
+            let entry = match known.remove(&sample.site.key).filter(|(given, _)| Arc::ptr_eq(given, reach)) {
+                Some(entry) => entry,
+                None => {
+                    let stored = Stored::new(reach, &mut |site| {
+                        let id = self.site(site, snapshot.number, locate)?;
+                        self.store_names(site)?;
+                        Ok(id)
+                    })?;
+                    (Arc::clone(reach), Arc::new(stored))
+                }
+            };
+            self.reaches.insert(sample.site.key, entry);
+        }
+        Ok(())
+    }
+
     fn store_process(&mut self, process: &crate::snapshot::Process) -> Result<()> {
         let crate::snapshot::Process { instance, pid, start_ticks, comm, exe, cmdline, labels } = process;
         self.run_sql(
@@ -386,13 +424,7 @@ impl Writer {
     }
 
     /// Number of a site, which is stored if it is new.
-    fn site(
-        &mut self,
-        sample: &SiteSample,
-        number: u64,
-        locate: &mut dyn FnMut(&Site) -> Vec<Location>,
-    ) -> Result<u32> {
-        let site = &sample.site;
+    fn site(&mut self, site: &Arc<Site>, number: u64, locate: &mut dyn FnMut(&Site) -> Vec<Location>) -> Result<u32> {
         if let Some(known) = self.sites.get_mut(&site.key) {
             known.seen = number;
             return Ok(known.id);
@@ -706,13 +738,6 @@ impl Writer {
         }
         Ok(())
     }
-}
-
-/// A sample of a site. Every field is named, so that one that is added cannot be forgotten here.
-pub(super) fn row(id: u32, sample: &SiteSample) -> Row<'_> {
-    let SiteSample { site: _, totals, stderr, last_allocation_s, cohorts, lifetimes, reachability: _, kernel: _ } =
-        sample;
-    Row { id, totals: *totals, last_allocation_s: *last_allocation_s, cohorts, lifetimes, stderr: *stderr }
 }
 
 fn json(value: &impl serde::Serialize) -> Result<String> {

@@ -8,15 +8,16 @@
 //! ```
 //!
 //! `memleak rules test` runs them, in the sandbox and within the limits of the rule. The shapes are those that the
-//! shipped rules are tested with.
+//! shipped rules are tested with; instead of a shape an example can have a recording, which lies beside the rule.
 
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use mlua::{Table, Value};
 
 use super::params::hint;
 use super::simulate::{Shape, Simulation, shapes};
-use super::{Ending, RuleEngine};
+use super::{Ending, Evaluation, Origin, RuleEngine};
 use crate::config::RuleSettings;
 use crate::finding::Severity;
 use crate::history::{Bounds, History};
@@ -24,6 +25,7 @@ use crate::kernel::KernelSample;
 use crate::reachability::roots::Root;
 use crate::reachability::verdict::Tally;
 use crate::reachability::{SiteVerdict, Verdict};
+use crate::recording::{Filter, Reader};
 use crate::snapshot::{Mode, ReachWay, SiteReach, Snapshot};
 use crate::units::{self, Bytes};
 
@@ -35,9 +37,11 @@ const MAX_BLOCKS: usize = 200_000;
 /// Most units of a shape that pass from one snapshot to the next.
 const MAX_UNITS: f64 = 100.0;
 /// Keys of an example.
-const KEYS: [&str; 20] = [
+const KEYS: [&str; 22] = [
     "name",
     "shape",
+    "recording",
+    "at_end",
     "expect",
     "by",
     "interval",
@@ -71,6 +75,8 @@ const SHAPES: [&str; 11] = [
     "queue",
     "wandering_cache",
 ];
+/// Keys that an example with a recording can have.
+const RECORDING_KEYS: [&str; 7] = ["name", "recording", "at_end", "expect", "by", "params", "func"];
 const VERDICTS: [&str; 5] = ["quiet", "info", "warning", "critical", "suppressed"];
 
 /// What became of one example.
@@ -87,7 +93,12 @@ pub struct ExampleResult {
 /// An example as written.
 struct Example {
     name: String,
+    /// Empty with a recording.
     shape: String,
+    /// A file beside the rule.
+    recording: Option<PathBuf>,
+    /// Only what is said of the last snapshot counts.
+    at_end: bool,
     expect: String,
     by: Option<u64>,
     interval_s: f64,
@@ -99,7 +110,8 @@ struct Example {
     rss_rate: f64,
     reachability: Option<Verdict>,
     kernel: Option<KernelSample>,
-    func: String,
+    /// Innermost function of the shape; of a recording, only sites with it count.
+    func: Option<String>,
     at_exit: Option<Ending>,
     rate: f64,
     size: u64,
@@ -170,6 +182,35 @@ fn scanned(verdict: Verdict, time_s: f64) -> SiteReach {
     SiteReach { verdict, counts, time_s, way }
 }
 
+/// What a rule has said of an example so far.
+struct Said<'a> {
+    rule: &'a str,
+    /// It judges findings of others.
+    suppresses: bool,
+    /// The most, and the snapshot at which it first said that.
+    most: Option<(Severity, u64)>,
+    /// The first snapshot at which it silenced something.
+    suppressed: Option<u64>,
+}
+
+impl Said<'_> {
+    /// Takes in what was said of a snapshot.
+    fn note(&mut self, evaluation: &Evaluation, number: u64) -> Result<(), String> {
+        if let Some(error) = evaluation.errors.first() {
+            return Err(error.to_string());
+        }
+        for finding in evaluation.findings.iter().filter(|f| *f.rule == *self.rule) {
+            if self.most.is_none_or(|(severity, _)| finding.severity > severity) {
+                self.most = Some((finding.severity, number));
+            }
+        }
+        if self.suppresses && !evaluation.suppressed.is_empty() {
+            self.suppressed.get_or_insert(number);
+        }
+        Ok(())
+    }
+}
+
 /// The most that the rule said, and the snapshot at which it first said that.
 fn verdict(settings: &RuleSettings, rule: &str, example: &Example) -> Result<(String, Option<u64>), String> {
     let mut engine = RuleEngine::new(settings).map_err(|e| format!("{e:#}"))?;
@@ -177,17 +218,29 @@ fn verdict(settings: &RuleSettings, rule: &str, example: &Example) -> Result<(St
     if !suppresses {
         engine.rules.retain(|_, r| *r.info.name == *rule);
     }
+    let mut said = Said { rule, suppresses, most: None, suppressed: None };
+    match &example.recording {
+        Some(name) => replay(&mut engine, &mut said, name, example)?,
+        None => simulate(&mut engine, &mut said, example)?,
+    }
+    Ok(match (said.suppressed, said.most) {
+        (Some(at), _) => ("suppressed".to_owned(), Some(at)),
+        (None, Some((severity, at))) => (severity.as_str().to_owned(), Some(at)),
+        (None, None) => ("quiet".to_owned(), None),
+    })
+}
+
+fn simulate(engine: &mut RuleEngine, said: &mut Said<'_>, example: &Example) -> Result<(), String> {
     check_pace(example)?;
     // The name lives as long as the program: a handful of bytes per example, in a command that ends soon.
-    let func: &'static str = Box::leak(example.func.clone().into_boxed_str());
+    let func = example.func.clone().unwrap_or_else(|| "allocate".to_owned());
+    let func: &'static str = Box::leak(func.into_boxed_str());
     let mut simulation = Simulation::new(example.interval_s, example.seed, vec![(func, shape(example)?)]);
-    let mut most: Option<(Severity, u64)> = None;
-    let mut suppressed = None;
-    for n in 0..example.snapshots {
+    for n in 1..=example.snapshots {
         if example.windows {
             simulation.process.mode = Mode::Estimated;
         }
-        let grown = example.rss_rate * example.interval_s * n as f64;
+        let grown = example.rss_rate * example.interval_s * (n - 1) as f64;
         simulation.process.rss_bytes = Some((64 << 20) + grown as u64);
         simulation.kernel = example.kernel.clone().map(Arc::new);
         simulation.reachability = example.reachability.map(|v| Arc::new(scanned(v, simulation.history.time_s())));
@@ -196,29 +249,45 @@ fn verdict(settings: &RuleSettings, rule: &str, example: &Example) -> Result<(St
             let why = format!("grows beyond {MAX_BLOCKS} blocks: lower rate, or raise size");
             return Err(format!("the heap of {} {why}", site.name));
         }
-        let last = n + 1 == example.snapshots;
+        let last = n == example.snapshots;
         let evaluation = match example.at_exit {
             None => engine.evaluate(&simulation.history, &mut |_| {}),
             Some(ending) if last => engine.evaluate_exit(&newest(&simulation), ending, &mut |_| {}),
             Some(_) => continue,
         };
-        if let Some(error) = evaluation.errors.first() {
-            return Err(error.to_string());
-        }
-        for finding in evaluation.findings.iter().filter(|f| *f.rule == *rule) {
-            if most.is_none_or(|(severity, _)| finding.severity > severity) {
-                most = Some((finding.severity, n + 1));
-            }
-        }
-        if suppresses && !evaluation.suppressed.is_empty() {
-            suppressed.get_or_insert(n + 1);
+        if last || !example.at_end {
+            said.note(&evaluation, n)?;
         }
     }
-    Ok(match (suppressed, most) {
-        (Some(at), _) => ("suppressed".to_owned(), Some(at)),
-        (None, Some((severity, at))) => (severity.as_str().to_owned(), Some(at)),
-        (None, None) => ("quiet".to_owned(), None),
-    })
+    Ok(())
+}
+
+/// Runs a rule over a recording that lies beside its file.
+fn replay(engine: &mut RuleEngine, said: &mut Said<'_>, name: &Path, example: &Example) -> Result<(), String> {
+    let origin = engine.rules.values().find(|r| *r.info.name == *said.rule).map(|r| r.info.origin.clone());
+    let Some(Origin::File(file)) = origin else { return Err("only a rule in a folder can have recordings".to_owned()) };
+    let path = file.parent().unwrap_or(Path::new("")).join(name);
+    let failed = |e: crate::Error| format!("{e:#}");
+    let reader = Reader::open(&path).map_err(failed)?;
+    let mut history = History::new(Bounds::default());
+    let (count, filter) = (reader.contents().len() as u64, Filter::default());
+    for (n, snapshot) in (1..).zip(reader.snapshots(&filter)) {
+        history.push(&snapshot.map_err(failed)?);
+        let mut damage = None;
+        let mut name = |site: &Arc<_>| damage = reader.name(site).err().or(damage.take());
+        let mut evaluation = engine.evaluate(&history, &mut name);
+        if let Some(func) = &example.func {
+            evaluation.findings.iter().for_each(|f| name(&f.site));
+            evaluation.findings.retain(|f| f.site.frames().iter().any(|frame| frame.function.as_ref() == Some(func)));
+        }
+        if let Some(damage) = damage {
+            return Err(failed(damage));
+        }
+        if n == count || !example.at_end {
+            said.note(&evaluation, n)?;
+        }
+    }
+    Ok(())
 }
 
 /// The newest snapshot of a simulation, as `memleak run` shows it to rules at the end of a process.
@@ -300,7 +369,14 @@ fn read(number: usize, table: &Table) -> Result<Example, String> {
         None => Ok(default),
         Some(text) => units::parse_rate(&text).map_err(|e| format!("{key}: {e}")),
     };
-    let shape = text("shape")?.ok_or("it needs a shape")?;
+    let recording = text("recording")?.map(PathBuf::from);
+    let shape = match (&recording, text("shape")?) {
+        (None, shape) => shape.ok_or("it needs a shape or a recording")?,
+        (Some(name), _) => {
+            check_recording(name, table)?;
+            String::new()
+        }
+    };
     let expect = text("expect")?.ok_or("it needs expect")?;
     if !VERDICTS.contains(&expect.as_str()) {
         return Err(format!("expect cannot be {expect:?}; {}", hint(&expect, VERDICTS)));
@@ -356,8 +432,18 @@ fn read(number: usize, table: &Table) -> Result<Example, String> {
         _ => return Err("params must be a table".to_owned()),
     };
     Ok(Example {
-        name: text("name")?.unwrap_or_else(|| format!("example {number}: {shape}")),
+        name: match (text("name")?, &recording) {
+            (Some(name), _) => name,
+            (None, None) => format!("example {number}: {shape}"),
+            (None, Some(name)) => format!("example {number}: {}", name.display()),
+        },
         shape,
+        recording,
+        at_end: match table.raw_get::<Value>("at_end") {
+            Ok(Value::Nil) => false,
+            Ok(Value::Boolean(at_end)) => at_end,
+            _ => return Err("at_end must be true or false".to_owned()),
+        },
         expect,
         by,
         interval_s,
@@ -369,7 +455,7 @@ fn read(number: usize, table: &Table) -> Result<Example, String> {
         rss_rate: rate("rss_rate", 0.0)?,
         reachability,
         kernel,
-        func: text("func")?.unwrap_or_else(|| "allocate".to_owned()),
+        func: text("func")?,
         at_exit,
         rate: rate("rate", 50_000.0)?,
         size: size.max(1),
@@ -377,6 +463,20 @@ fn read(number: usize, table: &Table) -> Result<Example, String> {
         leaked: number_in("leaked", 0.0, 0.0, 1.0)?,
         period: number_in("period", 10.0, 0.1, 1e6)?,
     })
+}
+
+/// That a recording is a file beside the rule, and that nothing else says what happens.
+fn check_recording(name: &Path, table: &Table) -> Result<(), String> {
+    if name.as_os_str().is_empty() || !name.components().all(|part| matches!(part, Component::Normal(_))) {
+        return Err(format!("recording {:?} must be the name of a file in the folder of the rule", name.display()));
+    }
+    for pair in table.pairs::<Value, Value>() {
+        let key = pair.map_err(|e| e.to_string())?.0.to_string().unwrap_or_default();
+        if !RECORDING_KEYS.contains(&key.as_str()) {
+            return Err(format!("{key} says nothing about a recording; {}", hint(&key, RECORDING_KEYS)));
+        }
+    }
+    Ok(())
 }
 
 /// Parameters as `[rules.NAME]` would have them.

@@ -140,7 +140,10 @@ pub fn test(settings: &RuleSettings, what: Option<&str>) -> Result<(String, bool
     Ok((out, failed == 0 && run > 0))
 }
 
-/// Writes a new rule with examples into a folder; the path.
+/// A leak that was recorded, for new rules to be tried on.
+const RECORDING: &[u8] = include_bytes!("../../../rules/recordings/leak.memleak");
+
+/// Writes a new rule with examples, and a recording for them, into a folder; the path of the rule.
 ///
 /// # Errors
 /// The name is none, there is such a rule or file already, or the folder cannot be written.
@@ -154,13 +157,19 @@ pub fn create(name: &str, dir: &Path) -> Result<PathBuf> {
     if RuleEngine::new(&RuleSettings::default())?.rules().any(|r| *r.name == *name) {
         return Err(Error::config(format!("there is a built-in rule {name} already: take another name")));
     }
+    std::fs::create_dir_all(dir)
+        .map_err(|e| Error::io(format!("failed to make the folder {} for the new rule", dir.display()), e))?;
     let path = dir.join(format!("{name}.lua"));
-    let failed = |e| Error::io(format!("failed to write the new rule {}", path.display()), e);
-    std::fs::create_dir_all(dir).map_err(failed)?;
-    // Never over a file, and never through a link.
-    let mut file = OpenOptions::new().write(true).create_new(true).open(&path).map_err(failed)?;
-    file.write_all(TEMPLATE.replace("NAME", name).as_bytes()).map_err(failed)?;
+    write_new(&path, TEMPLATE.replace("NAME", name).as_bytes())?;
+    write_new(&dir.join(format!("{name}-leak.memleak")), RECORDING)?;
     Ok(path)
+}
+
+/// Never over a file, and never through a link.
+fn write_new(path: &Path, contents: &[u8]) -> Result<()> {
+    let failed = |e| Error::io(format!("failed to write {} of the new rule", path.display()), e);
+    let mut file = OpenOptions::new().write(true).create_new(true).open(path).map_err(failed)?;
+    file.write_all(contents).map_err(failed)
 }
 
 /// A rule that works and says something: to be changed into what is wanted.
@@ -203,6 +212,8 @@ return {
     { name = "a steady leak", shape = "leak", rate = "50KiB/s", size = "1KiB", snapshots = 60, expect = "warning" },
     { name = "too small yet", shape = "leak", rate = "1KiB/s", size = "256B", snapshots = 60, expect = "quiet" },
     { name = "a buffer that is flushed", shape = "sawtooth", period = 5, snapshots = 60, expect = "quiet" },
+    -- Of a real program. Record your own with memleak --record, and put the file beside this one.
+    { name = "a recorded leak", recording = "NAME-leak.memleak", func = "leak_steadily", expect = "warning" },
   },
 }
 "#;

@@ -85,18 +85,51 @@ impl Pattern {
     }
 }
 
+/// A pattern for code, in the form `KIND:PATTERN`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CodePattern {
+    kind: Kind,
+    pattern: Pattern,
+}
+
 /// One line.
 struct Entry {
     line: usize,
     text: String,
-    kind: Kind,
-    pattern: Pattern,
+    code: CodePattern,
     /// Bytes and blocks of what it has silenced, by finding and process instance, as of the newest look.
     silenced: HashMap<(String, u32), (u64, u64)>,
 }
 
-impl Entry {
-    fn matches(&self, frames: &[Frame]) -> bool {
+impl CodePattern {
+    /// Reads one.
+    ///
+    /// # Errors
+    /// It is none: why, without a place.
+    pub fn parse(line: &str) -> Result<CodePattern, String> {
+        let names = KINDS.map(|(name, _)| name);
+        let Some((kind, pattern)) = line.split_once(':') else {
+            let shown = super::sandbox::cut(line, 60);
+            return Err(format!(
+                "{shown:?} is no pattern for code: expected KIND:PATTERN, such as leak:my_cache_insert"
+            ));
+        };
+        let (kind, pattern) = (kind.trim(), pattern.trim());
+        let Some((_, found)) = KINDS.iter().find(|(name, _)| *name == kind) else {
+            return Err(format!(
+                "there is no kind {:?} of patterns; {}",
+                super::sandbox::cut(kind, 40),
+                hint(kind, names)
+            ));
+        };
+        if pattern.chars().all(|c| matches!(c, '*' | '^' | '$')) {
+            return Err(format!("the pattern {pattern:?} fits everything: name a function, module or file"));
+        }
+        Ok(CodePattern { kind: *found, pattern: Pattern::new(pattern) })
+    }
+
+    /// Whether it fits a call stack.
+    pub fn matches(&self, frames: &[Frame]) -> bool {
         let fits = |text: &Option<String>| text.as_deref().is_some_and(|t| self.pattern.matches(t));
         match self.kind {
             Kind::Any => frames.iter().any(|f| fits(&f.function) || fits(&f.module) || fits(&f.file)),
@@ -159,9 +192,9 @@ impl Suppressions {
             if line.is_empty() || line.starts_with('#') {
                 continue;
             }
-            match parse(line) {
-                Ok((kind, pattern)) => {
-                    entries.push(Entry { line: i + 1, text: line.to_owned(), kind, pattern, silenced: HashMap::new() });
+            match CodePattern::parse(line) {
+                Ok(code) => {
+                    entries.push(Entry { line: i + 1, text: line.to_owned(), code, silenced: HashMap::new() });
                 }
                 Err(why) => problems.push(format!("{shown}:{}: {why}", i + 1)),
             }
@@ -177,7 +210,7 @@ impl Suppressions {
 
     /// Whether a finding is silenced: the first line that fits, as the reason. The site must have been symbolized.
     pub(super) fn silence(&mut self, finding: &Finding, bytes: u64, blocks: u64) -> Option<String> {
-        let entry = self.entries.iter_mut().find(|e| e.matches(finding.site.frames()))?;
+        let entry = self.entries.iter_mut().find(|e| e.code.matches(finding.site.frames()))?;
         entry.silenced.insert((finding.id.clone(), finding.site.key.instance), (bytes, blocks));
         Some(format!("{}:{}: {}", self.path.display(), entry.line, entry.text))
     }
@@ -195,26 +228,6 @@ impl Suppressions {
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
-}
-
-fn parse(line: &str) -> Result<(Kind, Pattern), String> {
-    let names = KINDS.map(|(name, _)| name);
-    let Some((kind, pattern)) = line.split_once(':') else {
-        let shown = super::sandbox::cut(line, 60);
-        return Err(format!("{shown:?} is no suppression: expected KIND:PATTERN, such as leak:my_cache_insert"));
-    };
-    let (kind, pattern) = (kind.trim(), pattern.trim());
-    let Some((_, found)) = KINDS.iter().find(|(name, _)| *name == kind) else {
-        return Err(format!(
-            "there is no kind {:?} of suppressions; {}",
-            super::sandbox::cut(kind, 40),
-            hint(kind, names)
-        ));
-    };
-    if pattern.chars().all(|c| matches!(c, '*' | '^' | '$')) {
-        return Err(format!("the pattern {pattern:?} fits everything: name a function, module or file"));
-    }
-    Ok((*found, Pattern::new(pattern)))
 }
 
 #[cfg(test)]
@@ -263,7 +276,7 @@ mod tests {
         let lines: Vec<&str> = error.lines().collect();
         assert_eq!(lines.len(), 4, "{error}");
         assert!(lines[0].contains("known.supp:3: there is no kind \"laek\"") && lines[0].contains("leak"), "{error}");
-        assert!(lines[1].contains("known.supp:4: \"no kind\" is no suppression"), "{error}");
+        assert!(lines[1].contains("known.supp:4: \"no kind\" is no pattern for code"), "{error}");
         assert!(lines[2].contains("known.supp:5: the pattern \"*\" fits everything"), "{error}");
         assert!(lines[3].contains("known.supp:7:"), "{error}");
     }
@@ -278,7 +291,7 @@ mod tests {
             ..Frame::default()
         };
         let frames = [frame("insert", "/lib/liba.so", "/src/x.c"), frame("main", "/bin/app", "/src/y.c")];
-        let fits = |line: &str| load(line).expect("sound").entries[0].matches(&frames);
+        let fits = |line: &str| load(line).expect("sound").entries[0].code.matches(&frames);
         assert!(fits("leak:insert") && fits("leak:liba") && fits("leak:y.c"));
         assert!(fits("function:^main$") && !fits("function:liba"));
         assert!(fits("module:liba.so$") && !fits("module:insert"));

@@ -10,7 +10,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::history::{History, Sample, Series, SiteHistory};
-use crate::snapshot::{ProcessSample, Site, Totals};
+use crate::snapshot::{ProcessSample, Site, SiteKey, Totals};
 use crate::stats;
 
 /// Most points of a process's own series; the older half is thinned when it is full.
@@ -110,6 +110,9 @@ pub(super) struct SiteView {
     /// here they lie side by side.
     pub(super) totals: Totals,
     pub(super) samples: u32,
+    /// Whether scans have said anything of it.
+    pub(super) scanned: bool,
+    key: SiteKey,
     pub(super) history: Arc<SiteHistory>,
     pub(super) series: SeriesView,
     /// Its process; `None` when the history does not know it.
@@ -265,13 +268,15 @@ impl View {
             .map(|h| SiteView {
                 totals: h.latest.totals,
                 samples: h.series.samples().len() as u32,
+                scanned: h.latest.reachability.is_some(),
+                key: h.site().key,
                 history: Arc::clone(h),
                 series: SeriesView::new(Source::Site(Arc::clone(h))),
                 process: processes.get(&h.site().key.instance).cloned(),
             })
             .collect();
         // The history has no order; findings and the first errors should not change from run to run.
-        sites.sort_unstable_by_key(|s| (std::cmp::Reverse(s.totals.outstanding_bytes()), s.site().key));
+        sites.sort_unstable_by_key(|s| (std::cmp::Reverse(s.totals.outstanding_bytes()), s.key));
         let mut processes: Vec<_> = processes.into_values().collect();
         processes.sort_unstable_by_key(|p| p.sample.process.instance);
         View {

@@ -42,6 +42,11 @@ fn wrong_examples_fail() {
             "blocks at a time are more than 200000",
         ),
         ("{ shape = 'leak', expect = 'info', rate = '150kB/s', size = '1B' }", "grows beyond 200000 blocks"),
+        ("{ expect = 'quiet' }", "it needs a shape or a recording"),
+        ("{ recording = 'no.memleak', expect = 'quiet' }", "no.memleak: No such file"),
+        ("{ recording = 'big.lua', expect = 'quiet' }", "big.lua: it is not a recording"),
+        ("{ recording = '../x', expect = 'quiet' }", "must be the name of a file in the folder of the rule"),
+        ("{ recording = 'x', shape = 'leak', expect = 'quiet' }", "shape says nothing about a recording"),
         ("{ shape = 'queue', expect = 'quiet', unit = '1ms' }", "unit must be at least interval / 100"),
     ] {
         let (text, good) = rule(example);
@@ -59,7 +64,7 @@ fn a_new_rule_passes_its_own_examples() {
     let path = kit::create("my_rule", dir.path()).expect("written");
     assert_eq!(path, dir.path().join("my_rule.lua"));
     let (text, good) = kit::test(&RuleSettings::default(), dir.path().to_str()).expect("runs");
-    assert!(good && text.contains("3 examples, 0 failed"), "{text}");
+    assert!(good && text.contains("4 examples, 0 failed"), "{text}");
     assert!(kit::create("my_rule", dir.path()).is_err());
     for bad in ["", "My", "a/b", "../x", "growth"] {
         assert!(kit::create(bad, dir.path()).is_err(), "{bad}");

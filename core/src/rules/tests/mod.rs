@@ -5,6 +5,7 @@ mod hostile;
 mod kit;
 mod reachability;
 mod readme;
+mod recordings;
 mod reload;
 mod shipped;
 mod support;
