@@ -175,22 +175,27 @@ static __always_inline void note_origin(struct memleak_kernel_origin *origin, co
 	bpf_map_update_elem(&origins, key, origin, BPF_NOEXIST);
 }
 
-/* What kmalloc hands out for a request: a power of two, except for two caches in between. */
+/*
+ * What kmalloc hands out for a request: a power of two, except for two caches in between. Without a loop, whose rounds the
+ * verifier would follow one by one.
+ */
 static __always_inline u64 kmalloc_bytes(u64 size)
 {
-	u64 bytes = 8;
-	u32 i;
+	u64 bits = size - 1;
 
 	if (size > 64 && size <= 96)
 		return 96;
 	if (size > 128 && size <= 192)
 		return 192;
-	for (i = 0; i < 32; i++) {
-		if (bytes >= size)
-			break;
-		bytes <<= 1;
-	}
-	return bytes;
+	if (size <= 8)
+		return 8;
+	bits |= bits >> 1;
+	bits |= bits >> 2;
+	bits |= bits >> 4;
+	bits |= bits >> 8;
+	bits |= bits >> 16;
+	bits |= bits >> 32;
+	return bits + 1;
 }
 
 /*
