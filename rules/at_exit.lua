@@ -1,9 +1,10 @@
 -- Finds what is still outstanding when a process has ended: for `memleak run`, which looks after all exit handlers and
 -- destructors have run, so that what they free is not reported.
 --
--- Outstanding at the end is not yet a leak: memory that a global still points to was available to the last moment.
--- Whether something pointed to it is not checked. A process that was killed or that crashed had no chance to clean up,
--- so what it held is only remarked.
+-- Outstanding at the end is not yet a leak: memory that a global still points to was available to the last moment. A
+-- process that calls exit() is scanned then, before its exit handlers run (reachability.at_exit): what nothing pointed to
+-- is lost, what something did point to is only remarked. Without a scan both look the same. A process that was killed or
+-- that crashed had no chance to clean up, so what it held is only remarked.
 --
 -- Arguments
 --   min_bytes  least bytes outstanding at the site
@@ -12,8 +13,8 @@
 --   max_once   ... and how many blocks that may be: more is a leak of files or threads
 --
 -- Sample finding
---   warning 0.50: 131 blocks (1.7 KiB) were outstanding when the process had ended, after its exit handlers; whether
---   anything still pointed to them was not checked
+--   critical 0.90: 131 blocks (1.7 KiB) were outstanding when the process had ended, after its exit handlers; nothing in
+--   its memory referred to 131 of them when it called exit()
 
 local glob = require("lib.glob")
 
@@ -24,12 +25,20 @@ local function evaluate_exit(site, p)
   end
   local severity, remark = "warning", "whether anything still pointed to them was not checked"
   local how = site.process.ended
+  local reach = site.reachability
   if site.mode == "estimated" then
     severity, remark = "info", "they were seen through windows: some may have been freed unseen"
   elseif how == "signal" then
     severity, remark = "info", "it was ended by a signal and had no chance to free them"
   elseif how == "running" then
     severity, remark = "info", "it still runs"
+  elseif reach and reach.verdict == "definite" then
+    severity = "critical"
+    remark = string.format("nothing in its memory referred to %s of them when it called exit()",
+      units.count(math.min(reach.lost_count, count)))
+  elseif reach and reach.verdict == "reachable" and reach.lost_count == 0 then
+    severity = "info"
+    remark = "something still referred to them when it called exit()" .. (reach.way and ": " .. reach.way or "")
   elseif count <= p.max_once then
     -- Asking for frames symbolizes the site: only for what may be one of these.
     local top = site.frames[1]
@@ -45,7 +54,7 @@ local function evaluate_exit(site, p)
   }
   return {
     severity = severity,
-    confidence = severity == "info" and 0.2 or 0.5,
+    confidence = severity == "critical" and 0.9 or severity == "info" and 0.2 or 0.5,
     reason = string.format("%s %s (%s) %s outstanding %s; %s", units.count(count), count == 1 and "block" or "blocks",
       units.bytes(bytes), count == 1 and "was" or "were", text[how] or text.exit, remark),
   }
@@ -66,6 +75,10 @@ return {
   evaluate_exit = evaluate_exit,
   examples = {
     { name = "blocks that nobody freed", shape = "leak", at_exit = "exit", snapshots = 5, expect = "warning" },
+    { name = "blocks that nothing referred to", shape = "leak", at_exit = "exit", snapshots = 5,
+      reachability = "definite", expect = "critical" },
+    { name = "blocks that something still referred to", shape = "leak", at_exit = "exit", snapshots = 5,
+      reachability = "reachable", expect = "info" },
     { name = "the same after a crash", shape = "leak", at_exit = "signal", snapshots = 5, expect = "info" },
     { name = "a buffer of the C library", shape = "thread_pool", func = "_IO_file_doallocate", at_exit = "exit",
       snapshots = 5, expect = "info" },

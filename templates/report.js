@@ -137,6 +137,7 @@ function haystackOf(index) {
     });
     const rules = site.alerts.map((a) => text(data.alerts[a].rule));
     const own = [text(site.name), processOf(site), text(site.probe_set), text(site.function), site.id, ...rules];
+    if (site.reach) own.push(verdicts[site.reach.verdict].words, text(site.reach.way));
     haystacks.set(index, `${own.join(" ").toLowerCase()} ${frames.join(" ")}`);
   }
   return haystacks.get(index);
@@ -186,6 +187,7 @@ function makeRow(index) {
   const resolved = !site.severity && site.alerts.length > 0;
   const button = el("button", { type: "button", className: "expand" },
     el("bdi", { className: "name", title: name }, name),
+    site.reach && site.reach.verdict !== "unknown" ? el("span", { className: `verdict-tag ${verdicts[site.reach.verdict].colour}` }, verdicts[site.reach.verdict].words) : null,
     el("bdi", { className: "sub" }, [place, processOf(site), text(site.function), site.ended != null ? "ended" : ""].filter(Boolean).join(" · ")));
   button.setAttribute("aria-expanded", "false");
   const cell = (label, value, extra) => {

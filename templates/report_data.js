@@ -142,5 +142,13 @@ function svg(tag, attributes, ...children) {
   return node;
 }
 
+/** What scans of the memory say of a site: words, and the colour of the label. */
+const verdicts = {
+  definite: { words: "definitely lost", colour: "critical" },
+  possible: { words: "possibly lost", colour: "warning" },
+  reachable: { words: "still reachable", colour: "info" },
+  unknown: { words: "reachability unknown", colour: "" },
+};
+
 /** A severity or status as a label. */
 const badge = (name) => el("span", { className: `badge ${name}` }, name[0].toUpperCase() + name.slice(1));

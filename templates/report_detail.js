@@ -12,7 +12,7 @@ function makeDetail(index, pinned, onPin) {
   pin.addEventListener("click", () => showPin(onPin(index)));
   const plot = el("div", { className: "plot small" });
   const node = el("div", { className: "detail-grid" },
-    el("div", {}, notesOf(site), stackOf(site)),
+    el("div", {}, notesOf(site), reachOf(site), stackOf(site)),
     el("div", {},
       el("div", {}, factsOf(site)),
       el("div", {}, el("h3", {}, "Outstanding bytes"), plot),
@@ -44,6 +44,34 @@ function notesOf(site) {
     return el("li", {}, badge(firing ? alert.severity : "resolved"),
       ` ${text(alert.rule)}: `, el("bdi", {}, text(alert.reason)));
   })));
+}
+
+/** What scans of the process's memory say: verdict, evidence, numbers, and an example of a way to the blocks. */
+function reachOf(site) {
+  const reach = site.reach;
+  if (!reach) return null;
+  const { words, colour } = verdicts[reach.verdict];
+  // The label says the first words already.
+  const evidence = text(reach.evidence).startsWith(words) ? text(reach.evidence).slice(words.length).replace(/^[:,] /, "") : text(reach.evidence);
+  const names = ["Lost", "Lost with others", "Possibly lost", "Reachable", "Coded pointers", "Too young", "Freed unseen"];
+  const numbers = reach.tallies.map(([blocks, bytes], i) => [names[i], blocks, bytes]).filter(([, blocks]) => blocks > 0);
+  return el("div", {}, el("h3", {}, "Can the process still reach its blocks?"),
+    el("p", { className: "verdict" }, el("span", { className: `badge ${colour}` }, words), " ", el("bdi", {}, evidence)),
+    reach.fraction ? fractionOf(reach.fraction) : null,
+    el("dl", { className: "kv" }, ...numbers.map(([name, blocks, bytes]) =>
+      el("div", {}, el("dt", {}, name), el("dd", {}, `${formatCount(blocks)} (${formatBytes(bytes)})`)))),
+    reach.way >= 0 ? el("div", {}, el("h3", {}, "Held by, for example"), el("p", { className: "way mono" }, el("bdi", {}, `${text(reach.way)} > this`))) : null,
+    el("p", { className: "caption" }, `${reach.scans} ${reach.scans === 1 ? "scan" : "scans"}, the last ${formatDuration(data.now_s - reach.time)} before the end.`));
+}
+
+/** The lost fraction as a mark on a line from 0 to 100 %, with its confidence interval. */
+function fractionOf([value, low, high]) {
+  const at = (share) => 2 + 196 * share;
+  const summary = `${formatPercent(value)} lost, 95 % interval ${formatPercent(low)} to ${formatPercent(high)}`;
+  return svg("svg", { class: "fraction", viewBox: "0 0 200 14", role: "img", "aria-label": summary },
+    svg("line", { class: "axis", x1: 2, x2: 198, y1: 7, y2: 7 }),
+    svg("line", { class: "interval", x1: at(low), x2: Math.max(at(high), at(low) + 1), y1: 7, y2: 7 }),
+    svg("circle", { class: "mark", cx: at(value), cy: 7, r: 4 }));
 }
 
 function stackOf(site) {

@@ -56,6 +56,8 @@ const BUILDS: &[Build] = &[
     gcc("leaker", "programs/leaker.c", &[]),
     gcc("busy", "programs/busy.c", &[]),
     gcc("shapes", "programs/shapes.c", &[]),
+    gcc("hot", "programs/hot.c", &[]),
+    gcc("big", "programs/big.c", &[]),
     gcc("growth", "programs/growth.c", &[]),
     gcc("heap_shapes", "programs/heap_shapes.c", &[]),
     gcc("jump", "programs/jump.c", &[]),
@@ -68,6 +70,7 @@ const BUILDS: &[Build] = &[
     // Without debug information the symbol table alone names the function, with the name made to do harm.
     gcc("hostile", "programs/hostile.c", &["-g0"]),
     gcc("pool", "programs/pool.c", &["-L.", "-l:libpool.so", "-Wl,-rpath,$ORIGIN"]),
+    gcc("stepped", "programs/stepped.c", &[]),
     gcc("longjmp", "programs/longjmp.c", &["-L.", "-l:libpool.so", "-Wl,-rpath,$ORIGIN"]),
     gcc("jemalloc", "programs/jemalloc.c", &["-ldl"]),
     gcc("tcmalloc", "programs/tcmalloc.c", &["-ldl"]),

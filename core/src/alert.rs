@@ -24,7 +24,7 @@ use std::time::Duration;
 use crate::config::AlertSettings;
 use crate::finding::{Finding, Severity};
 use crate::history::History;
-use crate::snapshot::{Losses, Mode, Site, SiteKey, Totals};
+use crate::snapshot::{Losses, Mode, Site, SiteKey, SiteReach, Totals};
 use crate::stats::theil_sen_slope;
 
 /// Most alerts of ended processes, and most resolved ones, that are remembered. The oldest go first.
@@ -88,6 +88,8 @@ pub struct AlertEvent {
     pub oldest_age_s: f64,
     /// What was lost in the process so far.
     pub losses: Losses,
+    /// What scans of the process's memory say of the site; `None` before there was one.
+    pub reachability: Option<Arc<SiteReach>>,
 }
 
 /// What is known of one finding id.
@@ -315,6 +317,7 @@ impl AlertEvent {
             mode: process.map_or(Mode::default(), |p| p.mode),
             growth_bytes_per_s: theil_sen_slope(&points),
             oldest_age_s: site.map_or(0.0, |h| h.oldest_age_s(now_s)),
+            reachability: site.and_then(|h| h.latest.reachability.clone()),
             losses: process.map_or_else(Losses::default, |p| p.losses),
             alert,
         }

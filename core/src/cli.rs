@@ -121,7 +121,7 @@ enum Subcommands {
     ///
     /// The command and all processes that it starts are followed from their first instruction, with every call traced
     /// whatever it costs. What is outstanding when a process has ended, after its exit handlers, is reported by call
-    /// site; whether something still pointed to it is not checked. docs/ci.md has examples.
+    /// site, lost or still referenced. docs/ci.md has examples.
     #[command(after_long_help = RUN_EXIT_CODES)]
     Run(LaunchArgs),
     /// Print every allocation and free of a process as a line
@@ -138,6 +138,29 @@ enum Subcommands {
         /// How long to trace, such as 5s; until stopped if not given
         #[arg(long, value_name = "TIME")]
         duration: Option<String>,
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        settings: SettingsArgs,
+    },
+    /// Tell leaks from caches: which blocks can a process no longer reach?
+    ///
+    /// Watches processes for a while, reads their memory from outside while they run, and says for each allocation site
+    /// which blocks nothing refers to any more, and what holds on to the others. A collector that runs already scans on
+    /// SIGUSR2. Exit codes: 0 nothing is definitely lost, 1 something is, 2 no process could be scanned.
+    Scan {
+        /// Process to scan; repeat it or give a comma list
+        #[arg(short, long, value_name = "PID", value_delimiter = ',', value_parser = pid(), required = true)]
+        pid: Vec<u32>,
+        /// Print one JSON object per process
+        #[arg(long)]
+        json: bool,
+        /// How long to watch before the scan, such as 2m; 30s if not given
+        #[arg(long, value_name = "TIME")]
+        duration: Option<String>,
+        /// Stop the process for a moment, for its registers and memory that stands still (reachability.stop = "brief")
+        #[arg(long)]
+        stop: bool,
         #[command(flatten)]
         config: ConfigArgs,
         #[command(flatten)]
@@ -631,6 +654,11 @@ pub enum Command {
         /// As JSON lines.
         json: bool,
     },
+    /// Watch and scan the processes in the settings' targets.
+    Scan {
+        /// As JSON lines.
+        json: bool,
+    },
     /// Put names into a report.
     Symbolize {
         /// The report.
@@ -706,6 +734,14 @@ impl Cli {
                 let duration = duration.map(|d| Override::flag("--duration", "duration", d));
                 let mut resolved =
                     settings.resolve(Command::Trace { json }, config.file, duration.as_slice(), read_file)?;
+                resolved.config.targets = vec![TargetSpec { pid, ..TargetSpec::default() }];
+                Ok(resolved)
+            }
+            Some(Subcommands::Scan { pid, json, duration, stop, config, settings }) => {
+                let duration = duration.map(|d| Override::flag("--duration", "duration", d));
+                let stop = stop.then(|| Override::flag("--stop", "reachability.stop", "brief".to_owned()));
+                let flags: Vec<Override> = duration.into_iter().chain(stop).collect();
+                let mut resolved = settings.resolve(Command::Scan { json }, config.file, &flags, read_file)?;
                 resolved.config.targets = vec![TargetSpec { pid, ..TargetSpec::default() }];
                 Ok(resolved)
             }

@@ -9,6 +9,8 @@ use crate::collector::{Collector, PluginState, Purpose};
 use crate::config::{Config, TargetSpec};
 use crate::output::filters::{format_count, format_percent};
 use crate::output::text::visible;
+use crate::process::ProcDir;
+use crate::reachability::plan;
 use crate::snapshot::ProcessSample;
 use crate::units::format_bytes;
 use crate::unwind::TableState;
@@ -93,10 +95,11 @@ fn measure_cost(config: &Config) -> Result<String> {
 fn cost_line(collector: &Collector) -> String {
     let prices = collector.tracker().prices();
     format!(
-        "  one hit of a well-placed probe costs {:.0} ns here, {:.1} us more where the kernel single-steps; a traced malloc \
-         and free are three hits\n",
+        "  one hit of a well-placed probe costs {:.0} ns here, {:.1} us more where the kernel single-steps, {:.1} us more \
+         after a pause; a traced malloc and free are three hits\n",
         prices.hit_ns,
-        prices.stepped_ns / 1e3
+        prices.stepped_ns / 1e3,
+        prices.cold_ns / 1e3
     )
 }
 
@@ -164,7 +167,37 @@ fn look_at(config: &Config, pid: u32) -> Result<String> {
         cpu * 100.0
     );
     stacks(&mut out, &collector, b);
+    scans(&mut out, &config, pid);
     Ok(out)
+}
+
+/// Whether the process's memory can be scanned, and what that would take.
+fn scans(out: &mut String, config: &Config, pid: u32) {
+    let settings = &config.reachability;
+    let plan = ProcDir::open(pid).and_then(|dir| plan::plan(&dir, &settings.options(true)));
+    let _ = match plan {
+        Err(e) => writeln!(out, "  no verdict on leak or cache: {e:#}"),
+        Ok(plan) => {
+            let _ = writeln!(
+                out,
+                "  can be scanned for leaks: {} scans of {}, {:.1} s of CPU time ({} a second), about {:.1} s at {} of a core",
+                plan.scans,
+                format_bytes(plan.bytes),
+                plan.cpu_s,
+                format_bytes(plan.bytes_per_s as u64),
+                plan.about_s,
+                format_percent(settings.core_share)
+            );
+            if plan.device_bytes > 0 {
+                let bytes = format_bytes(plan.device_bytes);
+                let _ = writeln!(out, "    {bytes} of devices are not read: nothing will be called definitely lost");
+            }
+            match plan.no_stop {
+                Some(why) => writeln!(out, "    it could not be stopped for its registers (reachability.stop): {why}"),
+                None => Ok(()),
+            }
+        }
+    };
 }
 
 /// How far call stacks reach, and which files keep them from reaching further.

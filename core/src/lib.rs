@@ -34,6 +34,7 @@ pub mod recording;
 pub mod resymbolize;
 pub mod rules;
 pub mod run;
+pub mod scan;
 pub mod selfstats;
 pub mod snapshot;
 pub mod stats;

@@ -14,6 +14,8 @@ use crate::history::{History, SiteHistory};
 use crate::output::filters::format_percent;
 use crate::output::report::heading;
 use crate::output::text::{clip, visible};
+use crate::reachability::Verdict;
+use crate::reachability::scanner::{Cost, Stopped};
 use crate::selfstats::OwnCost;
 use crate::snapshot::{Mode, Process, Site, Snapshot, StackCounts};
 use crate::stats::theil_sen_slope;
@@ -41,6 +43,8 @@ struct Row<'a> {
     /// The numbers are estimates from a sample.
     sampled: bool,
     growth: f64,
+    /// Whether the process can still reach its blocks; unknown before a scan.
+    verdict: Verdict,
     alert: Option<&'a Alert>,
 }
 
@@ -142,6 +146,7 @@ impl View<'_> {
                 count: h.latest.totals.outstanding_count(),
                 sampled: h.latest.stderr.bytes > 0.0,
                 growth: slope(h.series.samples()),
+                verdict: h.latest.reachability.as_ref().map(|r| r.verdict).unwrap_or_default(),
                 alert: alert(h),
             })
             .collect();
@@ -158,7 +163,13 @@ impl View<'_> {
 impl Row<'_> {
     fn line(&self) -> String {
         let process = &self.site.process;
-        let who = format!("{} [{} {}]", stack_head(self.site), process.pid, visible(&process.comm));
+        let verdict = match self.verdict {
+            Verdict::Definite => "(lost) ",
+            Verdict::Possible => "(possibly lost) ",
+            Verdict::Reachable => "(reachable) ",
+            Verdict::Unknown => "",
+        };
+        let who = format!("{verdict}{} [{} {}]", stack_head(self.site), process.pid, visible(&process.comm));
         let mark = if self.sampled { "~" } else { "" };
         let (bytes, count) = (format!("{mark}{}", format_bytes(self.bytes)), format!("{mark}{}", self.count));
         format!("{bytes:>10} {count:>9} {:>14}  {who}", signed_rate(self.growth))
@@ -279,20 +290,52 @@ pub fn notice_line(notice: &Notice) -> String {
             why.as_str()
         ),
         Notice::Ended(process) => format!("ended {} {}", process.pid, visible(&process.comm)),
-        Notice::Scanned { process, cost } => format!(
-            "{} {}: {} scan{} of {} in {} told what it can still reach",
+        Notice::Scanning { process, bytes, scans, about_s } => format!(
+            "{} {}: scanning {} {scans} times, about {}",
             process.pid,
             visible(&process.comm),
-            cost.scans,
-            if cost.scans == 1 { "" } else { "s" },
-            format_bytes(cost.read_bytes / u64::from(cost.scans.max(1))),
-            format_duration_s(cost.wall_s)
+            format_bytes(*bytes),
+            format_duration_s(about_s.round())
         ),
+        Notice::Scanned { process, cost } => format!("{} {}: {}", process.pid, visible(&process.comm), scan_line(cost)),
         Notice::NotScanned { process, reason } => {
             format!("{} {}: {}", process.pid, visible(&process.comm), visible(reason))
         }
         Notice::Failed { pid, reason } => format!("failed to watch process {pid}: {}", visible(reason)),
     }
+}
+
+/// What a series of scans took, in one line.
+pub fn scan_line(cost: &Cost) -> String {
+    let mut line = format!(
+        "{} scan{} of {} in {} told what it can still reach ({} of CPU time, {:.2} GB/s)",
+        cost.scans,
+        if cost.scans == 1 { "" } else { "s" },
+        format_bytes(cost.read_bytes / u64::from(cost.scans.max(1))),
+        format_duration_s(cost.wall_s),
+        format_duration_s(cost.cpu_s),
+        cost.read_bytes as f64 / cost.cpu_s.max(1e-9) / 1e9
+    );
+    match &cost.stop {
+        Some(Stopped::Done { for_s, copied_bytes, cut_short, threads }) => {
+            let _ = write!(
+                line,
+                "; it was stopped for {} ({threads} thread{}, {} copied{})",
+                format_duration_s(*for_s),
+                if *threads == 1 { "" } else { "s" },
+                format_bytes(*copied_bytes),
+                if *cut_short { ", not everything" } else { "" }
+            );
+        }
+        Some(Stopped::Refused { reason }) => {
+            let _ = write!(line, "; it was not stopped: {}", visible(reason));
+        }
+        None => {}
+    }
+    if cost.suspects_only {
+        line.push_str("; it has so many blocks that only those of suspected sites were judged");
+    }
+    line
 }
 
 const BOLD: &str = "\x1b[1m";

@@ -12,7 +12,7 @@ use memleak_core::rules::kit;
 use memleak_core::stop::Stop;
 use memleak_core::symbolize::offline::DebugFolders;
 use memleak_core::symbolize::worker;
-use memleak_core::{Result, diff, doctor, export, import, recorded, resymbolize, run, trace};
+use memleak_core::{Result, diff, doctor, export, import, recorded, resymbolize, run, scan, trace};
 
 /// Nothing found.
 const CLEAN: u8 = 0;
@@ -63,6 +63,10 @@ fn invoke(invocation: Invocation) -> Result<u8> {
             Ok(if good { CLEAN } else { FAILED })
         }
         Command::Trace { json } => trace::run(&config, json, &Stop::listen()?).map(|()| CLEAN),
+        Command::Scan { json } => {
+            let lost = scan::run(&config, json, &Stop::listen()?)?;
+            Ok(if lost { FINDINGS } else { CLEAN })
+        }
         Command::Symbolize { report, debug_dirs, out } => {
             let mut folders = DebugFolders::new(debug_dirs, worker::OWN_PROGRAM.as_ref())?;
             let summary = resymbolize::symbolize(&report, &mut folders, &out)?;

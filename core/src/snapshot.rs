@@ -12,6 +12,7 @@ use crate::coverage::Coverage;
 use crate::governor::StopReason;
 use crate::kernel::{KernelSample, KernelSummary};
 use crate::labels::Labels;
+use crate::output::report::heading;
 use crate::reachability::roots::Root;
 use crate::reachability::{SiteVerdict, Verdict};
 use crate::symbolize::Frame;
@@ -226,14 +227,22 @@ impl SiteReach {
         let others = [
             (c.indirectly_lost.blocks, "of them only with other lost blocks"),
             (c.possible.blocks, "referenced in unusual ways"),
-            (c.disguised.blocks, "referenced by tagged pointers"),
+            (c.disguised.blocks, "referenced by tagged or coded pointers only"),
             (c.young.blocks, "too young to be judged"),
+            (c.gone.blocks, "free or reused, by the allocator's own books"),
             (c.refuted, "were freed after they had been called lost"),
         ];
         for (count, what) in others.iter().filter(|(count, _)| *count > 0) {
             text.push_str(&format!(", {count} {what}"));
         }
-        text.push_str(&format!("; {} scans", c.scans));
+        if c.lost_blocks() > 0 && c.in_requests > 0 {
+            text.push_str(&format!(", up to {} may be held by the kernel in requests under way", c.in_requests));
+        }
+        if c.lost_blocks() > 0 && c.device_bytes > 0 {
+            text.push_str(", the process maps memory of a device, which is not read");
+        }
+        let scans = if c.scans == 1 { "scan" } else { "scans" };
+        text.push_str(&format!("; {} {scans}{}", c.scans, if c.still { ", the process standing still" } else { "" }));
         text
     }
 }
@@ -245,7 +254,8 @@ impl ReachWay {
         for step in &self.steps {
             match step {
                 ReachStep::Blocks(site, count) => {
-                    let head = site.frames().iter().find_map(|f| f.function.as_deref());
+                    let frames = site.frames();
+                    let head = heading(frames).and_then(|at| frames.get(at)?.function.as_deref());
                     text.push_str(" > ");
                     text.push_str(head.unwrap_or(&site.function));
                     if *count > 1 {

@@ -144,6 +144,7 @@ fn check_capabilities() -> Result<()> {
 fn try_backend(backend: Backend) -> Result<()> {
     const CALLS: u64 = 3;
     const COOKIE: u64 = 7;
+    let _alone = own_code::alone();
     let offset = own_code::offset(own_code::allocate_address())?;
     let pid = std::process::id().cast_signed();
     let exe = Path::new("/proc/self/exe");

@@ -4,6 +4,7 @@
 //! installed are skipped with a note, except in CI.
 
 mod bad_input;
+mod bars;
 mod cli;
 mod containers;
 mod coverage;

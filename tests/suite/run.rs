@@ -46,12 +46,33 @@ fn what_is_outstanding_after_the_handlers_is_exact() {
         .collect();
     assert_eq!(freed, [(7 * 43, 7), (5 * 59, 5)], "{report}");
     assert!(report["freed"][0]["place"].as_str().is_some_and(|p| p.starts_with("fill_handled ")), "{report}");
-    // A block that a global still holds is not called a leak.
-    let reason = report["findings"][0]["reason"].as_str().expect("a reason");
-    assert!(reason.contains("whether anything still pointed to them was not checked"), "{reason}");
+    // What nothing refers to is a leak; a block that a global still holds is not.
+    let of = |function: &str| {
+        let findings = report["findings"].as_array().expect("findings");
+        let finding = findings.iter().find(|f| f["frames"][0]["function"] == function).expect("a finding");
+        (finding["severity"].as_str().expect("a severity"), finding["reason"].as_str().expect("a reason"))
+    };
+    let (severity, reason) = of("leak_blocks");
+    assert!(severity == "critical" && reason.contains("nothing in its memory referred to"), "{severity} {reason}");
+    let (severity, reason) = of("fill_static");
+    assert!(severity == "info" && reason.contains("something still referred to them"), "{severity} {reason}");
+    assert!(reason.contains("global kept (run)"), "{reason}");
 }
 
-// Without a call of exit() no handler runs, and the global counts.
+// Whoever does not want to wait for the scan gets what there was before.
+#[test]
+fn without_a_scan_at_exit_nothing_is_told_apart() {
+    needs!(Feature::Bpf);
+    let (code, report) = run(&["--set", "reachability.at_exit=false"], &["leak", "static"]);
+    assert_eq!((code, count(&report, "findings")), (Some(1), 2), "{report}");
+    for finding in report["findings"].as_array().expect("findings") {
+        assert_eq!(finding["severity"], "warning", "{report}");
+        let reason = finding["reason"].as_str().expect("a reason");
+        assert!(reason.contains("whether anything still pointed to them was not checked"), "{reason}");
+    }
+}
+
+// Without a call of exit() no handler runs and nothing is scanned, and the global counts.
 #[test]
 fn what_handlers_had_no_chance_to_free_is_outstanding() {
     needs!(Feature::Bpf);
@@ -131,7 +152,7 @@ fn descendants_that_outlive_the_command_are_waited_for() {
 #[test]
 fn fail_on_decides_the_exit_code() {
     needs!(Feature::Bpf);
-    for (fail_on, expected) in [("never", 0), ("critical", 0), ("growth", 0), ("at_exit", 1), ("growth,info", 1)] {
+    for (fail_on, expected) in [("never", 0), ("critical", 1), ("growth", 0), ("at_exit", 1), ("growth,info", 1)] {
         assert_eq!(run(&["--fail-on", fail_on], &["leak"]).0, Some(expected), "{fail_on}");
     }
     let (code, _, stderr) = run_raw(&["--fail-on", "at_exti"], &[]);
@@ -200,14 +221,14 @@ fn junit_and_sarif_are_well_formed_and_count_the_same() {
     let (junit, sarif) = (folder.path().join("memleak.xml"), folder.path().join("memleak.sarif"));
     let doings = ["leak", "static", "exit3"];
     let (code, _, stderr) = run_raw(&["--format", "junit", "-o", junit.to_str().expect("UTF-8")], &doings);
-    assert!(code == Some(1) && stderr.contains("WARNING at_exit"), "{stderr}");
+    assert!(code == Some(1) && stderr.contains("CRITICAL at_exit"), "{stderr}");
     python(
         r#"
 import sys, xml.etree.ElementTree as et
 suite = et.parse(sys.argv[1]).getroot().find("testsuite")
 cases = suite.findall("testcase")
-assert (suite.get("tests"), suite.get("failures")) == ("3", "2") and len(cases) == 3, suite.attrib
-assert len(suite.findall("testcase/failure")) == 2
+assert (suite.get("tests"), suite.get("failures")) == ("3", "1") and len(cases) == 3, suite.attrib
+assert len(suite.findall("testcase/failure")) == 1
 assert any("leak_blocks" in c.get("name") and c.get("file").endswith("run.c") for c in cases)
 assert any(p.get("value") == "exited with 3" for p in suite.findall("properties/property"))
 "#,
@@ -224,7 +245,7 @@ assert log["version"] == "2.1.0" and run["tool"]["driver"]["name"] == "memleak"
 rules = [r["id"] for r in run["tool"]["driver"]["rules"]]
 assert len(run["results"]) == 2 and run["invocations"][0]["exitCode"] == 3
 for r in run["results"]:
-    assert rules[r["ruleIndex"]] == r["ruleId"] == "at_exit" and r["level"] == "error" and r["message"]["text"]
+    assert rules[r["ruleIndex"]] == r["ruleId"] == "at_exit" and r["level"] in ("error", "note") and r["message"]["text"]
     place = r["locations"][0]["physicalLocation"]
     assert place["artifactLocation"]["uri"].endswith("run.c") and place["region"]["startLine"] > 1
     assert len(r["partialFingerprints"]["memleakFinding/v1"]) == 16 and r["stacks"][0]["frames"]

@@ -6,8 +6,12 @@ use std::sync::{Arc, OnceLock};
 use memleak_core::finding::Severity;
 use memleak_core::history::{Bounds, History};
 use memleak_core::output::report::{AlertStatus, AlertView, PluginState, PluginStatus, RuleStatus, RunInfo};
+use memleak_core::reachability::roots::Root;
+use memleak_core::reachability::verdict::Tally;
+use memleak_core::reachability::{SiteVerdict, Verdict};
 use memleak_core::snapshot::{
-    Cohort, LIFETIME_CLASSES, Losses, Mode, Process, ProcessSample, Site, SiteKey, SiteSample, Snapshot, Totals,
+    Cohort, LIFETIME_CLASSES, Losses, Mode, Process, ProcessSample, ReachStep, ReachWay, Site, SiteKey, SiteReach,
+    SiteSample, Snapshot, Totals,
 };
 use memleak_core::symbolize::Frame;
 
@@ -203,9 +207,36 @@ impl Plan {
             // Only the newest state of a site is kept, so only the last snapshot needs these.
             cohorts: if last { self.cohorts(t, end, totals) } else { Vec::new() },
             lifetimes: if last { self.shape.lifetimes(freed_count) } else { [0; LIFETIME_CLASSES] },
-            reachability: None,
+            reachability: if last { self.reach(t, totals).map(Arc::new) } else { None },
             kernel: None,
         }
+    }
+
+    /// What scans would say: leaks are lost but for a few blocks, caches hang on a variable.
+    fn reach(&self, t: f64, totals: Totals) -> Option<SiteReach> {
+        let of = |blocks: u64| Tally { blocks, bytes: blocks * self.block };
+        let count = totals.outstanding_count();
+        let (verdict, counts, name) = match self.shape {
+            Shape::Leak { .. } => {
+                let reachable = of(count / 40);
+                let lost = of(count - reachable.blocks - count / 5);
+                let counts = SiteVerdict { lost, reachable, indirectly_lost: of(count / 5), ..SiteVerdict::default() };
+                (Verdict::Definite, counts, "recent_sessions")
+            }
+            Shape::Cache { .. } | Shape::Load { .. } => {
+                (Verdict::Reachable, SiteVerdict { reachable: of(count), ..SiteVerdict::default() }, "catalog::cache")
+            }
+            Shape::Sawtooth { .. } => {
+                let counts = SiteVerdict { possible: of(count), ..SiteVerdict::default() };
+                (Verdict::Possible, counts, "")
+            }
+            _ => return None,
+        };
+        let module = self.site.process.exe.clone();
+        let steps = vec![ReachStep::Blocks(Arc::clone(&self.site), 212)];
+        let root = Root::Global { module, name: Some(name.to_owned()), offset: 0x40 };
+        let way = (counts.reachable.blocks > 0).then_some(ReachWay { root, steps });
+        Some(SiteReach { verdict, counts: SiteVerdict { scans: 3, ..counts }, time_s: t - 40.0, way })
     }
 
     fn cohorts(&self, t: f64, end: f64, totals: Totals) -> Vec<Cohort> {

@@ -143,6 +143,11 @@ fn each_subcommand_resolves() {
     assert_eq!(trace.duration, Some(Duration::from_secs(5)));
     assert_eq!(trace.plugins.dir, Some("p".into()));
     assert_eq!(trace.collector.backend, config::Backend::Perf);
+    assert_eq!(command("memleak scan -p 1 --json"), Command::Scan { json: true });
+    let scan = config("memleak scan -p 1,2 --duration 5s --stop --set reachability.max_stop=20ms");
+    assert_eq!(scan.targets, [spec(|t| t.pid = vec![1, 2])]);
+    assert_eq!(scan.duration, Some(Duration::from_secs(5)));
+    assert_eq!((scan.reachability.stop, scan.reachability.max_stop), (true, Duration::from_millis(20)));
     assert_eq!(command("memleak completions zsh"), Command::Completions(Shell::Zsh));
     assert_eq!(command("memleak man"), Command::Man(None));
     assert_eq!(command("memleak man trace"), Command::Man(Some("trace".to_owned())));

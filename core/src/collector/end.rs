@@ -1,7 +1,7 @@
 //! Ends of processes: how they came, and what was outstanding before exit handlers ran.
 //!
 //! Only with [`super::Purpose::Run`]. A process that calls `exit()` is stopped at its entry for as long as it takes to read its
-//! totals; a global that a handler or destructor frees afterwards is then known to be no leak.
+//! totals, and to scan its memory for what it can still reach; a global that a handler or destructor frees afterwards is then known to be no leak.
 
 use std::collections::HashMap;
 
@@ -53,15 +53,19 @@ impl Collector {
         // A handler that calls exit() again changes nothing: the first call is the one.
         if self.watched.get(&instance).is_some_and(|w| w.ended.before_handlers.is_none()) {
             let mine = self.tracker.read_sites()?.into_iter().filter(|(key, _)| key.instance == instance);
-            let totals = mine
+            let totals: HashMap<SiteKey, Totals> = mine
                 .map(|(key, totals)| {
                     let key = SiteKey { instance, probe_set: key.probe_set, stack: key.stack };
                     (key, to_totals(&totals))
                 })
                 .filter(|(_, totals)| totals.outstanding_count() > 0)
                 .collect();
+            let holds = !totals.is_empty();
             if let Some(watched) = self.watched.get_mut(&instance) {
                 watched.ended.before_handlers = Some(totals);
+            }
+            if holds && self.scan_exiting(instance)? {
+                return Ok(());
             }
         }
         self.go_on(pid);

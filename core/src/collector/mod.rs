@@ -54,6 +54,9 @@ const KERNEL_INSTANCE: u32 = 1;
 /// By then a program has mapped the libraries that it was linked to, seconds.
 const STARTED_BY_S: f64 = 1.0;
 
+/// How often it is looked whether a process may exit that waits for a scan.
+const EXIT_TICK: Duration = Duration::from_millis(5);
+
 /// Sites of a process instance that has ended are read once more and then forgotten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Life {
@@ -117,6 +120,17 @@ pub enum Notice {
         process: Arc<Process>,
         /// True: everything is traced again. False: it is watched through windows.
         exact: bool,
+    },
+    /// The memory of a process is being scanned, and that will take a while.
+    Scanning {
+        /// The process.
+        process: Arc<Process>,
+        /// Its resident memory: about what a scan reads.
+        bytes: u64,
+        /// How many scans are planned.
+        scans: u32,
+        /// How long they take together by plan, seconds.
+        about_s: f64,
     },
     /// Recording everything that the kernel allocates exceeds the budget: a sample is recorded from here on.
     Sampled {
@@ -400,7 +414,10 @@ impl Collector {
     /// # Errors
     /// When the kernel side cannot be read.
     pub fn poll(&mut self, timeout: Duration) -> Result<()> {
+        // Nobody tells us that a scan is over.
+        let timeout = if self.exit_waits() { timeout.min(EXIT_TICK) } else { timeout };
         self.tracker.poll(timeout.min(self.until_governed()))?;
+        self.end_exit_scans()?;
         let now_s = self.now_s();
         if let Some(kernel) = &mut self.kernel {
             self.notices.extend(kernel.follow(now_s, &mut self.next_instance)?);

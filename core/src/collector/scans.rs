@@ -1,24 +1,30 @@
 //! Scans for reachability: when, of whom, and what becomes of their results.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Collector, Life, Notice};
 use crate::config::ReachabilitySettings;
 use crate::error::Result;
+use crate::reachability::Limits;
 use crate::reachability::scanner::Options;
 use crate::reachability::service::{Outcome, Service, Step, Subject, Way};
-use crate::snapshot::{ReachStep, ReachWay, Site, SiteKey, SiteReach};
+use crate::snapshot::{Process, ReachStep, ReachWay, Site, SiteKey, SiteReach};
 
-/// Of what was allocated in a window nobody knows the frees: it must be older to be judged.
-const MIN_AGE_WINDOWS: Duration = Duration::from_secs(10);
-const MIN_AGE_EXACT: Duration = Duration::from_secs(1);
+/// How long a process may have to wait with its exit for a scan.
+const EXIT_WAITS: Duration = Duration::from_secs(60);
+/// What reading a process takes at least, bytes per second of CPU time: for the plan of a scan. See docs/reachability.md.
+const PLANNED_SPEED: f64 = 0.8e9;
+/// Scans that take longer by plan are announced, seconds.
+const ANNOUNCED_S: f64 = 10.0;
 
 /// What the collector keeps about scans.
 pub(super) struct Scans {
     settings: ReachabilitySettings,
     service: Service,
+    /// Instances that wait with their exit for a scan, with their process ids, and since when.
+    exits: HashMap<u32, (u32, f64)>,
     sites: HashMap<SiteKey, Arc<SiteReach>>,
     /// When the last scan of an instance ended, seconds on the collector's clock.
     ended_s: HashMap<u32, f64>,
@@ -26,7 +32,13 @@ pub(super) struct Scans {
 
 impl Scans {
     pub(super) fn new(settings: ReachabilitySettings) -> Self {
-        Scans { settings, service: Service::default(), sites: HashMap::new(), ended_s: HashMap::new() }
+        Scans {
+            settings,
+            service: Service::default(),
+            exits: HashMap::new(),
+            sites: HashMap::new(),
+            ended_s: HashMap::new(),
+        }
     }
 
     /// What is known of a site.
@@ -37,6 +49,7 @@ impl Scans {
     /// Forgets an instance.
     pub(super) fn forget(&mut self, instance: u32) {
         self.service.forget(instance);
+        self.exits.remove(&instance);
         self.sites.retain(|key, _| key.instance != instance);
         self.ended_s.remove(&instance);
     }
@@ -48,16 +61,23 @@ impl Collector {
     /// # Errors
     /// A scan cannot be started.
     pub fn scan_suspects<'a>(&mut self, sites: impl Iterator<Item = &'a Site>) -> Result<()> {
-        if !self.scans.settings.automatic {
-            return Ok(());
-        }
+        if self.scans.settings.automatic { self.scan_asked(sites) } else { Ok(()) }
+    }
+
+    /// Scans the processes of sites for which a rule has asked for it, if the last scan was long enough ago.
+    ///
+    /// # Errors
+    /// A scan cannot be started.
+    pub fn scan_asked<'a>(&mut self, sites: impl Iterator<Item = &'a Site>) -> Result<()> {
         let now_s = self.now_s();
         let every_s = self.scans.settings.every.as_secs_f64();
+        let mut suspects: HashMap<u32, Vec<SiteKey>> = HashMap::new();
         for site in sites {
-            let instance = site.key.instance;
-            let due = self.scans.ended_s.get(&instance).is_none_or(|ended_s| now_s - ended_s >= every_s);
-            if due {
-                self.scan_memory(instance)?;
+            suspects.entry(site.key.instance).or_default().push(site.key);
+        }
+        for (instance, suspects) in suspects {
+            if self.scans.ended_s.get(&instance).is_none_or(|ended_s| now_s - ended_s >= every_s) {
+                self.scan_memory(instance, suspects)?;
             }
         }
         Ok(())
@@ -70,7 +90,7 @@ impl Collector {
     pub fn scan_all(&mut self) -> Result<()> {
         let running = self.watched.iter().filter(|(_, w)| w.life == Life::Running).map(|(i, _)| *i);
         for instance in running.collect::<Vec<_>>() {
-            self.scan_memory(instance)?;
+            self.scan_memory(instance, Vec::new())?;
         }
         Ok(())
     }
@@ -80,21 +100,83 @@ impl Collector {
         self.scans.service.is_busy()
     }
 
-    fn scan_memory(&mut self, instance: u32) -> Result<()> {
+    fn scan_memory(&mut self, instance: u32, suspects: Vec<SiteKey>) -> Result<()> {
         let Some(watched) = self.watched.get(&instance).filter(|w| w.life == Life::Running) else { return Ok(()) };
         if self.scans.service.is_running(instance) {
             return Ok(());
         }
         let s = &self.scans.settings;
         let exact = watched.governor.is_exact();
-        let options = Options {
-            limits: s.limits,
-            min_age: if exact { MIN_AGE_EXACT } else { MIN_AGE_WINDOWS },
-            core_share: s.core_share,
-            max_bytes: s.max_memory.0,
-        };
-        let subject = Subject { instance, pid: watched.process.pid, start_ticks: watched.process.start_ticks };
+        let options = s.options(exact);
+        let subject = self.subject(instance, &watched.process, suspects);
+        // The resident set is about what is read, and known already.
+        let bytes = watched.usage.rss_bytes;
+        let about_s = f64::from(s.limits.scans) * bytes as f64 / PLANNED_SPEED / s.core_share;
+        if about_s >= ANNOUNCED_S {
+            let process = Arc::clone(&watched.process);
+            self.notices.push(Notice::Scanning { process, bytes, scans: s.limits.scans, about_s });
+        }
         self.scans.service.start(subject, self.tracker.block_reader()?, options)
+    }
+
+    /// Scans a process that has called exit() and is stopped, so that what was lost then is known: afterwards its memory is
+    /// gone. True when it must wait for that.
+    pub(super) fn scan_exiting(&mut self, instance: u32) -> Result<bool> {
+        if !self.scans.settings.at_exit || self.scans.service.is_running(instance) {
+            return Ok(false);
+        }
+        let Some(watched) = self.watched.get(&instance) else { return Ok(false) };
+        let s = &self.scans.settings;
+        let options = Options {
+            // One block is enough where nothing can have moved.
+            limits: Limits { min_lost: 1, ..s.limits },
+            min_age: Duration::ZERO,
+            core_share: 1.0,
+            stop: None,
+            still: true,
+            ..s.options(watched.governor.is_exact())
+        };
+        let pid = watched.process.pid;
+        let subject = self.subject(instance, &watched.process, Vec::new());
+        self.scans.exits.insert(instance, (pid, self.now_s()));
+        self.scans.service.start(subject, self.tracker.block_reader()?, options)?;
+        Ok(true)
+    }
+
+    /// Whether a process waits with its exit.
+    pub(super) fn exit_waits(&self) -> bool {
+        !self.scans.exits.is_empty()
+    }
+
+    /// Lets processes whose scan has ended exit.
+    pub(super) fn end_exit_scans(&mut self) -> Result<()> {
+        if self.scans.exits.is_empty() {
+            return Ok(());
+        }
+        let now_s = self.now_s();
+        for (instance, (_, since_s)) in &self.scans.exits {
+            if now_s - since_s > EXIT_WAITS.as_secs_f64() {
+                self.scans.service.cancel(*instance);
+            }
+        }
+        self.take_scans()?;
+        let running: HashSet<u32> =
+            self.scans.exits.keys().copied().filter(|i| self.scans.service.is_running(*i)).collect();
+        let over: Vec<u32> =
+            self.scans.exits.iter().filter(|(i, _)| !running.contains(*i)).map(|(_, (pid, _))| *pid).collect();
+        self.scans.exits.retain(|instance, _| running.contains(instance));
+        over.into_iter().for_each(|pid| self.go_on(pid));
+        Ok(())
+    }
+
+    fn subject(&self, instance: u32, process: &Process, suspects: Vec<SiteKey>) -> Subject {
+        Subject {
+            instance,
+            pid: process.pid,
+            start_ticks: process.start_ticks,
+            glibc: self.plugins.iter().filter(|p| p.spec.name == "glibc").map(|p| p.spec.number).collect(),
+            suspects,
+        }
     }
 
     /// Takes in what scans have found since the last call.
@@ -104,10 +186,10 @@ impl Collector {
             self.scans.ended_s.insert(instance, now_s);
             let Some(process) = self.watched.get(&instance).map(|w| Arc::clone(&w.process)) else { continue };
             match outcome {
-                Ok(Outcome { sites, cost }) => {
+                Ok(Outcome { sites, cost, limits }) => {
                     for (key, counts, way) in sites {
                         let way = way.map(|way| self.name_way(way)).transpose()?;
-                        let verdict = counts.verdict(&self.scans.settings.limits);
+                        let verdict = counts.verdict(&limits);
                         self.scans.sites.insert(key, Arc::new(SiteReach { verdict, counts, time_s: now_s, way }));
                     }
                     self.notices.push(Notice::Scanned { process, cost });

@@ -183,6 +183,9 @@ fn reachability(mut s: Section<'_>, config: &mut Config) {
     s.duration("every", 1000 * MS..=DAY, &mut r.every);
     set_percent(&mut s, "core_share", &mut r.core_share);
     s.bytes("max_memory", Bytes(1 << 20)..=Bytes(1 << 50), &mut r.max_memory);
+    s.choice("stop", &[("never", false), ("brief", true)], &mut r.stop);
+    s.duration("max_stop", MS..=1000 * MS, &mut r.max_stop);
+    s.boolean("at_exit", &mut r.at_exit);
     s.integer("scans", 2..=100, &mut r.limits.scans);
     s.integer("min_lost", 1..=u64::MAX, &mut r.limits.min_lost);
     set_percent(&mut s, "min_fraction", &mut r.limits.min_fraction);

@@ -495,8 +495,30 @@ pub struct ReachabilitySettings {
     pub core_share: f64,
     /// Processes with more writable memory are not scanned.
     pub max_memory: Bytes,
+    /// Stop the process for a moment at the end of a series, for registers and a copy of memory.
+    pub stop: bool,
+    /// Longest such stop.
+    pub max_stop: Duration,
+    /// Scan processes that end under `memleak run`, before their exit handlers run.
+    pub at_exit: bool,
     /// How many scans make a series, and when a loss is definite.
     pub limits: crate::reachability::Limits,
+}
+
+impl ReachabilitySettings {
+    /// How a process is scanned with these settings; `exact`: every free has been seen.
+    pub fn options(&self, exact: bool) -> crate::reachability::scanner::Options {
+        crate::reachability::scanner::Options {
+            limits: self.limits,
+            // Of what was allocated in a window nobody knows the frees: it must be older to be judged.
+            min_age: Duration::from_secs(if exact { 1 } else { 10 }),
+            core_share: self.core_share,
+            max_bytes: self.max_memory.0,
+            stop: self.stop.then_some(self.max_stop),
+            still: false,
+            unseen_frees: !exact,
+        }
+    }
 }
 
 impl Default for ReachabilitySettings {
@@ -506,6 +528,9 @@ impl Default for ReachabilitySettings {
             every: Duration::from_secs(60),
             core_share: 0.5,
             max_memory: Bytes(64 << 30),
+            stop: false,
+            max_stop: Duration::from_millis(50),
+            at_exit: true,
             limits: crate::reachability::Limits::default(),
         }
     }

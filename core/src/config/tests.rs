@@ -145,6 +145,9 @@ fn every_key_reaches_its_field() {
         every = "27s"
         core_share = "28%"
         max_memory = "29MiB"
+        stop = "brief"
+        max_stop = "33ms"
+        at_exit = false
         scans = 30
         min_lost = 31
         min_fraction = "32%"
@@ -257,6 +260,9 @@ fn every_key_reaches_its_field() {
             every: secs(27),
             core_share: 0.28,
             max_memory: Bytes(29 << 20),
+            stop: true,
+            max_stop: Duration::from_millis(33),
+            at_exit: false,
             limits: crate::reachability::Limits { scans: 30, most_scans: 30, min_lost: 31, min_fraction: 0.32 },
         },
     };

@@ -97,7 +97,7 @@ impl Recorder {
             Notice::Mode { process, .. } | Notice::Sampled { process, .. } | Notice::Stopped { process, .. } => {
                 (EventKind::Mode, Some(process.instance))
             }
-            Notice::Scanned { process, .. } | Notice::NotScanned { process, .. } => {
+            Notice::Scanning { process, .. } | Notice::Scanned { process, .. } | Notice::NotScanned { process, .. } => {
                 (EventKind::Scan, Some(process.instance))
             }
             Notice::Failed { .. } => (EventKind::Failed, None),

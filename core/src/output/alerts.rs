@@ -18,6 +18,7 @@ use crate::alert::{AlertEvent, Status};
 use crate::error::{Error, ErrorKind, Result};
 use crate::finding::Severity;
 use crate::labels::Labels;
+use crate::output::reach::ReachView;
 use crate::snapshot::{Losses, Mode};
 use crate::symbolize::Frame;
 use crate::units::format_time_utc;
@@ -97,6 +98,8 @@ pub struct SiteLine {
     pub frames: Vec<FrameLine>,
     /// Why the call stack ends early, if it is known to.
     pub truncated: Option<String>,
+    /// Whether the process can still reach its blocks; `None` before its memory was scanned.
+    pub reachability: Option<ReachView>,
 }
 
 /// One frame of an alert line. Texts are hostile.
@@ -177,6 +180,7 @@ impl From<&AlertEvent> for AlertLine {
                 oldest_age_s: finite(event.oldest_age_s),
                 frames: site.frames().iter().map(FrameLine::from).collect(),
                 truncated: site.truncated.as_deref().map(str::to_owned),
+                reachability: event.reachability.as_deref().map(ReachView::from),
             },
             losses: event.losses,
         }

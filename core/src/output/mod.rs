@@ -4,6 +4,7 @@ pub mod alerts;
 pub mod atomic;
 pub mod filters;
 pub mod junit;
+pub mod reach;
 pub mod report;
 pub mod sarif;
 pub mod snapshots;

@@ -1,5 +1,6 @@
 //! A snapshot as one line of JSON, for `--json`. The fields are documented in `docs/json.md`.
 
+use memleak_probes::Prices;
 use serde::Serialize;
 
 use crate::coverage::Coverage;
@@ -7,12 +8,9 @@ use crate::governor::StopReason;
 use crate::history::{History, SiteHistory};
 use crate::kernel::{KernelSample, KernelSummary, Origin};
 use crate::labels::Labels;
-use crate::reachability::roots::Root;
-use crate::reachability::{SiteVerdict, Verdict};
+use crate::output::reach::ReachView;
 use crate::selfstats::OwnCost;
-use crate::snapshot::{
-    Cohort, Losses, Mode, ProcessSample, ReachWay, Sampling, SiteReach, SiteSample, Snapshot, StandardErrors, Totals,
-};
+use crate::snapshot::{Cohort, Losses, Mode, ProcessSample, Sampling, SiteSample, Snapshot, StandardErrors, Totals};
 use crate::symbolize::Frame;
 
 /// The line.
@@ -24,6 +22,7 @@ pub struct SnapshotLine<'a> {
     time_s: f64,
     processes: Vec<ProcessLine<'a>>,
     own: OwnLine,
+    calibration: Option<CalibrationLine>,
     totals: TotalsLine,
     /// Number of sites, also of those that are not listed.
     sites_total: usize,
@@ -67,6 +66,22 @@ struct OwnLine {
     snapshot_cpu_s: f64,
 }
 
+/// What hits cost here.
+#[derive(Debug, Serialize)]
+struct CalibrationLine {
+    hit_ns: f64,
+    trap_ns: f64,
+    cold_ns: f64,
+    stepped_ns: f64,
+}
+
+impl From<Prices> for CalibrationLine {
+    fn from(prices: Prices) -> Self {
+        let Prices { hit_ns, trap_ns, cold_ns, stepped_ns } = prices;
+        CalibrationLine { hit_ns, trap_ns, cold_ns, stepped_ns }
+    }
+}
+
 #[derive(Debug, Serialize)]
 struct TotalsLine {
     #[serde(flatten)]
@@ -89,7 +104,7 @@ struct SiteLine<'a> {
     cohorts: &'a [Cohort],
     frames: &'a [Frame],
     truncated: Option<&'a str>,
-    reachability: Option<ReachLine>,
+    reachability: Option<ReachView>,
     kernel: Option<KernelLine<'a>>,
 }
 
@@ -118,38 +133,6 @@ impl<'a> KernelLine<'a> {
     }
 }
 
-/// What scans say of a site.
-#[derive(Debug, Serialize)]
-pub(crate) struct ReachLine {
-    verdict: Verdict,
-    #[serde(flatten)]
-    counts: SiteVerdict,
-    lost_fraction: Option<f64>,
-    lost_fraction_low: Option<f64>,
-    lost_fraction_high: Option<f64>,
-    time_s: f64,
-    evidence: String,
-    root: Option<Root>,
-    way: Option<String>,
-}
-
-impl From<&SiteReach> for ReachLine {
-    fn from(reach: &SiteReach) -> Self {
-        let fraction = reach.counts.lost_fraction();
-        ReachLine {
-            verdict: reach.verdict,
-            counts: reach.counts,
-            lost_fraction: fraction.map(|f| f.0),
-            lost_fraction_low: fraction.map(|f| f.1),
-            lost_fraction_high: fraction.map(|f| f.2),
-            time_s: reach.time_s,
-            evidence: reach.describe(),
-            root: reach.way.as_ref().map(|w| w.root.clone()),
-            way: reach.way.as_ref().map(ReachWay::describe),
-        }
-    }
-}
-
 impl TotalsLine {
     fn new(totals: Totals, stderr: StandardErrors) -> Self {
         TotalsLine {
@@ -163,8 +146,8 @@ impl TotalsLine {
 
 impl<'a> SnapshotLine<'a> {
     /// The line for a snapshot that `history` has taken in, with the first `sites` sites. Frames that have not been
-    /// symbolized are empty.
-    pub fn new(snapshot: &'a Snapshot, history: &History, sites: usize, own: OwnCost) -> Self {
+    /// symbolized are empty. What the collector costs and what hits cost is not known of a recording.
+    pub fn new(snapshot: &'a Snapshot, history: &History, sites: usize, own: OwnCost, prices: Option<Prices>) -> Self {
         let age =
             |s: &SiteSample| history.site(s.site.key).map_or(0.0, |h: &SiteHistory| h.oldest_age_s(snapshot.time_s));
         SnapshotLine {
@@ -179,6 +162,7 @@ impl<'a> SnapshotLine<'a> {
                 map_bytes: own.map_bytes,
                 snapshot_cpu_s: snapshot.collect_cpu_s,
             },
+            calibration: prices.map(CalibrationLine::from),
             totals: TotalsLine::new(snapshot.totals(), snapshot.stderr()),
             sites_total: snapshot.sites.len(),
             kernel: snapshot.processes.iter().find_map(|p| p.kernel.as_deref()),
@@ -193,7 +177,7 @@ impl<'a> SnapshotLine<'a> {
                     cohorts: &s.cohorts,
                     frames: s.site.frames(),
                     truncated: s.site.truncated.as_deref(),
-                    reachability: s.reachability.as_deref().map(ReachLine::from),
+                    reachability: s.reachability.as_deref().map(ReachView::from),
                     kernel: s.kernel.as_deref().map(|k| KernelLine::new(k, &s.totals)),
                 })
                 .collect(),

@@ -22,6 +22,8 @@ pub struct Block {
     pub birth_ns: u64,
     /// Its allocation site: a number that the caller gives a meaning.
     pub site: u32,
+    /// It is glibc's, whose books can be looked at.
+    pub glibc: bool,
 }
 
 impl Block {
@@ -160,7 +162,7 @@ mod tests {
     use super::*;
 
     fn block(address: u64, size: u64) -> Block {
-        Block { address, size, birth_ns: 0, site: 0 }
+        Block { address, size, ..Block::default() }
     }
 
     fn slow_find(blocks: &[Block], address: u64) -> Option<(u32, u64)> {
@@ -211,7 +213,7 @@ mod tests {
             raw in proptest::collection::vec((0_u64..3_000_000, 0_u64..20_000, 0_u64..5), 0..60),
             words in proptest::collection::vec(0_u64..40_000_000, 200)
         ) {
-            let blocks = raw.iter().map(|&(a, size, birth_ns)| Block { address: a * 13, size, birth_ns, site: 0 });
+            let blocks = raw.iter().map(|&(a, size, birth_ns)| Block { address: a * 13, size, birth_ns, ..Block::default() });
             let index = Index::new(blocks.collect());
             for pair in index.blocks().windows(2) {
                 prop_assert!(pair[0].end() <= pair[1].address);

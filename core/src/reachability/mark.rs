@@ -10,6 +10,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
+use super::coded::Coded;
 use super::index::Index;
 use super::memory::Memory;
 
@@ -116,7 +117,27 @@ pub struct Scan<'a> {
     queue: VecDeque<u32>,
     offsets: HashMap<u32, Vec<u64>>,
     words: u64,
+    /// Looks for pointers that were XOR-ed.
+    coded: Option<&'a mut Coded>,
+    /// Looks for free lists; see [`Scan::with_free_lists`].
+    free_lists: Option<FreeLists>,
 }
+
+/// glibc's lists of free blocks: their links are XOR-ed with where they lie, shifted by 12 ("safe linking", glibc 2.32).
+#[derive(Debug, Default)]
+struct FreeLists {
+    /// Upper bits of the addresses of blocks, from and to.
+    span: (u64, u64),
+    /// Blocks that such a link leads to.
+    linked: Vec<u32>,
+}
+
+/// A link differs from an address in fewer low bits than this.
+const LINK_BITS: u32 = 36;
+/// Most blocks in free lists that are kept.
+const MAX_LINKED: usize = 1 << 20;
+/// Links of fast bins lead to the header, which lies so many bytes before the block.
+const HEADER: u64 = 16;
 
 impl<'a> Scan<'a> {
     /// A scan over the blocks of `index`. `learned` comes from an earlier scan of the same sites; without it every
@@ -133,9 +154,40 @@ impl<'a> Scan<'a> {
             queue: VecDeque::new(),
             offsets: HashMap::new(),
             words: 0,
+            coded: None,
+            free_lists: None,
         };
         scan.choose_samples();
         scan
+    }
+
+    /// Also collects words that may be pointers XOR-ed with a constant.
+    pub fn with_coded(mut self, coded: &'a mut Coded) -> Self {
+        self.coded = Some(coded);
+        self
+    }
+
+    /// Also looks for blocks in glibc's free lists: they have been freed, and nobody saw it.
+    pub fn with_free_lists(mut self) -> Self {
+        let blocks = self.index.blocks();
+        let upper = |block: Option<&super::Block>| block.map_or(0, |b| b.address >> LINK_BITS);
+        self.free_lists = Some(FreeLists { span: (upper(blocks.first()), upper(blocks.last())), linked: Vec::new() });
+        self
+    }
+
+    /// Looks whether the word at the start of a free block is a link to another one.
+    fn look_at_link(&mut self, at: u64, word: u64) {
+        let Some(lists) = &mut self.free_lists else { return };
+        let upper = word >> LINK_BITS;
+        if upper < lists.span.0 || upper > lists.span.1 || lists.linked.len() >= MAX_LINKED {
+            return;
+        }
+        let address = word ^ (at >> 12);
+        for start in [address, address.wrapping_add(HEADER)] {
+            if let Some((target, 0)) = self.index.find(start) {
+                lists.linked.push(target);
+            }
+        }
     }
 
     /// Blocks spread evenly over each site's.
@@ -170,7 +222,7 @@ impl<'a> Scan<'a> {
             let length = (until - at).next_multiple_of(8).min((rest.len() & !7) as u64) as usize;
             let (stretch, behind) = rest.split_at(length);
             match source {
-                Some(number) => self.visit_block(number, stretch),
+                Some(number) => self.visit_block(number, at, stretch),
                 None => self.visit_root(at, stretch),
             }
             at += length as u64;
@@ -188,13 +240,23 @@ impl<'a> Scan<'a> {
 
     fn visit_root(&mut self, address: u64, bytes: &[u8]) {
         for (i, word) in words(bytes).enumerate() {
+            let at = address + 8 * i as u64;
             if let Some((target, strong)) = self.target(word) {
-                self.reach(target, strong, Referrer::Root(address + 8 * i as u64));
+                self.reach(target, strong, Referrer::Root(at));
+            }
+            if self.free_lists.is_some() && at.is_multiple_of(16) {
+                self.look_at_link(at, word);
             }
         }
     }
 
-    fn visit_block(&mut self, source: u32, bytes: &[u8]) {
+    fn visit_block(&mut self, source: u32, at: u64, bytes: &[u8]) {
+        if self.free_lists.is_some()
+            && self.index.blocks()[source as usize].address == at
+            && let Some(word) = words(bytes).next()
+        {
+            self.look_at_link(at, word);
+        }
         let flags = self.flags[source as usize];
         if flags & STRONG != 0 {
             return self.follow(source, true, bytes);
@@ -258,6 +320,9 @@ impl<'a> Scan<'a> {
 
     /// A word whose upper bits are set is no address, but may be one with a tag.
     fn look_behind_tag(&mut self, word: u64) {
+        if let Some(coded) = &mut self.coded {
+            coded.see(word);
+        }
         if let Some((target, 0)) = self.index.find(word & UNTAGGED) {
             self.flags[target as usize] |= TAGGED;
         }
@@ -293,7 +358,10 @@ impl<'a> Scan<'a> {
         }
         self.tell_indirect(memory, &mut buffer);
         let learned = self.learn();
-        Marked { flags: self.flags, parents: self.parents, learned, words: self.words }
+        let mut linked = self.free_lists.map(|lists| lists.linked).unwrap_or_default();
+        linked.sort_unstable();
+        linked.dedup();
+        Marked { flags: self.flags, parents: self.parents, learned, words: self.words, linked }
     }
 
     fn walk_from(&mut self, block: u32, strongly: bool, memory: &mut dyn Memory, buffer: &mut [u8]) {
@@ -349,40 +417,40 @@ impl<'a> Scan<'a> {
     /// Of the lost blocks, those that others of them refer to. Of a ring that nothing else refers to, the first block
     /// stands for all.
     fn tell_indirect(&mut self, memory: &mut dyn Memory, buffer: &mut [u8]) {
-        let is_lost = |f: u8| f & (STRONG | WEAK | TAGGED) == 0;
-        let lost = numbers(&self.flags, is_lost);
-        if lost.is_empty() {
+        let lost: Vec<bool> = self.flags.iter().map(|f| f & (STRONG | WEAK | TAGGED) == 0).collect();
+        if !lost.contains(&true) {
             return;
         }
-        // Walks over a copy of the flags: WEAK in it means "walked over".
-        let marks = self.flags.clone();
-        let mut referenced = vec![false; self.flags.len()];
-        for &block in &lost {
+        let numbers = 0..lost.len() as u32;
+        let mut referenced = vec![false; lost.len()];
+        for block in numbers.clone().filter(|b| lost[*b as usize]) {
             self.for_each_target(block, memory, buffer, &mut |target| {
-                if target != block && is_lost(marks[target as usize]) {
+                if target != block && lost[target as usize] {
                     referenced[target as usize] = true;
                 }
             });
         }
-        let mut walked = vec![false; self.flags.len()];
-        let (heads, rest): (Vec<u32>, Vec<u32>) = lost.iter().partition(|b| !referenced[**b as usize]);
-        for head in heads.into_iter().chain(rest) {
-            if walked[head as usize] {
-                continue;
-            }
-            walked[head as usize] = true;
-            let mut queue = vec![head];
-            while let Some(block) = queue.pop() {
-                let mut found = Vec::new();
-                self.for_each_target(block, memory, buffer, &mut |target| {
-                    if is_lost(marks[target as usize]) && !walked[target as usize] {
-                        walked[target as usize] = true;
-                        found.push(target);
+        let mut walked = vec![false; lost.len()];
+        let (mut queue, mut found) = (Vec::new(), Vec::new());
+        // First from those that nothing refers to; then what is left are rings.
+        for only_heads in [true, false] {
+            for head in numbers.clone() {
+                if !lost[head as usize] || walked[head as usize] || only_heads == referenced[head as usize] {
+                    continue;
+                }
+                walked[head as usize] = true;
+                queue.push(head);
+                while let Some(block) = queue.pop() {
+                    self.for_each_target(block, memory, buffer, &mut |target| {
+                        if lost[target as usize] && !walked[target as usize] {
+                            walked[target as usize] = true;
+                            found.push(target);
+                        }
+                    });
+                    for target in found.drain(..) {
+                        self.flags[target as usize] |= INDIRECT;
+                        queue.push(target);
                     }
-                });
-                for target in found {
-                    self.flags[target as usize] |= INDIRECT;
-                    queue.push(target);
                 }
             }
         }
@@ -434,6 +502,8 @@ pub struct Marked {
     pub learned: Learned,
     /// Words that were looked at.
     pub words: u64,
+    /// Blocks in free lists of the allocator, ascending; see [`Scan::with_free_lists`].
+    pub linked: Vec<u32>,
 }
 
 impl Marked {

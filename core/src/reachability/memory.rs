@@ -1,10 +1,11 @@
 //! Where a scan's words come from: the writable memory of a process.
 //!
 //! [`ProcessMemory`] reads with `process_vm_readv`, which neither stops nor changes the process. Only pages that are
-//! there are read: touching the others would make the process grow. [`ranges`] lists what is worth reading.
+//! there are read: touching the others would make the process grow. [`Ranges`] lists what is worth reading.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use crate::maps::{Backing, Maps};
 use crate::sys;
@@ -15,6 +16,8 @@ const LOOKED_UP: usize = 8192;
 /// In an entry of pagemap: the page is in memory, or swapped out (Linux `Documentation/admin-guide/mm/pagemap.rst`).
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
+/// It is a file's, or shared: not a private page that has been written.
+const OF_FILE: u64 = 1 << 61;
 
 /// Memory that can be read by address.
 pub trait Memory {
@@ -50,25 +53,64 @@ pub struct Range {
     pub end: u64,
 }
 
-/// Writable memory of a process: what has a name of its own (data of programs and libraries, the main stack), and the
-/// rest. The first should be read first, so that the way from a block to its root begins at something with a name.
-pub fn ranges(maps: &Maps) -> (Vec<Range>, Vec<Range>) {
-    let mut named: Vec<Range> = Vec::new();
-    let mut others = Vec::new();
-    for m in maps.iter().filter(|m| m.perms.read && m.perms.write) {
-        let range = Range { start: m.start, end: m.end };
-        match &m.backing {
-            // Zeroed data lies behind the rest of a file's data.
-            Backing::Anonymous if named.last().is_some_and(|before| before.end == m.start) => named.push(range),
-            // Registers of a device: reading may act on it, and can stall.
-            Backing::File { path, .. } if path.starts_with("/dev") && !path.starts_with("/dev/shm") => {}
-            Backing::File { .. } => named.push(range),
-            Backing::Special(name) if name.starts_with("[stack") => named.push(range),
-            Backing::Special(name) if name.starts_with("[v") => {}
-            _ => others.push(range),
+/// What of a process's memory may hold references.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ranges {
+    /// Writable memory with a name of its own: data of programs and libraries, the main stack. It should be read first,
+    /// so that the way from a block to its root begins at something with a name.
+    pub named: Vec<Range>,
+    /// The other writable memory.
+    pub others: Vec<Range>,
+    /// Private memory that is read-only by now: what of it has been written before may hold references.
+    pub frozen: Vec<Range>,
+    /// Writable memory of devices, in bytes: reading it may act on the device, and can stall.
+    pub device_bytes: u64,
+}
+
+impl Ranges {
+    /// Sorts the mappings of a process.
+    pub fn of(maps: &Maps) -> Ranges {
+        let mut ranges = Ranges::default();
+        for m in maps.iter().filter(|m| m.perms.read) {
+            let range = Range { start: m.start, end: m.end };
+            match &m.backing {
+                _ if !m.perms.write => {
+                    if !m.perms.shared && !m.perms.execute && !matches!(m.backing, Backing::Special(_)) {
+                        ranges.frozen.push(range);
+                    }
+                }
+                // Zeroed data lies behind the rest of a file's data.
+                Backing::Anonymous if ranges.named.last().is_some_and(|before| before.end == m.start) => {
+                    ranges.named.push(range);
+                }
+                Backing::File { path, .. } if is_device(path) => ranges.device_bytes += range.end - range.start,
+                Backing::File { .. } => ranges.named.push(range),
+                Backing::Special(name) if name.starts_with("[stack") => ranges.named.push(range),
+                Backing::Special(name) if name.starts_with("[v") => {}
+                _ => ranges.others.push(range),
+            }
         }
+        ranges
     }
-    (named, others)
+
+    /// All of them that are there, in the order in which they should be read.
+    pub fn present(&self, pagemap: &mut Pagemap) -> Vec<Range> {
+        let mut runs = Vec::new();
+        for range in self.named.iter().chain(&self.others) {
+            pagemap.present(*range, &mut |run| runs.push(run));
+        }
+        for range in &self.frozen {
+            pagemap.written(*range, &mut |run| runs.push(run));
+        }
+        runs
+    }
+}
+
+/// Whether a mapped file is a device. Some files in /dev are plain memory.
+fn is_device(path: &Path) -> bool {
+    const MEMORY: [&str; 3] = ["/dev/shm", "/dev/zero", "/dev/hugepages"];
+    let text = path.to_string_lossy();
+    path.starts_with("/dev") && !MEMORY.iter().any(|memory| text.starts_with(memory))
 }
 
 /// Which pages of a process are there.
@@ -87,6 +129,15 @@ impl Pagemap {
 
     /// Calls `visit` with each run of pages of a range that are there.
     pub fn present(&mut self, range: Range, visit: &mut dyn FnMut(Range)) {
+        self.runs(range, |entry| entry & (PRESENT | SWAPPED) != 0, visit);
+    }
+
+    /// Calls `visit` with each run of private pages of a range that have been written.
+    pub fn written(&mut self, range: Range, visit: &mut dyn FnMut(Range)) {
+        self.runs(range, |entry| entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0, visit);
+    }
+
+    fn runs(&mut self, range: Range, wanted: impl Fn(u64) -> bool, visit: &mut dyn FnMut(Range)) {
         let Some(file) = &self.file else { return visit(range) };
         let mut entries = vec![0_u8; 8 * LOOKED_UP];
         let mut run: Option<Range> = None;
@@ -99,11 +150,11 @@ impl Pagemap {
             }
             for entry in entries[..8 * got].as_chunks::<8>().0 {
                 let entry = u64::from_ne_bytes(*entry);
-                self.swapped += u64::from(entry & SWAPPED != 0);
                 let end = (at + PAGE).min(range.end);
-                if entry & (PRESENT | SWAPPED) == 0 {
+                if !wanted(entry) {
                     run.take().into_iter().for_each(&mut *visit);
                 } else {
+                    self.swapped += u64::from(entry & SWAPPED != 0);
                     run = Some(Range { start: run.map_or(at, |r| r.start), end });
                 }
                 at = end;
@@ -152,19 +203,55 @@ mod tests {
         assert_eq!(ProcessMemory::new(std::process::id()).read(page(4), &mut word), 0);
     }
 
-    // Globals come before the heap, so that chains begin at them.
+    // Globals come before the heap, so that chains begin at them; devices are left alone and counted.
     #[test]
     fn data_of_files_and_stacks_comes_first() {
         let maps = Maps::parse(
             b"1000-2000 rw-p 0 00:00 0 \n\
               3000-4000 r--p 0 00:01 7 /bin/x\n\
+              4000-5000 r-xp 0 00:01 7 /bin/x\n\
               5000-6000 rw-p 0 00:01 7 /bin/x\n\
               6000-6800 rw-p 0 00:00 0 \n\
               7000-8000 rw-s 0 00:01 9 /dev/dri/card0\n\
+              8000-8800 rw-s 0 00:01 9 /dev/zero (deleted)\n\
               9000-a000 rw-p 0 00:00 0 [stack]\n",
         );
-        let starts = |ranges: Vec<Range>| ranges.iter().map(|r| r.start).collect::<Vec<u64>>();
-        let (named, others) = ranges(&maps);
-        assert_eq!((starts(named), starts(others)), (vec![0x5000, 0x6000, 0x9000], vec![0x1000]));
+        let starts = |ranges: &[Range]| ranges.iter().map(|r| r.start).collect::<Vec<u64>>();
+        let ranges = Ranges::of(&maps);
+        assert_eq!(starts(&ranges.named), [0x5000, 0x6000, 0x8000, 0x9000]);
+        assert_eq!((starts(&ranges.others), starts(&ranges.frozen)), (vec![0x1000], vec![0x3000]));
+        assert_eq!(ranges.device_bytes, 0x1000);
+    }
+
+    // What was written and then protected is read; what is only a file's content is not.
+    #[test]
+    fn written_pages_that_are_read_only_now_are_found() {
+        const PAGES: usize = 4;
+        // SAFETY: a fresh private mapping of this program's file, unmapped below.
+        let start = unsafe {
+            let file = File::open("/proc/self/exe").unwrap();
+            let at = libc::mmap(
+                std::ptr::null_mut(),
+                PAGES * PAGE as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE,
+                std::os::fd::AsRawFd::as_raw_fd(&file),
+                0,
+            );
+            assert_ne!(at, libc::MAP_FAILED);
+            for page in 0..PAGES {
+                std::hint::black_box(at.cast::<u8>().add(page * PAGE as usize).read_volatile());
+            }
+            at.cast::<u64>().add(2 * 512).write_volatile(7);
+            libc::mprotect(at, PAGES * PAGE as usize, libc::PROT_READ);
+            at
+        };
+        let base = start as u64;
+        let mut runs = Vec::new();
+        let range = Range { start: base, end: base + PAGES as u64 * PAGE };
+        Pagemap::open(std::process::id()).written(range, &mut |r| runs.push(r));
+        assert_eq!(runs, [Range { start: base + 2 * PAGE, end: base + 3 * PAGE }]);
+        // SAFETY: the mapping made above, which nothing refers to any more.
+        unsafe { libc::munmap(start, PAGES * PAGE as usize) };
     }
 }

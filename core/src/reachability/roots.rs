@@ -18,6 +18,20 @@ const MAX_SYMBOLS: usize = 1_000_000;
 /// Most threads whose stacks are told apart.
 const MAX_THREADS: usize = 4096;
 
+/// Roots that have no address; no program's address has these bits.
+const OF_REGISTER: u64 = 1 << 62;
+const OF_KERNEL: u64 = 1 << 61;
+
+/// Stands for the registers of a thread where an address is expected.
+pub fn of_register(tid: u32) -> u64 {
+    OF_REGISTER | u64::from(tid)
+}
+
+/// Stands for a word that the kernel keeps.
+pub fn of_kernel(number: usize) -> u64 {
+    OF_KERNEL | number as u64
+}
+
 /// What holds a reference, outside of tracked blocks. Names are hostile text.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
@@ -41,6 +55,8 @@ pub enum Root {
         /// Thread id.
         tid: u32,
     },
+    /// The kernel, which gives it back: `epoll_wait` or a timer's signal.
+    Kernel,
     /// Memory shared with other processes.
     Shared {
         /// Name of the mapping.
@@ -70,6 +86,7 @@ impl fmt::Display for Root {
             Root::Stack { tid: Some(tid) } => write!(f, "stack or thread-local memory of thread {tid}"),
             Root::Stack { tid: None } => f.write_str("stack or thread-local memory of a thread"),
             Root::Register { tid } => write!(f, "register of thread {tid}"),
+            Root::Kernel => f.write_str("data that the kernel keeps for epoll or a timer"),
             Root::Shared { name } => write!(f, "shared memory {name}"),
             Root::Untracked { address } => write!(f, "memory that is not tracked, at {address:#x}"),
         }
@@ -103,8 +120,14 @@ impl RootNames {
         RootNames { dir, maps, stacks, files: HashMap::new() }
     }
 
-    /// What lies at an address.
+    /// What lies at an address, or what a number of [`of_register`] or [`of_kernel`] stands for.
     pub fn name(&mut self, address: u64) -> Root {
+        if address & OF_REGISTER != 0 {
+            return Root::Register { tid: address as u32 };
+        }
+        if address & OF_KERNEL != 0 {
+            return Root::Kernel;
+        }
         let Some(at) = self.maps.iter().position(|m| m.contains(address)) else { return Root::Untracked { address } };
         let mapping = &self.maps.iter().as_slice()[at];
         match &mapping.backing {

@@ -2,6 +2,7 @@
 //!
 //! A collector that moves objects or packs its references makes everything look lost that only its heap refers to.
 
+use crate::error::{Error, ErrorKind};
 use crate::maps::elf;
 use crate::maps::{Backing, Maps, open_mapped};
 use crate::process::ProcDir;
@@ -43,6 +44,12 @@ pub fn moving_collector(dir: &ProcDir) -> Option<&'static str> {
         }
     }
     None
+}
+
+/// Why a process with such a runtime is not scanned.
+pub fn refused(pid: u32, runtime: &str) -> Error {
+    let why = format!("failed to scan process {pid}: {runtime} moves and hides its references");
+    Error::new(ErrorKind::Target, why)
 }
 
 #[cfg(test)]

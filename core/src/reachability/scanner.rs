@@ -1,14 +1,18 @@
 //! A series of scans of a live process.
 //!
 //! Runs in whatever thread calls it and takes its time: the reading is paced, so that it uses no more than a share of a
-//! core, and it can be told to stop. It never stops the process and writes nothing to it.
+//! core, and it can be told to stop. It writes nothing to the process, and stops it only if that was asked for: once, for
+//! a moment, after the other scans; see [`super::stop`].
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use super::mark::{Learned, Marked, Scan};
-use super::memory::{Memory, Pagemap, ProcessMemory, Range, ranges};
-use super::verdict::{Limits, Series};
-use super::{Block, Index};
+use super::coded::Coded;
+use super::mark::{Learned, Marked, Reach, Scan};
+use super::memory::{Memory, Pagemap, ProcessMemory, Range, Ranges};
+use super::roots::{of_kernel, of_register};
+use super::verdict::{Limits, Series, SiteVerdict};
+use super::{Block, Index, books, kernel, plan, stop};
 use crate::error::{Error, ErrorKind, Result};
 use crate::maps::Maps;
 use crate::process::ProcDir;
@@ -31,27 +35,69 @@ pub struct Options {
     pub core_share: f64,
     /// Most bytes of memory that are read in a scan; a larger process is refused.
     pub max_bytes: u64,
+    /// Stop the process at the end, for at most this long: for registers, and memory that stands still.
+    pub stop: Option<Duration>,
+    /// The process stands still already: one scan is enough, and registers may be looked at.
+    pub still: bool,
+    /// Frees may have been missed: look into the allocator's books.
+    pub unseen_frees: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { limits: Limits::default(), min_age: Duration::from_secs(1), core_share: 0.5, max_bytes: 64 << 30 }
+        Options {
+            limits: Limits::default(),
+            min_age: Duration::from_secs(1),
+            core_share: 0.5,
+            max_bytes: 64 << 30,
+            stop: None,
+            still: false,
+            unseen_frees: false,
+        }
     }
 }
 
+/// What became of a stop that was asked for.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+#[serde(tag = "outcome", rename_all = "snake_case")]
+pub enum Stopped {
+    /// The process stood still.
+    Done {
+        /// For so long, seconds.
+        for_s: f64,
+        /// Bytes that were copied meanwhile.
+        copied_bytes: u64,
+        /// Not everything could be copied in that time; the rest was read while the process ran.
+        cut_short: bool,
+        /// Threads whose registers were read.
+        threads: usize,
+    },
+    /// It was not stopped.
+    Refused {
+        /// Why.
+        reason: String,
+    },
+}
+
 /// What a series of scans has cost.
-#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct Cost {
     /// Scans made.
     pub scans: u32,
     /// Bytes read, over all scans.
     pub read_bytes: u64,
+    /// Bytes that could not be read, or had gone meanwhile, over all scans.
+    pub unread_bytes: u64,
     /// CPU time used, seconds.
     pub cpu_s: f64,
     /// From the first scan's begin to the last one's end, seconds.
     pub wall_s: f64,
     /// Pages that were read although they were swapped out.
     pub swapped_pages: u64,
+    /// What became of the stop; `None` when none was asked for, or nothing was left to find out.
+    pub stop: Option<Stopped>,
+    /// Only blocks of suspected sites were judged, because there are so many; the others count as roots.
+    pub suspects_only: bool,
 }
 
 /// A finished series.
@@ -67,6 +113,52 @@ pub struct Scanned {
     pub maps: Maps,
     /// What it took.
     pub cost: Cost,
+    /// Blocks that are not what the table says any more, ascending.
+    pub gone: Vec<u32>,
+    coded: Coded,
+    in_requests: u64,
+    device_bytes: u64,
+    /// Nothing could move during the last scan.
+    still: bool,
+}
+
+impl Scanned {
+    /// What is to be said of each site.
+    pub fn verdicts(&self) -> HashMap<u32, SiteVerdict> {
+        let mut sites = self.series.verdicts(&self.index, &self.marked, &self.gone);
+        for (site, verdict) in &mut sites {
+            verdict.in_requests = self.in_requests;
+            verdict.device_bytes = self.device_bytes;
+            verdict.still = self.still;
+            if verdict.lost_blocks() > 0 && self.coded.key(&self.lost_addresses(*site)).is_some() {
+                for lost in [std::mem::take(&mut verdict.lost), std::mem::take(&mut verdict.indirectly_lost)] {
+                    verdict.disguised.blocks += lost.blocks;
+                    verdict.disguised.bytes += lost.bytes;
+                }
+            }
+        }
+        sites
+    }
+
+    fn lost_addresses(&self, site: u32) -> Vec<u64> {
+        let blocks = (0_u32..).zip(self.index.blocks()).filter(|(_, b)| b.site == site);
+        let lost = blocks.filter(|(n, b)| {
+            matches!(self.marked.reach(*n), Reach::Lost | Reach::IndirectlyLost)
+                && self.series.is_unreached(b.address, b.birth_ns)
+        });
+        lost.map(|(_, b)| b.address).collect()
+    }
+}
+
+/// One series under way.
+struct Work<'a> {
+    dir: &'a ProcDir,
+    options: &'a Options,
+    is_over: &'a dyn Fn() -> bool,
+    cost: Cost,
+    coded: Coded,
+    in_requests: u64,
+    device_bytes: u64,
 }
 
 /// Scans a process until the series is long enough.
@@ -85,22 +177,36 @@ pub fn scan(
     is_over: &dyn Fn() -> bool,
 ) -> Result<Scanned> {
     let mut series = Series::new();
-    let mut cost = Cost::default();
+    let mut work =
+        Work { dir, options, is_over, cost: Cost::default(), coded: Coded::default(), in_requests: 0, device_bytes: 0 };
     let began = Instant::now();
+    // The only one of a process that stands still.
+    let mut still = options.still;
     loop {
-        let cpu = thread_cpu();
         let judged_until = clock(libc::CLOCK_MONOTONIC).saturating_sub(options.min_age);
+        let mut limits = options.limits;
+        if options.still {
+            (limits.scans, limits.most_scans) = (1, 1);
+        }
         let index = Index::new(blocks()?);
         let maps = Maps::read(dir)?;
-        let marked = scan_once(dir, &maps, &index, learned, options, &mut cost, is_over)?;
+        // The last of several is the one with a stop.
+        let stop = options.stop.filter(|_| series.scans() > 0 && !series.wants_more(&limits));
+        let stop = stop.or(options.still.then_some(STILL_CAP));
+        let (marked, stood_still) = work.scan_once(&maps, &index, learned, stop)?;
+        still |= stood_still;
         learned.clone_from(&marked.learned);
         series.push(&index, &marked, judged_until.as_nanos() as u64);
-        cost.scans += 1;
-        cost.cpu_s += (thread_cpu() - cpu).as_secs_f64();
-        if !series.wants_more(&options.limits) {
-            cost.wall_s = began.elapsed().as_secs_f64();
-            return Ok(Scanned { index, marked, series, maps, cost });
+        // A stop is the last that is done; it is done if there is something that it may find.
+        let more = stop.is_none() && (series.wants_more(&limits) || (options.stop.is_some() && series.unreached() > 0));
+        if !more {
+            work.cost.wall_s = began.elapsed().as_secs_f64();
+            let gone = work.gone(&index, &marked, &series);
+            let Work { cost, coded, in_requests, device_bytes, .. } = work;
+            let scanned = Scanned { index, marked, series, maps, cost, gone, coded, in_requests, device_bytes, still };
+            return Ok(scanned);
         }
+        drop((index, marked));
         let next = Instant::now() + BETWEEN;
         while Instant::now() < next {
             stop_if(is_over)?;
@@ -109,71 +215,152 @@ pub fn scan(
     }
 }
 
-fn scan_once(
-    dir: &ProcDir,
-    maps: &Maps,
-    index: &Index,
-    learned: &Learned,
-    options: &Options,
-    cost: &mut Cost,
-    is_over: &dyn Fn() -> bool,
-) -> Result<Marked> {
-    let mut memory = ProcessMemory::new(dir.pid());
-    let mut pagemap = Pagemap::open(dir.pid());
-    let mut present = Vec::new();
-    let mut total = 0;
-    let (named, others) = ranges(maps);
-    for range in named.into_iter().chain(others) {
-        pagemap.present(range, &mut |run| {
-            total += run.end - run.start;
-            present.push(run);
-        });
-    }
-    if total > options.max_bytes {
-        let what = format!(
-            "failed to scan process {}: it has {} of writable memory, the limit is {} (reachability.max_memory)",
-            dir.pid(),
-            crate::units::format_bytes(total),
-            crate::units::format_bytes(options.max_bytes)
-        );
-        return Err(Error::config(what));
-    }
-    let mut scan = Scan::new(index, learned);
-    let mut buffer = vec![0; CHUNK];
-    let mut pace = Pace::new(options.core_share);
-    let mut read = 0;
-    for Range { start, end } in present {
-        let mut at = start;
-        while at < end {
-            stop_if(is_over)?;
-            let want = ((end - at) as usize).min(CHUNK);
-            let got = memory.read(at, &mut buffer[..want]);
-            scan.visit(at, &buffer[..got]);
-            read += got as u64;
-            // A page that has gone meanwhile, or cannot be read, is passed over.
-            at += if got == want { want as u64 } else { (got as u64 / 4096 + 1) * 4096 };
-            pace.rest();
+/// How long the registers of a process that stands still may take: nobody waits for it.
+const STILL_CAP: Duration = Duration::from_secs(1);
+
+impl Work<'_> {
+    /// One scan; the flag is true when nothing could move during it.
+    fn scan_once(
+        &mut self,
+        maps: &Maps,
+        index: &Index,
+        learned: &Learned,
+        stop: Option<Duration>,
+    ) -> Result<(Marked, bool)> {
+        let cpu = thread_cpu();
+        let pid = self.dir.pid();
+        let mut pagemap = Pagemap::open(pid);
+        let ranges = Ranges::of(maps);
+        let present = ranges.present(&mut pagemap);
+        let total = present.iter().map(|r| r.end - r.start).sum();
+        if total > self.options.max_bytes {
+            return Err(too_large(pid, total, self.options.max_bytes));
         }
+        let held = kernel::held(self.dir, maps);
+        (self.in_requests, self.device_bytes) = (held.in_requests, ranges.device_bytes);
+        self.coded.begin(self.options.still);
+        let mut coded = std::mem::take(&mut self.coded);
+        let mut scan = Scan::new(index, learned).with_coded(&mut coded);
+        if self.options.unseen_frees {
+            scan = scan.with_free_lists();
+        }
+        let taken = stop.and_then(|cap| {
+            let most = if self.options.still { 0 } else { stop::MAX_COPY };
+            match stop::take(pid, &present, most, cap) {
+                Ok(taken) => Some(taken),
+                // That registers of a process that stands still cannot be read is no news.
+                Err(_) if self.options.still => None,
+                Err(e) => {
+                    self.cost.stop = Some(Stopped::Refused { reason: format!("{e:#}") });
+                    None
+                }
+            }
+        });
+        let stood_still = taken.as_ref().is_some_and(|t| !t.cut_short);
+        let present = match &taken {
+            Some(taken) => without_dead_stack(present, maps, taken, pid),
+            None => present,
+        };
+        let give_back = |scan: &mut Scan<'_>| {
+            held.words.iter().enumerate().for_each(|(n, word)| scan.visit_register(of_kernel(n), *word));
+        };
+        // What has a name comes first, so that the way to a block begins there if it can.
+        let marked = match taken {
+            None => {
+                let mut memory = ProcessMemory::new(pid);
+                self.read(&mut scan, &present, &mut memory)?;
+                give_back(&mut scan);
+                scan.finish(&mut memory)
+            }
+            Some(mut taken) => {
+                if !self.options.still {
+                    self.cost.stop = Some(Stopped::Done {
+                        for_s: taken.stopped.as_secs_f64(),
+                        copied_bytes: taken.memory.bytes_copied(),
+                        cut_short: taken.cut_short,
+                        threads: taken.registers.len(),
+                    });
+                }
+                self.read(&mut scan, &present, &mut taken.memory)?;
+                give_back(&mut scan);
+                for (tid, values) in &taken.registers {
+                    values.iter().for_each(|value| scan.visit_register(of_register(*tid), *value));
+                }
+                scan.finish(&mut taken.memory)
+            }
+        };
+        self.coded = coded;
+        self.cost.swapped_pages += pagemap.swapped;
+        self.cost.scans += 1;
+        self.cost.cpu_s += (thread_cpu() - cpu).as_secs_f64();
+        Ok((marked, stood_still))
     }
-    if read == 0 && total > 0 {
-        return Err(unreadable(dir));
+
+    /// Shows a scan everything.
+    fn read(&mut self, scan: &mut Scan<'_>, present: &[Range], memory: &mut dyn Memory) -> Result<()> {
+        let mut buffer = vec![0; CHUNK];
+        let mut pace = Pace::new(self.options.core_share);
+        let (mut read, mut unread) = (0, 0);
+        for &Range { start, end } in present {
+            let mut at = start;
+            while at < end {
+                stop_if(self.is_over)?;
+                let want = ((end - at) as usize).min(CHUNK);
+                let got = memory.read(at, &mut buffer[..want]);
+                scan.visit(at, &buffer[..got]);
+                read += got as u64;
+                // A page that has gone meanwhile, or cannot be read, is passed over.
+                let next = if got > 0 { at + got as u64 } else { (at / 4096 + 1) * 4096 };
+                if got == 0 {
+                    unread += next.min(end) - at;
+                }
+                at = next;
+                pace.rest();
+            }
+        }
+        self.cost.read_bytes += read;
+        self.cost.unread_bytes += unread;
+        if read == 0 && unread > 0 { Err(plan::unreadable(self.dir)) } else { Ok(()) }
     }
-    cost.read_bytes += read;
-    cost.swapped_pages += pagemap.swapped;
-    Ok(scan.finish(&mut memory))
+
+    /// Of the lost blocks those that are free or another's by now, ascending.
+    fn gone(&self, index: &Index, marked: &Marked, series: &Series) -> Vec<u32> {
+        if !self.options.unseen_frees {
+            return Vec::new();
+        }
+        let mut memory = ProcessMemory::new(self.dir.pid());
+        let lost = (0_u32..).zip(index.blocks()).filter(|(n, b)| {
+            matches!(marked.reach(*n), Reach::Lost | Reach::IndirectlyLost)
+                && series.is_unreached(b.address, b.birth_ns)
+        });
+        let is_gone = |n: u32, b: &Block, memory: &mut ProcessMemory| {
+            marked.linked.binary_search(&n).is_ok() || books::is_gone(b, memory)
+        };
+        let gone = lost.take(books::MAX_LOOKED_AT).filter(|(n, b)| b.glibc && is_gone(*n, b, &mut memory));
+        gone.map(|(n, _)| n).collect()
+    }
 }
 
-/// Why nothing could be read.
-fn unreadable(dir: &ProcDir) -> Error {
-    if dir.stat().map_or(true, |s| !s.is_running()) {
-        return Error::new(ErrorKind::Target, format!("failed to scan process {}: it has ended", dir.pid()));
-    }
-    let text = format!(
-        "failed to scan process {}: its memory cannot be read; this needs CAP_SYS_PTRACE, and kernel.yama.ptrace_scope \
-         below 3",
-        dir.pid()
-    );
-    Error::new(ErrorKind::Permission, text)
+/// What is left over from calls that have returned holds on to nothing.
+fn without_dead_stack(present: Vec<Range>, maps: &Maps, taken: &stop::Taken, pid: u32) -> Vec<Range> {
+    let Some(stack) = maps.iter().find(|m| m.name().as_deref() == Some("[stack]")) else { return present };
+    let dead = taken.dead_stack(pid, Range { start: stack.start, end: stack.end });
+    let alive = |range: Range| {
+        let below = Range { start: range.start, end: range.end.min(dead.start) };
+        let above = Range { start: range.start.max(dead.end), end: range.end };
+        let apart = dead.start == dead.end || range.end <= dead.start || range.start >= dead.end;
+        let parts = if apart { vec![range] } else { vec![below, above] };
+        parts.into_iter().filter(|r| r.start < r.end)
+    };
+    present.into_iter().flat_map(alive).collect()
+}
+
+pub(super) fn too_large(pid: u32, total: u64, most: u64) -> Error {
+    Error::config(format!(
+        "failed to scan process {pid}: it has {} of writable memory, the limit is {} (reachability.max_memory)",
+        crate::units::format_bytes(total),
+        crate::units::format_bytes(most)
+    ))
 }
 
 fn stop_if(is_over: &dyn Fn() -> bool) -> Result<()> {
@@ -202,7 +389,7 @@ impl Pace {
 }
 
 /// CPU time that this thread has used.
-fn thread_cpu() -> Duration {
+pub(super) fn thread_cpu() -> Duration {
     clock(libc::CLOCK_THREAD_CPUTIME_ID)
 }
 

@@ -4,7 +4,7 @@
 //! and windows must be opened and closed meanwhile. What earlier scans have taught of a process goes into the next one
 //! and comes back with its result.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -12,11 +12,11 @@ use std::thread::JoinHandle;
 use memleak_probes::BlockReader;
 
 use super::mark::{Learned, Reach, Referrer};
-use super::memory::{Memory as _, ProcessMemory, Range, ranges};
+use super::memory::{Memory as _, ProcessMemory, Range, Ranges};
 use super::roots::{Root, RootNames};
 use super::scanner::{self, Cost, Options, Scanned};
-use super::verdict::{Ledger, SiteVerdict};
-use super::{Block, Index, runtime};
+use super::verdict::{Ledger, Limits, SiteVerdict};
+use super::{Block, runtime};
 use crate::error::{Error, ErrorKind, Result};
 use crate::maps::Maps;
 use crate::process::ProcDir;
@@ -24,6 +24,8 @@ use crate::snapshot::SiteKey;
 
 /// Blocks of a site whose way to a root is looked at.
 const EXAMPLES: usize = 8;
+/// Blocks of a site that a root refers to directly and that are looked at, for one that a variable refers to.
+const DIRECT: usize = 64;
 /// Bytes read at once in the search for what refers to a new block.
 const CHUNK: usize = 1 << 20;
 /// Longest way that is followed, in references.
@@ -31,8 +33,12 @@ const MAX_CHAIN: usize = 100_000;
 /// Most links of a way that are kept, at each end.
 const KEPT_LINKS: usize = 4;
 
+/// With more outstanding blocks than this only those of suspected sites are judged, if there are any: what a scan keeps of
+/// a block is about 60 bytes.
+const MAX_ALL: usize = 16 << 20;
+
 /// What to scan.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Subject {
     /// Instance number.
     pub instance: u32,
@@ -40,6 +46,10 @@ pub struct Subject {
     pub pid: u32,
     /// Start time in clock ticks after boot: with the pid it names the process.
     pub start_ticks: u64,
+    /// Numbers of the probe sets whose blocks are glibc's.
+    pub glibc: Vec<u32>,
+    /// Sites that come first when there are too many blocks.
+    pub suspects: Vec<SiteKey>,
 }
 
 /// One step on the way from a root to a block.
@@ -67,6 +77,8 @@ pub struct Outcome {
     pub sites: Vec<(SiteKey, SiteVerdict, Option<Way>)>,
     /// What it took.
     pub cost: Cost,
+    /// When a loss is definite.
+    pub limits: Limits,
 }
 
 /// What is kept of a process between scans.
@@ -113,19 +125,27 @@ impl Service {
         let mut memory = self.memories.remove(&subject.instance).unwrap_or_default();
         let over = Arc::new(AtomicBool::new(false));
         let theirs = Arc::clone(&over);
+        let instance = subject.instance;
         let work = move || {
-            let outcome = work(subject, &reader, &options, &mut memory, &theirs);
+            let outcome = work(&subject, &reader, &options, &mut memory, &theirs);
             (memory, outcome)
         };
         let thread = std::thread::Builder::new().name("memleak-scan".to_owned()).spawn(work);
         let thread = thread.map_err(|e| Error::io("failed to start a thread for a scan", e))?;
-        self.jobs.insert(subject.instance, Job { thread, over });
+        self.jobs.insert(instance, Job { thread, over });
         Ok(())
     }
 
     /// Whether a scan of an instance is under way.
     pub fn is_running(&self, instance: u32) -> bool {
         self.jobs.contains_key(&instance)
+    }
+
+    /// Gives a scan that is under way up; its result says so.
+    pub fn cancel(&mut self, instance: u32) {
+        if let Some(job) = self.jobs.get(&instance) {
+            job.over.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Whether any scan is under way.
@@ -178,7 +198,7 @@ impl Drop for Service {
 }
 
 fn work(
-    subject: Subject,
+    subject: &Subject,
     reader: &BlockReader,
     options: &Options,
     memory: &mut Memory,
@@ -186,36 +206,57 @@ fn work(
 ) -> Result<Outcome> {
     let dir = ProcDir::open_same(subject.pid, subject.start_ticks)?;
     if let Some(runtime) = runtime::moving_collector(&dir) {
-        let why = format!("failed to scan process {}: {runtime} moves and hides its references", subject.pid);
-        return Err(Error::new(ErrorKind::Target, why));
+        return Err(runtime::refused(subject.pid, runtime));
     }
     let mut learned = std::mem::take(&mut memory.learned);
-    let mut blocks = || {
+    let suspects: HashSet<(u32, u64)> = subject.suspects.iter().map(|key| (key.probe_set, key.stack)).collect();
+    let mut suspects_only = false;
+    let blocks = || {
         let mut blocks = Vec::new();
         reader.for_each(subject.instance, |b| {
+            let suspected = || suspects.contains(&(b.probe_set, b.stack));
+            if blocks.len() == MAX_ALL && !suspects_only && !suspects.is_empty() {
+                suspects_only = true;
+                let of_suspects = |b: &Block| {
+                    memory.keys.get(b.site as usize).is_some_and(|k| suspects.contains(&(k.probe_set, k.stack)))
+                };
+                blocks.retain(of_suspects);
+            }
+            if suspects_only && !suspected() {
+                return;
+            }
             let key = SiteKey { instance: subject.instance, probe_set: b.probe_set, stack: b.stack };
             let site = memory.number(key);
-            blocks.push(Block { address: b.address, size: b.size, birth_ns: b.birth_ns, site });
+            let glibc = subject.glibc.contains(&b.probe_set);
+            blocks.push(Block { address: b.address, size: b.size, birth_ns: b.birth_ns, site, glibc });
         })?;
         Ok(blocks)
     };
-    let scanned = scanner::scan(&dir, options, &mut learned, &mut blocks, &|| over.load(Ordering::Relaxed));
-    // Blocks that were allocated during the last scan are not in its index, and may be what the others hang on.
-    let newest = Index::new(blocks().unwrap_or_default());
+    let scanned = scanner::scan(&dir, options, &mut learned, blocks, &|| over.load(Ordering::Relaxed));
     memory.learned = learned;
-    let scanned = scanned?;
-    memory.ledger.call(&scanned.series, &scanned.index, &scanned.marked);
-    let verdicts = scanned.series.verdicts(&scanned.index, &scanned.marked, &options.limits);
-    let mut ways = ways(&scanned, &newest, dir, &memory.keys);
+    let mut scanned = scanned?;
+    scanned.cost.suspects_only = suspects_only;
+    let verdicts = scanned.verdicts();
+    let mut lost = scanned.series.lost_names(&scanned.index, &scanned.marked, &scanned.gone);
+    // Those that turned out to be hidden were not called lost.
+    lost.retain(|site, _| verdicts.get(site).is_some_and(|v| v.lost_blocks() > 0));
+    memory.ledger.call(lost);
+    let mut ways = ways(&scanned, subject.instance, reader, dir, memory);
     let sites = verdicts.into_iter().filter_map(|(site, mut verdict)| {
         memory.ledger.apply(site, &mut verdict);
         Some((*memory.keys.get(site as usize)?, verdict, ways.remove(&site)))
     });
-    Ok(Outcome { sites: sites.collect(), cost: scanned.cost })
+    Ok(Outcome { sites: sites.collect(), cost: scanned.cost, limits: options.limits })
 }
 
 /// For each site with reachable blocks, the way by which most of some examples are reached.
-fn ways(scanned: &Scanned, newest: &Index, dir: ProcDir, keys: &[SiteKey]) -> HashMap<u32, Way> {
+fn ways(
+    scanned: &Scanned,
+    instance: u32,
+    reader: &BlockReader,
+    dir: ProcDir,
+    memory: &mut Memory,
+) -> HashMap<u32, Way> {
     let Scanned { index, marked, maps, .. } = scanned;
     let mut counts: HashMap<u32, usize> = HashMap::new();
     let reachable = |n: &u32| marked.reach(*n) == Reach::Reachable;
@@ -224,19 +265,32 @@ fn ways(scanned: &Scanned, newest: &Index, dir: ProcDir, keys: &[SiteKey]) -> Ha
         *counts.entry(index.blocks()[number as usize].site).or_default() += 1;
     }
     let mut seen: HashMap<u32, usize> = HashMap::new();
+    let mut direct: HashMap<u32, usize> = HashMap::new();
     let pid = dir.pid();
     let mut names = RootNames::new(dir, maps.clone());
     let mut found: HashMap<u32, Vec<Way>> = HashMap::new();
     for number in numbers.filter(reachable) {
         let site = index.blocks()[number as usize].site;
+        // The list that a variable begins may change faster than it is read: its first block is known all the same.
+        if let Some(Referrer::Root(address)) = marked.referrer(number) {
+            let tried = direct.entry(site).or_default();
+            if *tried < DIRECT {
+                *tried += 1;
+                let root = names.name(address);
+                if matches!(root, Root::Global { .. }) {
+                    *tried = DIRECT;
+                    found.entry(site).or_default().push(Way { root, steps: Vec::new() });
+                }
+            }
+        }
         let at = seen.entry(site).or_default();
         // Spread evenly over the site's blocks.
         if *at * EXAMPLES / counts[&site] != (*at + 1) * EXAMPLES / counts[&site] || *at == 0 {
-            found.entry(site).or_default().extend(way(scanned, number, &mut names, keys));
+            found.entry(site).or_default().extend(way(scanned, number, &mut names, &memory.keys));
         }
         *at += 1;
     }
-    name_newest(found.values_mut().flatten(), newest, pid, maps, &mut names, keys);
+    name_newest(found.values_mut().flatten(), (instance, pid), reader, maps, &mut names, memory);
     let most_frequent = |ways: Vec<Way>| {
         let votes = |way: &Way| ways.iter().filter(|w| same_root(&w.root, &way.root)).count();
         // A variable says most; of equals the shortest way.
@@ -251,27 +305,39 @@ fn ways(scanned: &Scanned, newest: &Index, dir: ProcDir, keys: &[SiteKey]) -> Ha
 /// Leads ways on that begin in a block too new for the scan: to whatever has a name and refers to that block's start.
 fn name_newest<'a>(
     ways: impl Iterator<Item = &'a mut Way>,
-    newest: &Index,
-    pid: u32,
+    (instance, pid): (u32, u32),
+    reader: &BlockReader,
     maps: &Maps,
     names: &mut RootNames,
-    keys: &[SiteKey],
+    memory: &mut Memory,
 ) {
-    let block_at = |way: &Way| match way.root {
-        Root::Untracked { address } => newest.find(address).map(|(number, _)| newest.blocks()[number as usize]),
-        _ => None,
-    };
-    let new: Vec<(&mut Way, Block)> = ways.filter_map(|way| block_at(way).map(|block| (way, block))).collect();
+    let mut open: Vec<(u64, &mut Way)> = ways
+        .filter_map(|way| match way.root {
+            Root::Untracked { address } => Some((address, way)),
+            _ => None,
+        })
+        .collect();
+    open.sort_by_key(|(address, _)| *address);
+    let mut new: HashMap<u64, (u64, SiteKey)> = HashMap::new();
+    // Blocks that were allocated since the scan; all others are in its index.
+    let _ = reader.for_each(instance, |b| {
+        let first = open.partition_point(|(address, _)| *address < b.address);
+        for (address, _) in open[first..].iter().take_while(|(address, _)| *address - b.address < b.size.max(1)) {
+            let key = SiteKey { instance, probe_set: b.probe_set, stack: b.stack };
+            memory.number(key);
+            new.insert(*address, (b.address, key));
+        }
+    });
     if new.is_empty() {
         return;
     }
-    let mut referrers: HashMap<u64, Option<u64>> = new.iter().map(|(_, block)| (block.address, None)).collect();
-    let mut memory = ProcessMemory::new(pid);
+    let mut referrers: HashMap<u64, Option<u64>> = new.values().map(|(start, _)| (*start, None)).collect();
+    let mut target = ProcessMemory::new(pid);
     let mut buffer = vec![0; CHUNK];
-    for Range { start, end } in ranges(maps).0 {
+    for Range { start, end } in Ranges::of(maps).named {
         let mut at = start;
         while at < end {
-            let got = memory.read(at, &mut buffer[..((end - at) as usize).min(CHUNK)]);
+            let got = target.read(at, &mut buffer[..((end - at) as usize).min(CHUNK)]);
             for (i, word) in buffer[..got].as_chunks::<8>().0.iter().enumerate() {
                 if let Some(referrer) = referrers.get_mut(&u64::from_ne_bytes(*word)) {
                     referrer.get_or_insert(at + 8 * i as u64);
@@ -280,9 +346,10 @@ fn name_newest<'a>(
             at += (got as u64).max(4096);
         }
     }
-    for (way, block) in new {
-        if let (Some(Some(address)), Some(key)) = (referrers.get(&block.address), keys.get(block.site as usize)) {
-            way.root = names.name(*address);
+    for (address, way) in open {
+        let Some((start, key)) = new.get(&address) else { continue };
+        if let Some(Some(referrer)) = referrers.get(start) {
+            way.root = names.name(*referrer);
             match way.steps.first_mut() {
                 Some(Step::Blocks(first, count)) if first == key => *count += 1,
                 _ => way.steps.insert(0, Step::Blocks(*key, 1)),

@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::index::Index;
 use super::mark::{Marked, Reach};
@@ -37,10 +37,10 @@ const REFUTED: f64 = 0.05;
 const REMEMBERED: usize = 256;
 
 /// What names a block: its address and its time of birth.
-type BlockName = (u64, u64);
+pub type BlockName = (u64, u64);
 
 /// Blocks and their bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tally {
     /// Blocks.
     pub blocks: u64,
@@ -56,7 +56,7 @@ impl Tally {
 }
 
 /// In one word.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// Enough blocks are lost, and most of those that could be judged.
@@ -83,10 +83,13 @@ impl Verdict {
 }
 
 /// What scans say of a site's outstanding blocks. Each block is in one of the tallies.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct SiteVerdict {
     /// Scans that it rests on.
     pub scans: u32,
+    /// The last of them was made while the process stood still, so that nothing could move out of its way.
+    pub still: bool,
     /// Nothing refers to them.
     pub lost: Tally,
     /// Only lost blocks refer to them.
@@ -95,10 +98,16 @@ pub struct SiteVerdict {
     pub possible: Tally,
     /// Reachable from a root.
     pub reachable: Tally,
-    /// A tagged pointer refers to them.
+    /// Only pointers that are tagged or coded refer to them.
     pub disguised: Tally,
-    /// Too young to be judged.
+    /// Not reached, but too young to be judged.
     pub young: Tally,
+    /// The allocator's own books say that they are free, or another block by now: the free was not seen. Not judged.
+    pub gone: Tally,
+    /// Blocks of the process that the kernel may hold the only pointer to, in requests under way (`io_uring`, AIO).
+    pub in_requests: u64,
+    /// Writable memory of the process that was not read, because it belongs to a device: it may hold pointers.
+    pub device_bytes: u64,
     /// Blocks that were called lost, and of these those that the program has freed since.
     pub called_lost: u64,
     /// See `called_lost`.
@@ -135,11 +144,15 @@ impl SiteVerdict {
         let lost = self.lost_blocks();
         let judged = lost + self.reachable.blocks;
         let rest = self.possible.blocks + self.disguised.blocks;
-        if self.scans < limits.scans || self.refuted as f64 > REFUTED * self.called_lost as f64 {
+        // What one scan has reached is reachable.
+        let needed = if self.still || lost + rest == 0 { 1 } else { limits.scans };
+        if self.scans < needed || self.refuted as f64 > REFUTED * self.called_lost as f64 {
             return Verdict::Unknown;
         }
         let most = |n: u64| n > 0 && n as f64 >= limits.min_fraction * (judged + rest) as f64;
-        if lost >= limits.min_lost && lost as f64 >= limits.min_fraction * judged as f64 {
+        // What is not in the process's memory may be where the scan cannot look.
+        let sure = if self.device_bytes > 0 { 0 } else { lost.saturating_sub(self.in_requests) };
+        if sure >= limits.min_lost && lost as f64 >= limits.min_fraction * judged as f64 {
             Verdict::Definite
         } else if most(self.disguised.blocks) || judged + rest == 0 {
             Verdict::Unknown
@@ -187,9 +200,14 @@ impl Series {
             self.judged_until_ns = judged_until_ns;
             self.unreached = names.collect();
         } else {
-            let before = std::mem::take(&mut self.unreached);
-            self.unreached = names.filter(|name| before.binary_search(name).is_ok()).collect();
-            self.shrinking = self.unreached.len() < before.len();
+            // Both are in order.
+            let mut names = names.peekable();
+            let before = self.unreached.len();
+            self.unreached.retain(|name| {
+                while names.next_if(|n| n < name).is_some() {}
+                names.peek() == Some(name)
+            });
+            self.shrinking = self.unreached.len() < before;
         }
         self.scans += 1;
     }
@@ -205,17 +223,22 @@ impl Series {
         self.unreached.binary_search(&(address, birth_ns)).is_ok()
     }
 
-    /// What is to be said of each site. `index` and `marked` are those of the last scan.
-    pub fn verdicts(&self, index: &Index, marked: &Marked, limits: &Limits) -> HashMap<u32, SiteVerdict> {
+    /// What is to be said of each site. `index` and `marked` are those of the last scan; `gone` are the blocks, ascending,
+    /// that are not what the table says.
+    pub fn verdicts(&self, index: &Index, marked: &Marked, gone: &[u32]) -> HashMap<u32, SiteVerdict> {
         let mut sites: HashMap<u32, SiteVerdict> = HashMap::new();
         for (number, block) in (0_u32..).zip(index.blocks()) {
             let site = sites.entry(block.site).or_default();
-            // A series may end early because nothing was unreached: more scans would say the same.
-            site.scans = if self.unreached.is_empty() { self.scans.max(limits.scans) } else { self.scans };
-            let tally = if block.birth_ns >= self.judged_until_ns {
+            site.scans = self.scans;
+            let reached = marked.reach(number) == Reach::Reachable;
+            let tally = if reached {
+                &mut site.reachable
+            } else if block.birth_ns >= self.judged_until_ns {
                 &mut site.young
             } else if !self.is_unreached(block.address, block.birth_ns) {
                 &mut site.reachable
+            } else if gone.binary_search(&number).is_ok() {
+                &mut site.gone
             } else {
                 match marked.reach(number) {
                     Reach::Reachable => &mut site.reachable,
@@ -231,11 +254,15 @@ impl Series {
     }
 
     /// Names of the lost blocks of each site, at most `REMEMBERED` of each: for a [`Ledger`].
-    fn lost_names(&self, index: &Index, marked: &Marked) -> HashMap<u32, Vec<BlockName>> {
+    pub fn lost_names(&self, index: &Index, marked: &Marked, gone: &[u32]) -> HashMap<u32, Vec<BlockName>> {
         let mut names: HashMap<u32, Vec<BlockName>> = HashMap::new();
         for (number, block) in (0_u32..).zip(index.blocks()) {
             let lost = matches!(marked.reach(number), Reach::Lost | Reach::IndirectlyLost);
-            if lost && block.birth_ns < self.judged_until_ns && self.is_unreached(block.address, block.birth_ns) {
+            if lost
+                && gone.binary_search(&number).is_err()
+                && block.birth_ns < self.judged_until_ns
+                && self.is_unreached(block.address, block.birth_ns)
+            {
                 let of_site = names.entry(block.site).or_default();
                 if of_site.len() < REMEMBERED {
                     of_site.push((block.address, block.birth_ns));
@@ -261,9 +288,9 @@ struct Called {
 }
 
 impl Ledger {
-    /// Remembers the lost blocks of a finished series. `site` of its blocks must mean the same in every series.
-    pub fn call(&mut self, series: &Series, index: &Index, marked: &Marked) {
-        for (site, names) in series.lost_names(index, marked) {
+    /// Remembers the lost blocks of a finished series, by site. A site's number must mean the same in every series.
+    pub fn call(&mut self, lost: HashMap<u32, Vec<BlockName>>) {
+        for (site, names) in lost {
             let called = self.sites.entry(site).or_default();
             for name in names {
                 let Err(at) = called.names.binary_search(&name) else { continue };
@@ -335,6 +362,24 @@ mod tests {
         assert_eq!(SiteVerdict { scans: 2, ..verdict(50, 0, 0) }.verdict(&limits), Verdict::Unknown);
     }
 
+    // As many blocks as the kernel may hold in requests, or any number beside a device's memory, prove nothing.
+    #[test]
+    fn what_may_be_held_out_of_sight_is_not_definitely_lost() {
+        let limits = Limits::default();
+        let of = |in_requests, device_bytes| SiteVerdict { in_requests, device_bytes, ..verdict(50, 0, 0) };
+        assert_eq!(of(45, 0).verdict(&limits), Verdict::Definite);
+        assert_eq!(of(46, 0).verdict(&limits), Verdict::Possible);
+        assert_eq!(of(0, 4096).verdict(&limits), Verdict::Possible);
+    }
+
+    // A process that stands still moves nothing out of the way of the one scan that there is.
+    #[test]
+    fn one_scan_is_enough_of_a_process_that_stands_still() {
+        let once = SiteVerdict { scans: 1, ..verdict(50, 0, 0) };
+        assert_eq!(once.verdict(&Limits::default()), Verdict::Unknown);
+        assert_eq!(SiteVerdict { still: true, ..once }.verdict(&Limits::default()), Verdict::Definite);
+    }
+
     // A program that frees what was called lost hides its pointers.
     #[test]
     fn refutations_make_a_site_unknown() {
@@ -370,11 +415,11 @@ mod tests {
         }
         assert!(!series.wants_more(&limits));
         let (index, marked) = memory.scan();
-        let verdict = series.verdicts(&index, &marked, &limits)[&1];
+        let verdict = series.verdicts(&index, &marked, &[])[&1];
         assert_eq!((verdict.lost.blocks, verdict.reachable.blocks), (1, 2));
         let mut ledger = Ledger::default();
-        ledger.call(&series, &index, &marked);
-        ledger.call(&series, &index, &marked);
+        ledger.call(series.lost_names(&index, &marked, &[]));
+        ledger.call(series.lost_names(&index, &marked, &[]));
         assert_eq!(ledger.len(), 1);
         let gone = memory.start(2);
         ledger.check(|address, _| address != gone);
@@ -392,7 +437,7 @@ mod tests {
         for _ in 0..3 {
             series.push(&index, &marked, 0);
         }
-        let verdict = series.verdicts(&index, &marked, &Limits::default())[&1];
+        let verdict = series.verdicts(&index, &marked, &[])[&1];
         assert_eq!((verdict.young.blocks, verdict.lost.blocks), (1, 0));
     }
 }

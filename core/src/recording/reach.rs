@@ -15,7 +15,7 @@ use crate::snapshot::{ReachStep, ReachWay, Site, SiteReach};
 use crate::{Error, ErrorKind, Result};
 
 /// Numbers of a verdict; a later version appends.
-const NUMBERS: usize = 17;
+const NUMBERS: usize = 22;
 
 /// A verdict as it lies in the file.
 #[derive(Debug, Default)]
@@ -54,8 +54,21 @@ impl Stored {
     /// A site cannot be stored.
     pub(super) fn new(reach: &SiteReach, number: &mut dyn FnMut(&Arc<Site>) -> Result<u32>) -> Result<Stored> {
         let SiteReach { verdict, counts, time_s, way } = reach;
-        let SiteVerdict { scans, lost, indirectly_lost, possible, reachable, disguised, young, called_lost, refuted } =
-            counts;
+        let SiteVerdict {
+            scans,
+            lost,
+            indirectly_lost,
+            possible,
+            reachable,
+            disguised,
+            young,
+            called_lost,
+            refuted,
+            still,
+            gone,
+            in_requests,
+            device_bytes,
+        } = counts;
         let word = match verdict {
             Verdict::Unknown => 0,
             Verdict::Reachable => 1,
@@ -80,6 +93,11 @@ impl Stored {
             young.bytes,
             *called_lost,
             *refuted,
+            u64::from(*still),
+            gone.blocks,
+            gone.bytes,
+            *in_requests,
+            *device_bytes,
         ];
         let way = match way {
             None => String::new(),
@@ -116,6 +134,10 @@ impl Stored {
             young: tally(13),
             called_lost: n[15],
             refuted: n[16],
+            still: n[17] != 0,
+            gone: tally(18),
+            in_requests: n[20],
+            device_bytes: n[21],
         };
         let verdict = match n[0] {
             1 => Verdict::Reachable,

@@ -247,6 +247,10 @@ fn reach(numbers: &mut Numbers, time_s: f64, site: &Arc<Site>) -> Option<Arc<Sit
         young: tally(),
         called_lost: lost.blocks * 7,
         refuted: lost.blocks / 2,
+        still: lost.blocks == 3,
+        gone: tally(),
+        in_requests: lost.blocks,
+        device_bytes: lost.bytes,
     };
     let verdict =
         [Verdict::Unknown, Verdict::Reachable, Verdict::Possible, Verdict::Definite][lost.blocks as usize % 4];

@@ -237,7 +237,7 @@ fn reachability(lua: &Lua, reach: &SiteReach, now_s: f64) -> mlua::Result<Table>
     table.raw_set("possible_count", integer(counts.possible.blocks))?;
     table.raw_set("reachable_count", integer(counts.reachable.blocks))?;
     table.raw_set("reachable_bytes", integer(counts.reachable.bytes))?;
-    table.raw_set("unknown_count", integer(counts.disguised.blocks + counts.young.blocks))?;
+    table.raw_set("unknown_count", integer(counts.disguised.blocks + counts.young.blocks + counts.gone.blocks))?;
     table.raw_set("called_lost", integer(counts.called_lost))?;
     table.raw_set("refuted", integer(counts.refuted))?;
     table.raw_set("scans", counts.scans)?;

@@ -62,6 +62,8 @@ pub struct Evaluation {
     pub findings: Vec<Finding>,
     /// Findings that a rule has suppressed, with the reason.
     pub suppressed: Vec<(Finding, String)>,
+    /// Sites of processes whose memory a rule wants scanned (`scan = true`).
+    pub scans: Vec<Arc<Site>>,
     /// Rules that failed, at most one entry per rule and function kind.
     pub errors: Vec<RuleError>,
 }
@@ -146,9 +148,11 @@ impl RuleEngine {
         let mut found: Vec<(usize, Arc<str>, Draft)> = Vec::new();
         let mut exhausted = Vec::new();
         for (file, rule) in self.rules.iter().filter(|(_, r)| r.info.enabled) {
-            let (drafts, error) = rule.evaluate(context, moment, Some(&mut *symbolize));
-            found.extend(drafts.into_iter().map(|(site, draft)| (site, Arc::clone(&rule.info.name), draft)));
-            if let Some(error) = error {
+            let said = rule.evaluate(context, moment, Some(&mut *symbolize));
+            found.extend(said.findings.into_iter().map(|(site, draft)| (site, Arc::clone(&rule.info.name), draft)));
+            let asked = said.scans.into_iter().filter_map(|site| site_of(context, site));
+            evaluation.scans.extend(asked);
+            if let Some(error) = said.error {
                 evaluation.errors.push(error);
                 exhausted.push(file.clone());
             }
@@ -212,6 +216,10 @@ impl RuleEngine {
         let Some(scan) = self.watcher.as_ref().and_then(Watcher::newest) else { return Vec::new() };
         self.apply(scan, history)
     }
+}
+
+fn site_of(context: &Rc<Context>, index: usize) -> Option<Arc<Site>> {
+    context.with(context.epoch(), |view| view.sites.get(index).map(|s| Arc::clone(s.site()))).flatten()
 }
 
 /// A finding, and the site's totals.

@@ -245,7 +245,7 @@ impl RuleEngine {
         }
         let _entered = self.context.enter(history);
         // Frames are left alone: symbolizing is paid for by findings, not by trials.
-        if let (_, Some(error)) = rule.evaluate(&self.context, Moment::Snapshot, None) {
+        if let Some(error) = rule.evaluate(&self.context, Moment::Snapshot, None).error {
             return Err(failed(error));
         }
         if rule.suppresses() {

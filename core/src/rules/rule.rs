@@ -38,7 +38,7 @@ const KEYS: [&str; 10] = [
     "examples",
 ];
 /// Keys of a finding.
-const RESULT_KEYS: [&str; 4] = ["severity", "confidence", "reason", "site"];
+const RESULT_KEYS: [&str; 5] = ["severity", "confidence", "reason", "site", "scan"];
 
 /// What is known of a rule without running it.
 #[derive(Clone, Debug, PartialEq)]
@@ -61,6 +61,31 @@ pub(super) struct Draft {
     pub(super) severity: Severity,
     pub(super) confidence: f64,
     pub(super) reason: String,
+}
+
+/// What a rule returned for one site: a finding, the request to scan the process's memory, or both.
+#[derive(Clone, Debug, PartialEq)]
+struct Answer {
+    finding: Option<Draft>,
+    scan: bool,
+}
+
+/// Everything that a rule said in one snapshot; sites go by their index in the view.
+#[derive(Debug, Default)]
+pub(super) struct Said {
+    pub(super) findings: Vec<(usize, Draft)>,
+    /// Sites whose process the rule wants scanned.
+    pub(super) scans: Vec<usize>,
+    pub(super) error: Option<RuleError>,
+}
+
+impl Said {
+    fn add(&mut self, index: usize, answer: Answer) {
+        self.findings.extend(answer.finding.map(|draft| (index, draft)));
+        if answer.scan {
+            self.scans.push(index);
+        }
+    }
 }
 
 /// The settings that apply to all rules.
@@ -231,13 +256,8 @@ impl Rule {
     /// `symbolize` is called when the rule asks for frames; `None` leaves frames as they are. The findings name
     /// sites by their index in the view. A failed call costs that site's finding alone; a limit or too many failures
     /// end the rule's turn in this snapshot.
-    pub(super) fn evaluate(
-        &self,
-        context: &Rc<Context>,
-        moment: Moment,
-        symbolize: Option<Symbolizer<'_>>,
-    ) -> (Vec<(usize, Draft)>, Option<RuleError>) {
-        let mut drafts = Vec::new();
+    pub(super) fn evaluate(&self, context: &Rc<Context>, moment: Moment, symbolize: Option<Symbolizer<'_>>) -> Said {
+        let mut said = Said::default();
         let mut run = Run { rule: self, context, error: None, over: false };
         let outcome = self.scoped(context, symbolize, || {
             let (each_site, whole) = match moment {
@@ -245,16 +265,20 @@ impl Rule {
                 Moment::Exit => (&self.evaluate_exit, &None),
             };
             if let Some(entry) = each_site {
-                run.sites(entry, &mut drafts);
+                run.sites(entry, &mut said);
             }
             if let (Some(entry), false) = (whole, run.over) {
-                run.snapshot(entry, &mut drafts);
+                run.snapshot(entry, &mut said);
             }
+            // What it has made of ten thousand sites is megabytes, and would stay until its next evaluation. In here, because
+            // finalizers count as the rule's own work; one that fails has failed for itself.
+            let _ = self.sandbox.lua.gc_collect();
         });
         if let Err(error) = outcome {
             run.fail(None, None, &error);
         }
-        (drafts, run.error)
+        said.error = run.error;
+        said
     }
 
     /// Asks whether the finding of each site is to be suppressed: index of the site and why, for those that are.
@@ -346,7 +370,7 @@ impl Run<'_> {
         entry.function.call(args)
     }
 
-    fn sites(&mut self, entry: &Entry, drafts: &mut Vec<(usize, Draft)>) {
+    fn sites(&mut self, entry: &Entry, said: &mut Said) {
         let epoch = self.context.epoch();
         let outstanding = self.context.with(epoch, |view| {
             // A site with nothing outstanding holds no leak; most sites of a busy process are such sites.
@@ -360,16 +384,16 @@ impl Run<'_> {
             if self.over {
                 return;
             }
-            match self.call(entry, SiteRef::new(self.context, index as u32)).map(draft) {
+            match self.call(entry, SiteRef::new(self.context, index as u32)).map(answer) {
                 Ok(Ok(None)) => {}
-                Ok(Ok(Some(draft))) => drafts.push((index, draft)),
+                Ok(Ok(Some(answer))) => said.add(index, answer),
                 Ok(Err(why)) => self.fail_with(Some(index), entry.line, why),
                 Err(error) => self.fail(Some(index), entry.line, &error),
             }
         }
     }
 
-    fn snapshot(&mut self, entry: &Entry, drafts: &mut Vec<(usize, Draft)>) {
+    fn snapshot(&mut self, entry: &Entry, said: &mut Said) {
         match self.call(entry, SnapshotRef::new(self.context)) {
             Err(error) => self.fail(None, entry.line, &error),
             Ok(Value::Nil | Value::Boolean(false)) => {}
@@ -378,8 +402,8 @@ impl Run<'_> {
                     if self.over || i >= MAX_FINDINGS {
                         return;
                     }
-                    match item.map_err(|e| e.to_string()).and_then(sited_draft) {
-                        Ok(found) => drafts.push(found),
+                    match item.map_err(|e| e.to_string()).and_then(sited_answer) {
+                        Ok((index, answer)) => said.add(index, answer),
                         Err(why) => self.fail_with(None, entry.line, format!("finding {}: {why}", i + 1)),
                     }
                 }
@@ -432,26 +456,27 @@ fn least_bytes(table: &Table, params: &[ParamInfo]) -> Result<u64, String> {
 }
 
 /// Reads what `evaluate` returned.
-fn draft(value: Value) -> Result<Option<Draft>, String> {
+fn answer(value: Value) -> Result<Option<Answer>, String> {
     match value {
         Value::Nil | Value::Boolean(false) => Ok(None),
-        Value::Table(table) => draft_of(&table).map(Some),
+        Value::Table(table) => answer_of(&table).map(Some),
         other => Err(format!("evaluate must return nil or a table, not {}", other.type_name())),
     }
 }
 
 /// Reads one finding of `evaluate_snapshot`: which site and what.
-fn sited_draft(value: Value) -> Result<(usize, Draft), String> {
+fn sited_answer(value: Value) -> Result<(usize, Answer), String> {
     let Value::Table(table) = value else { return Err(format!("must be a table, not {}", value.type_name())) };
     let site = table.raw_get::<Value>("site").map_err(|e| e.to_string())?;
     let stale = || "its site must be one of snapshot.sites".to_owned();
     let Value::UserData(site) = site else { return Err(stale()) };
     let index = site.borrow::<SiteRef>().ok().and_then(|s| s.index()).ok_or_else(stale)?;
-    Ok((index, draft_of(&table)?))
+    Ok((index, answer_of(&table)?))
 }
 
-/// Reads severity, confidence and reason; nothing else may be in the table, so that typing errors show.
-fn draft_of(table: &Table) -> Result<Draft, String> {
+/// Reads severity, confidence and reason, and `scan`; nothing else may be in the table, so that typing errors show. With
+/// `scan = true` and none of the others it is a request only.
+fn answer_of(table: &Table) -> Result<Answer, String> {
     let get = |key: &str| table.raw_get::<Value>(key).map_err(|e| e.to_string());
     let mut keys = 0;
     for pair in table.pairs::<Value, Value>() {
@@ -461,6 +486,15 @@ fn draft_of(table: &Table) -> Result<Draft, String> {
             let hint = hint(&key, RESULT_KEYS);
             return Err(format!("the finding has an unknown key '{}'; {hint}", super::sandbox::cut(&key, 40)));
         }
+    }
+    let scan = match get("scan")? {
+        Value::Nil => false,
+        Value::Boolean(scan) => scan,
+        other => return Err(format!("scan must be true or false, not {}", shown(&other))),
+    };
+    let others = ["severity", "confidence", "reason"];
+    if scan && others.iter().all(|key| get(key).is_ok_and(|v| v.is_nil())) {
+        return Ok(Answer { finding: None, scan });
     }
     let severity = match get("severity")? {
         Value::String(text) if text == "info" => Severity::Info,
@@ -476,7 +510,8 @@ fn draft_of(table: &Table) -> Result<Draft, String> {
     if !(0.0..=1.0).contains(&confidence) {
         return Err(format!("confidence must be a number from 0 to 1, not {confidence}"));
     }
-    Ok(Draft { severity, confidence, reason: reason(&get("reason")?)? })
+    let finding = Some(Draft { severity, confidence, reason: reason(&get("reason")?)? });
+    Ok(Answer { finding, scan })
 }
 
 /// A reason: one sentence, short enough to be read.

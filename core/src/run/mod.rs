@@ -1,8 +1,8 @@
 //! `memleak run`: a command and all of its descendants from their first instruction to their end, for tests and CI.
 //!
 //! Owns the loop and the decision what fails the run. What is reported is outstanding when a process has ended, after
-//! its exit handlers; what the handlers have freed is told apart. It does not judge reachability, and it never touches
-//! the command's own output: the report goes to a file or to standard error.
+//! its exit handlers; what the handlers have freed is told apart. A process that calls exit() is scanned before them
+//! ([`crate::reachability`]). It never touches the command's own output: the report goes to a file or to standard error.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

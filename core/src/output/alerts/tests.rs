@@ -7,6 +7,7 @@ use serde_json::Value;
 use super::*;
 use crate::alert::Alert;
 use crate::labels::Labels;
+use crate::output::reach;
 use crate::snapshot::{Process, Site, SiteKey, Totals};
 
 const DOCS: &str = include_str!("../../../../docs/alerts.md");
@@ -70,6 +71,7 @@ pub(crate) fn event(rule: &str) -> AlertEvent {
         growth_bytes_per_s: 24576.0,
         oldest_age_s: 12.0,
         losses: Losses { implicit_frees: 3, ..Losses::default() },
+        reachability: None,
     }
 }
 
@@ -125,10 +127,9 @@ fn the_documented_fields_are_exactly_those_written() {
         frames: resolved.alert.site.frames.clone(),
         ..site_copy(&resolved)
     });
-    let lines = [
-        serde_json::to_value(AlertLine::from(&event("growth"))).unwrap(),
-        serde_json::to_value(AlertLine::from(&resolved)).unwrap(),
-    ];
+    let scanned = AlertEvent { reachability: Some(Arc::new(reach::sample())), ..event("growth") };
+    resolved.reachability = Some(Arc::default());
+    let lines = [event("growth"), scanned, resolved].map(|e| serde_json::to_value(AlertLine::from(&e)).unwrap());
     let mut written = BTreeMap::new();
     lines.iter().for_each(|line| types(line, "", &mut written));
     written.values_mut().for_each(|seen| seen.sort_by_key(|name| *name == "null"));

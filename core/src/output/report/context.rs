@@ -12,6 +12,7 @@ use crate::coverage::Coverage;
 use crate::finding::Severity;
 use crate::history::{History, Sample, SiteHistory};
 use crate::output::text::clip;
+use crate::reachability::Verdict;
 use crate::snapshot::{Mode, ProcessSample, SiteKey, StandardErrors, Totals};
 
 /// Longest page title.
@@ -113,6 +114,15 @@ pub(super) struct AlertSite {
     outstanding_count: u64,
     growth_bytes_per_s: f64,
     oldest_age_s: f64,
+    reachability: Option<AlertReach>,
+}
+
+/// What scans say of the site of an alert, in short.
+#[derive(Debug, Serialize)]
+struct AlertReach {
+    verdict: Verdict,
+    evidence: String,
+    way: Option<String>,
 }
 
 /// One process.
@@ -346,6 +356,11 @@ impl AlertSite {
             outstanding_count: s.outstanding_count,
             growth_bytes_per_s: s.growth_bytes_per_s,
             oldest_age_s: s.oldest_age_s,
+            reachability: s.reachability.as_ref().map(|r| AlertReach {
+                verdict: r.verdict,
+                evidence: r.evidence.clone(),
+                way: r.way.clone(),
+            }),
         }
     }
 }

@@ -16,7 +16,9 @@ use super::site::{FrameView, SiteView};
 use super::trend::thinned;
 use crate::finding::Severity;
 use crate::history::Sample;
+use crate::output::reach::ReachView;
 use crate::output::text::visible;
+use crate::reachability::Verdict;
 use crate::snapshot::Cohort;
 
 /// Sites that keep every point: those at the top are looked at first.
@@ -101,9 +103,27 @@ struct PageSite {
     periods: usize,
     /// Born count, outstanding count and outstanding bytes of every cohort, encoded like a series.
     cohorts: String,
+    /// What scans of the process's memory say; absent before there was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reach: Option<PageReach>,
     /// `[class, frees]` for classes that are not empty.
     lifetimes: Vec<(usize, u64)>,
     series: String,
+}
+
+/// Whether the process can still reach a site's blocks.
+#[derive(Debug, Serialize)]
+struct PageReach {
+    verdict: Verdict,
+    evidence: i64,
+    way: i64,
+    /// Blocks and bytes: lost, lost with other blocks, possibly lost, reachable, disguised, too young, gone.
+    tallies: [[u64; 2]; 7],
+    /// Lost fraction with its interval; absent when nothing could be judged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fraction: Option<[f64; 3]>,
+    scans: u32,
+    time: f64,
 }
 
 impl Page {
@@ -184,8 +204,25 @@ impl PageSite {
                     .iter()
                     .map(|c| [signed(c.born_count), signed(c.outstanding_count), signed(c.outstanding_bytes)]),
             ),
+            reach: s.reachability.as_ref().map(|r| PageReach::new(r, names)),
             lifetimes: s.lifetimes.iter().copied().enumerate().filter(|(_, n)| *n > 0).collect(),
             series: encode(thinned(&s.series, points).iter().map(row)),
+        }
+    }
+}
+
+impl PageReach {
+    fn new(r: &ReachView, names: &mut Names) -> Self {
+        let c = &r.counts;
+        let tallies = [c.lost, c.indirectly_lost, c.possible, c.reachable, c.disguised, c.young, c.gone];
+        PageReach {
+            verdict: r.verdict,
+            evidence: names.string(&r.evidence),
+            way: names.optional(r.way.as_deref()),
+            tallies: tallies.map(|t| [t.blocks, t.bytes]),
+            fraction: c.lost_fraction().map(|(p, low, high)| [short(p), short(low), short(high)]),
+            scans: c.scans,
+            time: short(r.time_s),
         }
     }
 }

@@ -7,6 +7,7 @@ use crate::coverage::{Baseline, Coverage};
 use crate::finding::Severity;
 use crate::history::{Bounds, History};
 use crate::labels::Labels;
+use crate::output::reach;
 use crate::snapshot::{
     Cohort, LIFETIME_CLASSES, Losses, Mode, Process, ProcessSample, Site, SiteKey, SiteSample, Snapshot, Totals,
 };
@@ -121,6 +122,7 @@ fn snapshot(number: u32, process: &Arc<Process>, sites: &[Arc<Site>]) -> Snapsho
     };
     let mut lifetimes = [0; LIFETIME_CLASSES];
     lifetimes[10] = n;
+    let reach = Arc::new(reach::sample());
     let sample = |site: &Arc<Site>| SiteSample {
         site: Arc::clone(site),
         totals,
@@ -128,7 +130,7 @@ fn snapshot(number: u32, process: &Arc<Process>, sites: &[Arc<Site>]) -> Snapsho
         last_allocation_s: time_s,
         cohorts: vec![cohort],
         lifetimes,
-        reachability: None,
+        reachability: Some(reach.clone()),
         kernel: None,
     };
     Snapshot {

@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::trend;
 use crate::finding::Severity;
 use crate::history::{Sample, SiteHistory};
+use crate::output::reach::ReachView;
 use crate::output::text::clip;
 use crate::snapshot::{Cohort, LIFETIME_CLASSES, SiteKey, StandardErrors, Totals};
 use crate::symbolize::Frame;
@@ -45,6 +46,8 @@ pub(super) struct SiteView {
     pub(super) cohorts: Vec<Cohort>,
     #[serde(flatten)]
     pub(super) stderr: StandardErrors,
+    /// What scans of the process's memory say; `None` before there was one.
+    pub(super) reachability: Option<ReachView>,
     #[serde(skip)]
     pub(super) lifetimes: [u64; LIFETIME_CLASSES],
     #[serde(skip)]
@@ -126,6 +129,7 @@ impl SiteView {
             frames,
             cohorts: h.latest.cohorts.clone(),
             stderr: h.latest.stderr,
+            reachability: h.latest.reachability.as_deref().map(ReachView::from),
             lifetimes: h.latest.lifetimes,
             series: h.series.samples().to_vec(),
         }

@@ -16,7 +16,7 @@ impl Simulated {
     pub(crate) fn new(blocks: &[(u32, u64)]) -> Self {
         let mut at = HEAP;
         let place = |&(site, size): &(u32, u64)| {
-            let block = Block { address: at, size, birth_ns: 1, site };
+            let block = Block { address: at, size, birth_ns: 1, site, glibc: false };
             at += size.next_multiple_of(64) + 64;
             block
         };

@@ -3,10 +3,12 @@
 use std::sync::Arc;
 
 use super::support::*;
+use crate::config::RuleSettings;
 use crate::finding::Severity;
 use crate::reachability::roots::Root;
 use crate::reachability::verdict::Tally;
 use crate::reachability::{SiteVerdict, Verdict};
+use crate::rules::RuleEngine;
 use crate::rules::simulate::shapes::*;
 use crate::snapshot::{ReachWay, SiteReach};
 
@@ -71,4 +73,33 @@ fn a_full_cache_that_is_reachable_is_no_finding() {
     simulation.reachability = Some(Arc::new(reach(Verdict::Reachable, 0, 400)));
     let said = simulation.run(&mut shipped(), 300);
     assert!(said.is_empty(), "{:#?}", summary(&said));
+}
+
+/// A rule may ask for a scan with or without a finding; anything else than yes or no is an error of the rule.
+#[test]
+fn rules_ask_for_scans() {
+    let asked = |returned: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        let rule = format!(
+            "return {{ name = 'ask', description = 'asks', params = {{}}, evaluate = function(site, p) return {returned} end }}"
+        );
+        std::fs::write(dir.path().join("ask.lua"), rule).unwrap();
+        let settings = RuleSettings { dir: Some(dir.path().into()), ..RuleSettings::default() };
+        let mut engine = RuleEngine::new(&settings).unwrap();
+        let mut simulation = Simulation::new(1.0, 1, vec![("leak", leak(50_000.0, 1_000))]);
+        (0..5).for_each(|_| simulation.step());
+        let evaluation = evaluate(&mut engine, &simulation.history);
+        let found = evaluation.findings.iter().filter(|f| &*f.rule == "ask").count();
+        (evaluation.scans.len(), found, evaluation.errors.first().map(ToString::to_string))
+    };
+    assert_eq!(asked("{ scan = true }"), (1, 0, None));
+    let finding = "severity = 'info', confidence = 0.5, reason = 'because'";
+    assert_eq!(asked(&format!("{{ scan = true, {finding} }}")), (1, 1, None));
+    assert_eq!(asked(&format!("{{ scan = false, {finding} }}")), (0, 1, None));
+    let (scans, found, error) = asked("{ scan = 1 }");
+    assert_eq!((scans, found), (0, 0));
+    assert!(error.unwrap().contains("scan must be true or false, not 1"));
+    let (scans, found, error) = asked("{ scan = true, severity = 'info' }");
+    assert_eq!((scans, found), (0, 0));
+    assert!(error.unwrap().contains("confidence must be a number"));
 }

@@ -1,0 +1,168 @@
+use std::process::{Child, Command};
+
+use super::*;
+use crate::maps::Maps;
+use crate::process::ProcDir;
+use crate::reachability::memory::Ranges;
+
+/// A process that sleeps, past its start.
+fn sleeper() -> Child {
+    let child = Command::new("sleep").arg("60").spawn().unwrap();
+    let in_sleep = || {
+        let call = std::fs::read_to_string(format!("/proc/{}/syscall", child.id())).unwrap_or_default();
+        call.starts_with(&format!("{} ", libc::SYS_clock_nanosleep))
+    };
+    while !in_sleep() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child
+}
+
+fn ranges_of(pid: u32) -> Vec<Range> {
+    let ranges = Ranges::of(&Maps::read(&ProcDir::open(pid).unwrap()).unwrap());
+    [ranges.named, ranges.others].concat()
+}
+
+/// State of a process in `/proc/PID/stat`.
+fn state(pid: u32) -> char {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    stat.rsplit(')').next().and_then(|rest| rest.trim().chars().next()).unwrap()
+}
+
+fn is_root() -> bool {
+    // SAFETY: takes nothing, returns a number.
+    unsafe { libc::geteuid() == 0 }
+}
+
+/// What is copied is what was there, and the process runs on afterwards.
+#[test]
+fn a_stop_copies_and_lets_go() {
+    let mut child = sleeper();
+    let ranges = ranges_of(child.id());
+    let taken = take(child.id(), &ranges, MAX_COPY, Duration::from_millis(500)).unwrap();
+    assert!(!taken.cut_short && taken.stopped < Duration::from_millis(500), "{:?}", taken.stopped);
+    assert_eq!(taken.registers.len(), 1);
+    let (tid, values) = &taken.registers[0];
+    assert_eq!(*tid, child.id());
+    // A sleeping thread has its stack pointer in a register.
+    let stack = ranges.iter().any(|r| values.iter().any(|v| (r.start..r.end).contains(v)));
+    assert!(stack, "{values:x?}");
+    let maps = Maps::read(&ProcDir::open(child.id()).unwrap()).unwrap();
+    let stack = maps.iter().find(|m| m.name().as_deref() == Some("[stack]")).unwrap();
+    let stack = Range { start: stack.start, end: stack.end };
+    let dead = taken.dead_stack(child.id(), stack);
+    assert!(dead.start == stack.start && dead.end > dead.start && dead.end < stack.end, "{dead:x?} of {stack:x?}");
+    let elsewhere = Range { start: 4096, end: 8192 };
+    assert_eq!(taken.dead_stack(child.id(), elsewhere), Range { start: 4096, end: 4096 });
+    assert!(taken.memory.bytes_copied() > 4096);
+    let mut same = 0;
+    for (address, bytes) in taken.memory.pieces() {
+        let mut now = vec![0; bytes.len()];
+        let got = ProcessMemory::new(child.id()).read(address, &mut now);
+        same += usize::from(now[..got] == bytes[..got]);
+    }
+    assert_eq!(same, taken.memory.pieces().count());
+    assert!("SR".contains(state(child.id())));
+    assert_eq!(tracer_of(child.id()), None);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+/// The copy is bounded, and what is not in it is read as it is now.
+#[test]
+fn a_copy_without_room_is_cut_short() {
+    let mut child = sleeper();
+    let ranges = ranges_of(child.id());
+    let mut taken = take(child.id(), &ranges, 4096, Duration::from_millis(500)).unwrap();
+    assert!(taken.cut_short);
+    assert_eq!(taken.memory.bytes_copied(), 4096);
+    let mut word = [0; 8];
+    for range in &ranges {
+        if taken.memory.read(range.start, &mut word) > 0 {
+            let mut now = [0; 8];
+            assert_eq!(ProcessMemory::new(child.id()).read(range.start, &mut now), 8);
+            assert_eq!(now, word);
+        }
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+/// Only one process can debug another: we say who is in the way.
+#[test]
+fn a_process_under_a_debugger_is_refused() {
+    let mut child = sleeper();
+    let pid = child.id().cast_signed();
+    // SAFETY: no memory is involved.
+    let seized = unsafe { libc::ptrace(libc::PTRACE_SEIZE, pid, 0, 0) };
+    assert!(seized == 0 || !is_root(), "{}", std::io::Error::last_os_error());
+    if seized == 0 {
+        let error = take(child.id(), &[], 0, Duration::from_millis(50)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Permission);
+        let text = format!("{error:#}");
+        // SAFETY: takes nothing, returns a number.
+        let tid = unsafe { libc::gettid() };
+        assert!(text.contains(&format!("process {tid} is debugging it")), "{text}");
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_process_that_has_ended_cannot_be_stopped() {
+    let mut child = sleeper();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let error = take(child.id(), &[], 0, Duration::from_millis(50)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Target, "{error:#}");
+}
+
+/// Whoever holds the process dies: the kernel lets it go. This is what the deadline and the end of memleak rely on.
+#[test]
+fn a_killed_helper_leaves_nothing_stopped() {
+    let mut child = sleeper();
+    let pid = child.id().cast_signed();
+    // SAFETY: the child makes system calls only.
+    let helper = unsafe { libc::fork() };
+    if helper == 0 {
+        // SAFETY: as above; it is killed, or ends when the time is up.
+        unsafe {
+            libc::ptrace(libc::PTRACE_SEIZE, pid, 0, 0);
+            libc::ptrace(libc::PTRACE_INTERRUPT, pid, 0, 0);
+            libc::waitpid(pid, ptr::null_mut(), libc::__WALL);
+            libc::sleep(30);
+            libc::_exit(0);
+        }
+    }
+    let wait_for = |wanted: char| {
+        (0..500).any(|_| {
+            std::thread::sleep(Duration::from_millis(10));
+            state(child.id()) == wanted
+        })
+    };
+    assert!(wait_for('t'), "{}", state(child.id()));
+    // SAFETY: the helper is ours and has not been waited for.
+    unsafe {
+        libc::kill(helper, libc::SIGKILL);
+        libc::waitpid(helper, ptr::null_mut(), 0);
+    }
+    assert!(wait_for('S'), "{}", state(child.id()));
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+/// The cap holds whatever happens: here there is far more to copy than time.
+#[test]
+fn the_cap_holds() {
+    let mut child = sleeper();
+    let one = ranges_of(child.id());
+    // The same again and again: as much as there is room for.
+    let many: Vec<Range> = one.iter().copied().cycle().take(60_000).collect();
+    let taken = take(child.id(), &many, MAX_COPY, Duration::from_millis(5)).unwrap();
+    assert!(taken.cut_short, "{}", taken.memory.bytes_copied());
+    // The machine may be busy; the time of the copy is what is bounded.
+    assert!(taken.stopped < Duration::from_millis(100), "{:?}", taken.stopped);
+    assert!("SR".contains(state(child.id())));
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
