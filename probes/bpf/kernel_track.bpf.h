@@ -184,6 +184,7 @@ static __always_inline u64 prepare_at(void *ctx, struct memleak_actor *actor, st
 {
 	struct memleak_site_key key = { .probe_set = call->probe_set };
 	const struct kmem_cache *cache = (const void *)call->cache;
+	struct memleak_kernel_origin *origin;
 	struct memleak_stack *stack;
 
 	if (level >= KERNEL_LEVELS) {
@@ -191,6 +192,9 @@ static __always_inline u64 prepare_at(void *ctx, struct memleak_actor *actor, st
 		return 0;
 	}
 	stack = &cpu->stacks[level];
+	/* Here and not when it is needed: Linux 5.10 forgets the bounds of numbers that clang keeps on the stack. */
+	origin = &cpu->origins[level];
+	barrier_var(origin);
 	if (cache && !call->object_bytes)
 		call->object_bytes = BPF_CORE_READ(cache, size);
 	stack->name = call->name;
@@ -200,7 +204,7 @@ static __always_inline u64 prepare_at(void *ctx, struct memleak_actor *actor, st
 	key.stack = kernel_hash(stack, call);
 	if (!key.stack || bpf_map_lookup_elem(&sites, &key))
 		return key.stack;
-	note_origin(&cpu->origins[level], &key, call);
+	note_origin(origin, &key, call);
 	return site_of(actor, &key, stack) ? key.stack : 0;
 }
 
