@@ -25,7 +25,7 @@ C_SOURCES := $(wildcard probes/bpf/*.c probes/bpf/*.h tests/programs/*.c tests/p
 CLANG_FORMAT ?= $(or $(shell command -v clang-format-19),clang-format)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-kernels bench recordings lint format build install uninstall setup clean root toolchain
+.PHONY: help run test test-kernels bench bench-bars recordings lint format build install uninstall setup clean root toolchain
 
 help: ## list what can be made
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -73,9 +73,12 @@ bench: toolchain ## measure what memleak costs real programs (root; about an hou
 	tests/setup.sh bench
 	$(AS_USER) cargo build --release --package memleak --package memleak_bench
 	$(TARGET)/release/memleak_bench --memleak $(MEMLEAK) --json $(TARGET)/bench.json $(if $(ROUNDS),--rounds $(ROUNDS)) \
-		$(if $(SECONDS),--seconds $(SECONDS)) --workloads "$(WORKLOADS)" --tools "$(TOOLS)"; code=$$?; \
+		$(if $(SECONDS),--seconds $(SECONDS)) --workloads "$(WORKLOADS)" $(if $(BARS),--bars,--tools "$(TOOLS)"); code=$$?; \
 		[ -z "$$SUDO_USER" ] || chown "$$SUDO_USER:" $(TARGET)/bench.json; \
 		exit $$code
+
+bench-bars: ## measure what memleak promises, and judge it (root; about 22 minutes; ROUNDS and SECONDS as above)
+	$(MAKE) --no-print-directory bench BARS=1
 
 recordings: root toolchain build ## record anew the shapes that rules are tested with (root; ten minutes)
 	tests/record_shapes.sh $(MEMLEAK)

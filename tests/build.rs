@@ -70,6 +70,7 @@ const BUILDS: &[Build] = &[
     // Without debug information the symbol table alone names the function, with the name made to do harm.
     gcc("hostile", "programs/hostile.c", &["-g0"]),
     gcc("pool", "programs/pool.c", &["-L.", "-l:libpool.so", "-Wl,-rpath,$ORIGIN"]),
+    gcc("stepped", "programs/stepped.c", &[]),
     gcc("longjmp", "programs/longjmp.c", &["-L.", "-l:libpool.so", "-Wl,-rpath,$ORIGIN"]),
     gcc("jemalloc", "programs/jemalloc.c", &["-ldl"]),
     gcc("tcmalloc", "programs/tcmalloc.c", &["-ldl"]),

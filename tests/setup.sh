@@ -6,6 +6,8 @@
 #   tests/setup.sh kernels  what the build and `make test-kernels` need
 #   tests/setup.sh lint     what the tests and `make lint` need
 #   tests/setup.sh bench    what the build and `make bench` need
+#   tests/setup.sh glibcs   installs nothing, and fetches C libraries of other Debian releases into target/glibcs, where
+#                           the tests of probe placement find them: older and newer ones than the machine's
 #
 # Only what is missing is installed: with everything in place it needs no root and no network. Packages for the build
 # must come; one that only some tests need may be missing in a distribution, then those tests say that they skip.
@@ -72,7 +74,7 @@ list_packages() {
         wanted="redis-server redis-tools sqlite3 nginx wrk python3 heaptrack valgrind"
         ;;
     *)
-        say "unknown purpose '$1': build, test, kernels, lint or bench"
+        say "unknown purpose '$1': build, test, kernels, lint, bench or glibcs"
         exit 2
         ;;
     esac
@@ -80,7 +82,35 @@ list_packages() {
     missing_wanted=$(missing_of $wanted)
 }
 
+# Unpacks the C library of a Debian release into target/glibcs/RELEASE, with package lists of its own.
+fetch_glibc() {
+    release=$1
+    folder=target/glibcs/$release
+    [ ! -e "$folder/libc.so.6" ] || return 0
+    say "fetching the C library of Debian $release"
+    work=$(mktemp -d)
+    mkdir -p "$work/lists/partial" "$work/archives/partial"
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian $release main" >"$work/sources.list"
+    apt_there() {
+        apt-get -qq -o Dir::Etc::sourcelist="$work/sources.list" -o Dir::Etc::sourceparts=/dev/null \
+            -o Dir::State::lists="$work/lists" -o Dir::Cache::archives="$work/archives" -o Dir::Cache::pkgcache= \
+            -o Dir::Cache::srcpkgcache= -o Acquire::Languages=none -o Acquire::Retries=3 -o APT::Sandbox::User=root "$@"
+    }
+    if apt_there update && (cd "$work" && apt_there download "libc6/$release" && dpkg-deb -x libc6_*.deb unpacked); then
+        mkdir -p "$folder"
+        # Below /usr in the newer ones.
+        find "$work/unpacked" -name libc.so.6 -exec cp -L {} "$folder/" ';'
+    fi
+    rm -rf "$work"
+    [ -e "$folder/libc.so.6" ] || say "failed to fetch that of $release"
+}
+
 purpose=${1:-build}
+if [ "$purpose" = glibcs ]; then
+    fetch_glibc bullseye
+    fetch_glibc trixie
+    exit 0
+fi
 list_packages "$purpose"
 if [ -z "$missing_needed$missing_wanted" ]; then
     exit 0

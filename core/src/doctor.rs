@@ -95,10 +95,11 @@ fn measure_cost(config: &Config) -> Result<String> {
 fn cost_line(collector: &Collector) -> String {
     let prices = collector.tracker().prices();
     format!(
-        "  one hit of a well-placed probe costs {:.0} ns here, {:.1} us more where the kernel single-steps; a traced malloc \
-         and free are three hits\n",
+        "  one hit of a well-placed probe costs {:.0} ns here, {:.1} us more where the kernel single-steps, {:.1} us more \
+         after a pause; a traced malloc and free are three hits\n",
         prices.hit_ns,
-        prices.stepped_ns / 1e3
+        prices.stepped_ns / 1e3,
+        prices.cold_ns / 1e3
     )
 }
 

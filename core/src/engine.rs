@@ -17,7 +17,7 @@ use crate::recording::EventKind;
 use crate::rules::{Evaluation, ReloadEvent, ReloadOutcome, RuleEngine};
 use crate::snapshot::Snapshot;
 use crate::stop::Stop;
-use crate::{Result, check};
+use crate::{Result, check, sys};
 
 mod recorder;
 mod reporter;
@@ -63,9 +63,10 @@ pub fn run(config: &Config, output: Output, stop: &Stop) -> Result<bool> {
     // Everything that can be wrong with files comes before anything is attached.
     let templates = Arc::new(Templates::new(config.templates_dir.as_deref())?);
     let rules = RuleEngine::new(&config.rules)?;
-    let sinks = Sinks::new(config, output, &templates)?;
+    let mut sinks = Sinks::new(config, output, &templates)?;
     let mut collector = Collector::start(config, Purpose::Watch)?;
     collector.require_attached()?;
+    sinks.prices = Some(collector.tracker().prices());
     let reporter = Reporter::new(config, &collector, templates);
     let history = History::new(config.history);
     let recorder = Recorder::start(config, &reporter.run_info(&history, &rules))?;
@@ -106,6 +107,7 @@ impl Engine<'_> {
             let over = stop.is_requested() || end.is_some_and(|e| now >= e) || self.collector.is_finished();
             if over || now >= next {
                 self.step(stop)?;
+                sys::give_memory_back();
                 // Late by more than an interval: go on from now instead of catching up.
                 next = (next + interval).max(self.collector.now_s().min(next + 2.0 * interval));
             }
@@ -143,7 +145,8 @@ impl Engine<'_> {
         self.name(&snapshot, &events);
         self.record(&snapshot, &evaluation, &events);
         let told = self.sinks.tell(&snapshot, &self.history, &self.alerts, &events);
-        self.last = Some(snapshot);
+        // Only a recording asks for it, and with many sites it is large.
+        self.last = self.recorder.is_some().then_some(snapshot);
         match told {
             // The reader of our output has seen enough.
             Err(e) if crate::cli::is_closed_pipe(&e) => {

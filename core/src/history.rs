@@ -36,6 +36,12 @@ impl Series {
         if self.samples.len() >= cap.max(2) {
             self.thin();
         }
+        if self.samples.len() == self.samples.capacity() {
+            // Room for as many as every series may have at once: with many sites, moving them to larger and larger pieces
+            // of memory would leave as much again unused. Then by halves, never beyond what it may hold.
+            let more = if self.samples.is_empty() { MIN_SAMPLES } else { self.samples.len() / 2 };
+            self.samples.reserve_exact(more.min(cap.max(2).saturating_sub(self.samples.len())).max(1));
+        }
         self.samples.push(sample);
     }
 
@@ -97,7 +103,7 @@ pub struct Bounds {
 
 impl Default for Bounds {
     fn default() -> Self {
-        Bounds { samples: 500, points: 1_000_000 }
+        Bounds { samples: 500, points: 300_000 }
     }
 }
 
@@ -189,7 +195,8 @@ impl History {
             let sample = Sample { time_s, totals };
             let Some(known) = self.sites.get_mut(&key) else {
                 if let What::All(latest) = what {
-                    let series = Series::from(vec![sample]);
+                    let mut series = Series::default();
+                    series.push(sample, cap);
                     self.sites.insert(key, Arc::new(SiteHistory { series, latest, ended_s: None }));
                 }
                 continue;

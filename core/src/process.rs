@@ -454,6 +454,13 @@ fn parse_cgroup(data: &[u8]) -> Option<String> {
 }
 
 /// Processes for tests, of this module and others.
+/// Time so far in which this thread was ready to run and had no CPU, in seconds; 0 where the kernel does not count it.
+pub fn waited_s() -> f64 {
+    // CPU time, waiting time, slices (Source: Documentation/scheduler/sched-stats.rst).
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    text.split_ascii_whitespace().nth(1).and_then(|ns| ns.parse::<u64>().ok()).map_or(0.0, |ns| ns as f64 / 1e9)
+}
+
 #[cfg(test)]
 pub(crate) mod testing {
     use std::process::{Child, Command, Stdio};

@@ -11,6 +11,16 @@ fn c_path(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
 }
 
+/// Gives memory that is free back to the kernel, as far as the C library can: with many sites, what one interval has used for
+/// a moment is as much as all that is kept.
+pub(crate) fn give_memory_back() {
+    // SAFETY: glibc's malloc_trim may be called at any time; other threads may go on allocating.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// `openat(2)` with `O_CLOEXEC`.
 pub(crate) fn open_at(dir: &File, path: &Path, flags: i32) -> io::Result<File> {
     let path = c_path(path)?;

@@ -1,16 +1,18 @@
-//! A second process that sees to it that no window stays open when the collector is stopped.
+//! A second process that sees to it that nothing gets out of hand while the collector is stopped.
 //!
 //! A collector that dies takes its probes with it: they are file descriptors. One that is stopped (SIGSTOP, ctrl-z)
 //! keeps them, and while a window is open that can slow the target down tenfold. So before a window opens, this helper is
 //! told when it must be closed again at the latest. If it is not and the collector is stopped, the helper wakes it
 //! (SIGCONT); it closes the window and stops itself again. One that is stopped again and again is killed, which detaches it.
+//! While a target is traced exactly the collector is woken every now and then for the same reason: should the target make too
+//! many calls meanwhile, tracing ends. (A collector that a debugger has stopped cannot be woken, and is killed.)
 //!
 //! The helper is forked before any BPF object exists and holds nothing but its two pipes.
 
 use std::ffi::{CStr, CString};
 use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::{Error, Result};
 
@@ -26,6 +28,8 @@ pub struct Watchdog {
     orders: PipeWriter,
     wakeups: PipeReader,
     pid: libc::pid_t,
+    /// When the helper was last told to expect something; `None` while it expects nothing.
+    armed: Option<Instant>,
 }
 
 impl Watchdog {
@@ -45,20 +49,28 @@ impl Watchdog {
         match pid {
             -1 => Err(failed(std::io::Error::last_os_error())),
             0 => watch(collector, &stat, orders_reader.as_raw_fd(), wakeups_writer.as_raw_fd()),
-            pid => Ok(Watchdog { orders, wakeups, pid }),
+            pid => Ok(Watchdog { orders, wakeups, pid, armed: None }),
         }
     }
 
-    /// From now on a window is open, for at most `length`; replaces what was said before.
+    /// We shall look again within `length`, by which a window will be closed; replaces what was said before.
     pub fn arm(&mut self, length: Duration) {
+        self.armed = Some(Instant::now());
         let limit_ms = u32::try_from((length + GRACE).as_millis()).unwrap_or(u32::MAX);
         // A helper that is gone cannot help; the window is short anyway.
         let _ = self.orders.write_all(&limit_ms.max(1).to_ne_bytes());
     }
 
-    /// No window is open any more.
-    pub fn disarm(&mut self) {
-        let _ = self.orders.write_all(&0_u32.to_ne_bytes());
+    /// We shall go on looking at least every `length`; `None`: there is nothing to look after any more. To be said again and
+    /// again, which costs next to nothing.
+    pub fn expect_looks(&mut self, length: Option<Duration>) {
+        match length {
+            Some(length) if self.armed.is_none_or(|at| at.elapsed() >= length / 2) => self.arm(length),
+            None if self.armed.take().is_some() => {
+                let _ = self.orders.write_all(&0_u32.to_ne_bytes());
+            }
+            _ => {}
+        }
     }
 
     /// True when the helper has woken us since the last call: somebody had stopped us.
@@ -94,6 +106,8 @@ fn watch(collector: libc::pid_t, stat: &CStr, orders: RawFd, wakeups: RawFd) -> 
         libc::setsid();
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
         libc::prctl(libc::PR_SET_NAME, c"memleak-watch".as_ptr());
+        // What it has to do takes microseconds, and must not wait for others. Where that is not allowed, it waits.
+        libc::setpriority(libc::PRIO_PROCESS, 0, -10);
         for fd in 0..1024 {
             if fd != orders && fd != wakeups {
                 libc::close(fd);
@@ -177,6 +191,6 @@ mod tests {
         watchdog.arm(Duration::from_millis(10));
         std::thread::sleep(GRACE + Duration::from_millis(300));
         assert!(!watchdog.has_woken_us());
-        watchdog.disarm();
+        watchdog.expect_looks(None);
     }
 }

@@ -274,11 +274,14 @@ enum memleak_counter {
 	COUNTER_ALLOCATED_COUNT, /* with sampling: blocks handed out, recorded or not */
 	COUNTER_ALLOCATED_BYTES, /* the same in bytes */
 	COUNTER_HITS_STEPPED, /* of the hits: entries whose instruction the kernel single-steps */
-	COUNTER_MAX = 16,
+	COUNTER_HITS_COLD, /* of the hits: those after a pause of METER_COLD_NS on their CPU */
+	COUNTER_TIMED_NS, /* time in the programs, of the hits that were timed: see meter.bpf.h */
+	COUNTER_MAX,
 };
 
 struct memleak_counters {
 	__u64 values[COUNTER_MAX];
+	__u64 last_hit_ns; /* on this CPU */
 };
 
 enum memleak_process_event_kind {

@@ -18,6 +18,8 @@ struct memleak_actor {
 	u32 instance;
 	u32 slot;
 	u32 domain;
+	u32 hit; /* number of this hit, and when it began: see meter.bpf.h */
+	u64 hit_ns;
 	const struct memleak_target *target;
 };
 

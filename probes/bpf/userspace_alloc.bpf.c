@@ -13,6 +13,7 @@
 #include <bpf/bpf_tracing.h>
 #include <bpf/bpf_core_read.h>
 #include "compat.bpf.h"
+#include "meter.bpf.h"
 #include "operand.bpf.h"
 #include "unwind.bpf.h"
 
@@ -152,7 +153,7 @@ static __always_inline bool find_actor(struct memleak_actor *actor)
 	actor->instance = target->instance;
 	actor->slot = target->slot;
 	actor->target = target;
-	count(actor->slot, COUNTER_HITS);
+	meter_begin(actor);
 	return true;
 }
 
@@ -239,41 +240,33 @@ static __always_inline u64 stack_of_free(struct pt_regs *ctx, struct memleak_act
 }
 
 /* `session`: SKIP is heeded; `loop`: the kernel has bpf_loop(). */
-static __always_inline int on_enter(struct pt_regs *ctx, bool session, bool loop)
+static __always_inline int enter(struct pt_regs *ctx, struct memleak_actor *actor, struct memleak_function *function,
+				 u32 index, bool session, bool loop)
 {
-	struct memleak_function *function;
-	struct memleak_actor actor;
 	struct memleak_thread *thread;
 	u64 sp, block;
-	u32 index;
 
-	function = function_of(ctx, &index);
-	if (!function || !find_actor(&actor))
-		return SKIP;
-	if (function->flags & FUNCTION_STEPPED)
-		count(actor.slot, COUNTER_HITS_STEPPED);
-	actor.domain = function->domain;
 	block = operand(ctx, &function->block);
 	if (function->role == ROLE_FREE) {
 		if (block)
-			track_free(&actor, function, block, requested_size(ctx, function),
-				   stack_of_free(ctx, &actor, function, loop));
+			track_free(actor, function, block, requested_size(ctx, function),
+				   stack_of_free(ctx, actor, function, loop));
 		return SKIP;
 	}
 	sp = PT_REGS_SP(ctx) + function->sp_offset;
 	thread = 0;
-	if (!actor.target->record_until_ns || bpf_ktime_get_ns() < actor.target->record_until_ns)
-		thread = thread_of(&actor);
+	if (!actor->target->record_until_ns || bpf_ktime_get_ns() < actor->target->record_until_ns)
+		thread = thread_of(actor);
 	if (!thread) {
 		struct memleak_block old;
 
 		/* What it hands out will be unknown; what it takes back must not stay. */
-		if (function->role == ROLE_REALLOC && block && take(&actor, block, &old))
-			settle(&old, actor.instance, bpf_ktime_get_ns());
+		if (function->role == ROLE_REALLOC && block && take(actor, block, &old))
+			settle(&old, actor->instance, bpf_ktime_get_ns());
 		return SKIP;
 	}
-	if (thread->sp && thread->window != actor.target->window)
-		abandon(&actor, thread);
+	if (thread->sp && thread->window != actor->target->window)
+		abandon(actor, thread);
 	if (thread->sp) {
 		/* Stacks grow down: a nested call is below the pending one, and not far. */
 		if (sp < thread->sp && thread->sp - sp < NESTED_STACK_BYTES) {
@@ -285,67 +278,79 @@ static __always_inline int on_enter(struct pt_regs *ctx, bool session, bool loop
 			note_nesting(thread);
 			return SKIP;
 		}
-		abandon(&actor, thread);
+		abandon(actor, thread);
 	}
 	thread->size = requested_size(ctx, function);
 	thread->out_pointer = function->flags & FUNCTION_IN_PLACE ? block : operand(ctx, &function->out);
 	thread->filtered = !is_recorded(thread, function, thread->size);
 	thread->function = index;
-	thread->window = actor.target->window;
+	thread->window = actor->target->window;
 	thread->old_address = 0;
 	/* Taken back at entry: as soon as the call runs, another thread may own the address. */
-	if (function->role == ROLE_REALLOC && block && take(&actor, block, &thread->old))
+	if (function->role == ROLE_REALLOC && block && take(actor, block, &thread->old))
 		thread->old_address = block;
-	if (session && thread->filtered && !thread->old_address && may_skip(&actor, function)) {
-		count_allocation(actor.slot, thread->size);
+	if (session && thread->filtered && !thread->old_address && may_skip(actor, function)) {
+		count_allocation(actor->slot, thread->size);
 		return SKIP;
 	}
-	thread->caller = caller_of(ctx, &actor, function, sp);
+	thread->caller = caller_of(ctx, actor, function, sp);
 	if (!thread->filtered) {
-		walk(ctx, &actor, thread, sp, thread->caller, function, loop);
-		thread->stack_hash = hash_stack(actor.target, &thread->stack);
+		walk(ctx, actor, thread, sp, thread->caller, function, loop);
+		thread->stack_hash = hash_stack(actor->target, &thread->stack);
 	}
 	if (function->flags & FUNCTION_AT_ENTRY) {
 		if (!block)
 			return SKIP;
-		count_allocation(actor.slot, thread->size);
+		count_allocation(actor->slot, thread->size);
 		if (thread->filtered)
-			end_missed(&actor, block, bpf_ktime_get_ns());
+			end_missed(actor, block, bpf_ktime_get_ns());
 		else
-			track_alloc(&actor, function, block, thread->size, thread->stack_hash, &thread->stack);
+			track_alloc(actor, function, block, thread->size, thread->stack_hash, &thread->stack);
 		return SKIP;
 	}
 	thread->sp = sp;
 	return FOLLOW;
 }
 
-static __always_inline int on_return(struct pt_regs *ctx)
+static __always_inline int on_enter(struct pt_regs *ctx, bool session, bool loop)
 {
-	struct memleak_thread_key key = {};
 	struct memleak_function *function;
 	struct memleak_actor actor;
-	struct memleak_thread *thread;
-	u64 sp, block, old_address;
-	bool failed;
+	int next;
 	u32 index;
 
 	function = function_of(ctx, &index);
 	if (!function || !find_actor(&actor))
-		return 0;
+		return SKIP;
+	if (function->flags & FUNCTION_STEPPED)
+		count(actor.slot, COUNTER_HITS_STEPPED);
 	actor.domain = function->domain;
-	key.pid_tgid = actor.pid_tgid;
-	key.domain = actor.domain;
+	next = enter(ctx, &actor, function, index, session, loop);
+	meter_end(&actor);
+	return next;
+}
+
+static __always_inline void leave(struct pt_regs *ctx, struct memleak_actor *actor, struct memleak_function *function,
+				  u32 index)
+{
+	struct memleak_thread_key key = {};
+	struct memleak_thread *thread;
+	u64 sp, block, old_address;
+	bool failed;
+
+	key.pid_tgid = actor->pid_tgid;
+	key.domain = actor->domain;
 	thread = bpf_map_lookup_elem(&threads, &key);
-	if (!thread || !thread->sp || thread->window != actor.target->window)
-		return 0; /* entered before the probes were there */
+	if (!thread || !thread->sp || thread->window != actor->target->window)
+		return; /* entered before the probes were there */
 	sp = PT_REGS_SP(ctx) - RETURN_SP_RISE;
 	if (sp != thread->sp) {
 		if (sp > thread->sp)
-			abandon(&actor, thread);
-		return 0; /* a nested call returns */
+			abandon(actor, thread);
+		return; /* a nested call returns */
 	}
 	if (index != thread->function)
-		return 0; /* a tail call returns, together with the function that made it */
+		return; /* a tail call returns, together with the function that made it */
 	if (function->followed < MEMLEAK_LEAF_CALLS)
 		function->followed++;
 	thread->sp = 0;
@@ -359,7 +364,7 @@ static __always_inline int on_return(struct pt_regs *ctx)
 		failed = (u32)block != (u32)function->expect;
 		block = 0;
 		if (!failed && bpf_probe_read_user(&block, sizeof(block), (void *)thread->out_pointer)) {
-			count(actor.slot, COUNTER_POINTERS_UNREADABLE);
+			count(actor->slot, COUNTER_POINTERS_UNREADABLE);
 			failed = true;
 		}
 		failed = failed || !block;
@@ -370,29 +375,43 @@ static __always_inline int on_return(struct pt_regs *ctx)
 		u64 now = bpf_ktime_get_ns();
 
 		if (!old_address)
-			return 0;
+			return;
 		/* realloc(p, 0) frees and returns NULL; any other failure leaves the old block as it was. */
 		if (thread->size) {
-			put_back(&actor, old_address, &thread->old, now);
+			put_back(actor, old_address, &thread->old, now);
 		} else {
-			settle(&thread->old, actor.instance, now);
-			emit(&actor, EVENT_FREE, old_address, block_size(&thread->old), now,
+			settle(&thread->old, actor->instance, now);
+			emit(actor, EVENT_FREE, old_address, block_size(&thread->old), now,
 			     block_age(&thread->old, now), thread->stack_hash, function->probe_set, function->name);
 		}
-		return 0;
+		return;
 	}
 	if (old_address) {
 		u64 now = bpf_ktime_get_ns();
 
-		settle(&thread->old, actor.instance, now);
-		emit(&actor, EVENT_FREE, old_address, block_size(&thread->old), now, block_age(&thread->old, now),
+		settle(&thread->old, actor->instance, now);
+		emit(actor, EVENT_FREE, old_address, block_size(&thread->old), now, block_age(&thread->old, now),
 		     thread->stack_hash, function->probe_set, function->name);
 	}
-	count_allocation(actor.slot, thread->size);
+	count_allocation(actor->slot, thread->size);
 	if (thread->filtered)
-		end_missed(&actor, block, bpf_ktime_get_ns());
+		end_missed(actor, block, bpf_ktime_get_ns());
 	else
-		track_alloc(&actor, function, block, thread->size, thread->stack_hash, &thread->stack);
+		track_alloc(actor, function, block, thread->size, thread->stack_hash, &thread->stack);
+}
+
+static __always_inline int on_return(struct pt_regs *ctx)
+{
+	struct memleak_function *function;
+	struct memleak_actor actor;
+	u32 index;
+
+	function = function_of(ctx, &index);
+	if (!function || !find_actor(&actor))
+		return 0;
+	actor.domain = function->domain;
+	leave(ctx, &actor, function, index);
+	meter_end(&actor);
 	return 0;
 }
 

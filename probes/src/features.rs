@@ -106,6 +106,7 @@ pub(crate) fn can_signal_others() -> bool {
 /// What must be there whatever the backend.
 pub(crate) fn check_kernel() -> Result<()> {
     check_capabilities()?;
+    check_lockdown()?;
     if !Path::new("/sys/kernel/btf/vmlinux").exists() {
         return Err(Error::new(
             ErrorKind::Kernel,
@@ -114,6 +115,19 @@ pub(crate) fn check_kernel() -> Result<()> {
         ));
     }
     Ok(())
+}
+
+/// A kernel that keeps its memory from being read, whoever asks. Without securityfs it is not known whether this one does.
+fn check_lockdown() -> Result<()> {
+    let modes = std::fs::read_to_string("/sys/kernel/security/lockdown").unwrap_or_default();
+    if !modes.contains("[confidentiality]") {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Permission,
+        "this kernel is locked down: in the mode confidentiality no BPF program may read its memory, not even root's; boot \
+         with lockdown=integrity or without lockdown=",
+    ))
 }
 
 /// Capabilities by bit number, see capability.h: CAP_SYS_ADMIN alone, or CAP_BPF and CAP_PERFMON.
@@ -144,6 +158,7 @@ fn check_capabilities() -> Result<()> {
 fn try_backend(backend: Backend) -> Result<()> {
     const CALLS: u64 = 3;
     const COOKIE: u64 = 7;
+    let _alone = own_code::alone();
     let offset = own_code::offset(own_code::allocate_address())?;
     let pid = std::process::id().cast_signed();
     let exe = Path::new("/proc/self/exe");

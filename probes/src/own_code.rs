@@ -1,6 +1,15 @@
 //! Functions of our own that are probed: to find out what works here, and what a hit costs.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use crate::{Error, ErrorKind, Result};
+
+/// To be held while probes are on these functions: one thread at a time, or each would count the calls of the others.
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    // It protects no data: a thread that panicked has left nothing half done.
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 // Like most functions of real allocators they start with a push, which the kernel emulates: what is measured on them
 // holds for those. In assembly, because a compiler may inline, merge or start them otherwise.

@@ -199,6 +199,8 @@ fn low(word: u64, kept: bits) -> u64 {
 pub struct Counters {
     pub hits: u64,
     pub hits_stepped: u64,
+    pub hits_cold: u64,
+    pub timed_ns: u64,
     pub unmatched_frees: u64,
     pub outstanding_full: u64,
     pub sites_full: u64,
@@ -285,7 +287,7 @@ pub(crate) fn read_counters(map: &dyn MapCore, slot: u32) -> Result<Counters> {
         .lookup_percpu(&slot.to_ne_bytes(), MapFlags::ANY)
         .map_err(|e| Error::bpf("read counters", &e))?
         .unwrap_or_default();
-    let mut sum = [0_u64; 16];
+    let mut sum = [0_u64; counter::COUNTER_MAX.0 as usize];
     for row in per_cpu.iter().filter_map(|bytes| from_bytes::<memleak_counters>(bytes)) {
         for (total, value) in sum.iter_mut().zip(row.values) {
             *total += value;
@@ -295,6 +297,8 @@ pub(crate) fn read_counters(map: &dyn MapCore, slot: u32) -> Result<Counters> {
     Ok(Counters {
         hits: get(counter::COUNTER_HITS),
         hits_stepped: get(counter::COUNTER_HITS_STEPPED),
+        hits_cold: get(counter::COUNTER_HITS_COLD),
+        timed_ns: get(counter::COUNTER_TIMED_NS),
         unmatched_frees: get(counter::COUNTER_UNMATCHED_FREES),
         outstanding_full: get(counter::COUNTER_OUTSTANDING_FULL),
         sites_full: get(counter::COUNTER_SITES_FULL),

@@ -9,7 +9,7 @@ use std::time::Duration;
 use libbpf_rs::skel::OpenSkel;
 use libbpf_rs::{Link, MapCore, MapFlags, ProgramMut};
 
-use crate::calibration::{self, Prices};
+use crate::calibration::{self, Prices, TIMED_ONE_IN};
 use crate::elf::Symbols;
 use crate::events::{Event, ProcessEvent, Rings};
 use crate::features::{self, Backend, Features};
@@ -142,8 +142,16 @@ impl Tracker {
             stops_children,
         };
         tracker.prices = calibration::measure(&mut tracker)?;
+        tracker.time_one_hit_in(TIMED_ONE_IN);
         tracker.rings.discard()?;
         Ok(tracker)
+    }
+
+    /// Has the programs time one in so many hits of theirs.
+    pub(crate) fn time_one_hit_in(&mut self, n: u32) {
+        if let Some(bss) = self.skel.maps.bss_data.as_deref_mut() {
+            bss.meter_untimed = u32::MAX - u32::MAX / n.max(1);
+        }
     }
 
     /// What hits cost the target, as measured when the programs were loaded.

@@ -17,6 +17,8 @@ pub enum Feature {
     Bpf,
     /// A way to attach uprobes that works on this kernel, by the name it has in settings.
     Backend(&'static str),
+    /// A kernel that can stop the children of a watched process, so that they are followed from their first instruction.
+    StoppedChildren,
     /// An installed command of that name.
     Command(&'static str),
     /// An installed shared library with that file name.
@@ -39,6 +41,11 @@ pub fn missing(features: &[Feature]) -> Option<String> {
             REASON.get_or_init(bpf_missing).clone()
         }
         Feature::Backend(name) => backend_missing(name),
+        Feature::StoppedChildren => {
+            let symbols = std::fs::read_to_string("/proc/kallsyms").unwrap_or_default();
+            (!symbols.contains(" bpf_send_signal_task\n"))
+                .then(|| "this kernel cannot stop new children (bpf_send_signal_task)".to_owned())
+        }
         Feature::Command(name) => {
             (!is_installed(name)).then(|| format!("{name} is not installed (tests/setup.sh test installs it)"))
         }

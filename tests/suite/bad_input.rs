@@ -200,6 +200,34 @@ fn two_collectors_on_one_process_are_both_exact() {
     program.finish();
 }
 
+// Where the kernel emulates no instruction that would do, probes are dear, and right: the tool says so before they are used.
+#[test]
+fn function_without_a_cheap_place_is_counted_exactly_and_named() {
+    needs!(Feature::Bpf);
+    let manifest = "name = \"stepped\"\nkind = \"userspace\"\n[match]\nsonames = [\"stepped\"]\n\
+                    [[function]]\nsymbol = \"stepped_take\"\nrole = \"alloc\"\nsize = { arg = 0 }\n\
+                    [[function]]\nsymbol = \"stepped_give\"\nrole = \"free\"\nold = { arg = 0 }\n";
+    let plugins = folder(&[("stepped.toml", manifest)]);
+    let plugins = plugins.path().to_str().expect("the folder has a plain name");
+    let mut program = Program::start("stepped");
+    let mut doctor = memleak_command();
+    let (code, stdout, stderr) =
+        output_within(doctor.args(["doctor", "--plugins", plugins, "-p", &program.pid().to_string()]));
+    assert_eq!(code, Some(0), "{stderr}");
+    for function in ["stepped_take", "stepped_give"] {
+        let line = stdout.lines().find(|line| line.contains(function)).unwrap_or_default();
+        says(line, &["+0 single-stepped", "a hit costs", "us more"]);
+    }
+    let mut memleak = Memleak::watch_with(program.pid(), &["--plugins", plugins]);
+    program.step("done");
+    let snapshot = memleak.settled();
+    assert_eq!(snapshot.site("lose_stepped").counts, Counts::kept(31, 79));
+    assert_eq!(snapshot.site("churn_stepped").counts.outstanding_count, 0);
+    assert_eq!(snapshot.site("churn_stepped").counts.freed_count, 31);
+    assert_eq!(memleak.stop().code, Some(0));
+    program.finish();
+}
+
 // A pid that nobody has: said at once, not watched for ever.
 #[test]
 fn pid_that_does_not_exist_is_named() {

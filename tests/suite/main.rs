@@ -14,6 +14,7 @@ mod export;
 mod governor;
 mod import;
 mod kernel_live;
+mod leakmod;
 mod reachability;
 mod recording;
 mod report;

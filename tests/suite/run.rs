@@ -84,7 +84,7 @@ fn what_handlers_had_no_chance_to_free_is_outstanding() {
 // A program that cleans up is clean: no finding of its own, of the C library or of the dynamic linker.
 #[test]
 fn a_clean_program_is_clean() {
-    needs!(Feature::Bpf);
+    needs!(Feature::Bpf, Feature::StoppedChildren);
     let (code, report) = run(&[], &["handler", "vfork"]);
     assert_eq!((code, count(&report, "findings")), (Some(0), 0), "{report}");
     let mut programs: Vec<&str> =
@@ -96,7 +96,7 @@ fn a_clean_program_is_clean() {
 // Children that end at once are followed from their first instruction, however short they live.
 #[test]
 fn short_lived_children_are_counted_to_the_byte() {
-    needs!(Feature::Bpf);
+    needs!(Feature::Bpf, Feature::StoppedChildren);
     for _ in 0..3 {
         let (code, report) = run(&[], &["fork"]);
         assert_eq!((code, found(&report, "leak_in_child")), (Some(1), Some((3 * 11 * 37, 3 * 11))), "{report}");
@@ -136,7 +136,7 @@ fn the_commands_own_exit_is_shown_and_can_be_passed_on() {
 // A service that detaches itself is waited for, and when that takes too long shown for what it is.
 #[test]
 fn descendants_that_outlive_the_command_are_waited_for() {
-    needs!(Feature::Bpf);
+    needs!(Feature::Bpf, Feature::StoppedChildren);
     let (code, report) = run(&[], &["short"]);
     assert_eq!((code, found(&report, "leak_in_daemon")), (Some(1), Some((17 * 71, 17))), "{report}");
     let (code, report) = run(&["--wait", "1s"], &["daemon"]);

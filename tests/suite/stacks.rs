@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
-use memleak_tests::{Feature, Memleak, SiteView, Snapshot, needs, output_within, program_path};
+use memleak_tests::{Feature, Memleak, SiteView, Snapshot, missing, needs, output_within, program_path, skip};
 
 /// Runs a command under memleak to its end; returns the last snapshot.
 fn run(settings: &[&str], command: &[&str]) -> Snapshot {
@@ -98,6 +98,10 @@ fn every_backend_unwinds_completely() {
     needs!(Feature::Bpf, Feature::Program("stacks"));
     let mut stacks = Vec::new();
     for backend in ["session", "multi", "perf", "perf-plain"] {
+        if let Some(reason) = missing(&[Feature::Backend(backend)]) {
+            skip(&reason);
+            continue;
+        }
         let setting = format!("collector.backend={backend}");
         let command = ["setarch", "-R", &path("stacks"), &path("libplugin.so"), "shapes", "60"];
         let snapshot = run(&[&setting], &command);

@@ -76,7 +76,8 @@ impl SiteCohorts {
     /// Cohorts at `now_s`, oldest first. The first one sums up all that has left the ring, if anything has.
     pub fn read(&mut self, generations: &Generations, totals: &SiteTotals, now_s: f64) -> Vec<Cohort> {
         self.move_to_older(generations, totals);
-        let mut cohorts = Vec::with_capacity(COHORTS);
+        // Not as long as it may get: most sites have a few, and there are many sites.
+        let mut cohorts = Vec::new();
         let ring_start = generations.starts.front().map_or(0.0, |(_, s)| *s);
         if self.older_born.1 > 0 {
             let left_bytes = self.older_left.0.saturating_sub_unsigned(totals.older_freed_bytes).max(0).cast_unsigned();

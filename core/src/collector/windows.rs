@@ -15,6 +15,8 @@ use crate::governor::{self, Action, Reading, StopReason};
 use crate::maps::Maps;
 use crate::process::{self, ProcDir};
 
+/// A collector that has been stopped is woken this long after its last look at a target that is traced exactly.
+const LOOK: Duration = Duration::from_secs(1);
 /// So many targets are looked at in each tick; with more, each is looked at less often.
 const TARGETS_PER_TICK: f64 = 16.0;
 
@@ -34,6 +36,7 @@ impl Collector {
         let running = self.watched.values().filter(|w| w.life == Life::Running);
         let scale = governor::scale(running.map(|w| w.governor.budget()), self.total_budget);
         let prices = self.tracker.prices();
+        let waited_s = process::waited_s();
         let mut actions = Vec::new();
         for (instance, watched) in self.watched.iter_mut().filter(|(_, w)| w.life == Life::Running) {
             let counters = self.tracker.read_counters(*instance)?;
@@ -42,6 +45,7 @@ impl Collector {
                 hits: counters.hits,
                 cost_s: prices.cost_s(&counters),
                 cpu_s: process_cpu_s(watched.process.pid),
+                waited_s,
             };
             match watched.governor.tick(reading, scale) {
                 Action::Stay => {}
@@ -75,9 +79,7 @@ impl Collector {
                 Action::Stop { why, exact, cool_down_s } => self.stop_tracing(instance, why, exact, cool_down_s)?,
             }
         }
-        if closed {
-            self.end_guard();
-        }
+        self.guard(closed);
         Ok(())
     }
 
@@ -95,17 +97,22 @@ impl Collector {
         self.resolve_candidates(instance, false)
     }
 
-    /// After windows were closed: when none is left, the watchdog may rest, and a collector that somebody had stopped
-    /// and the watchdog had to wake stops again.
-    fn end_guard(&mut self) {
-        let open = self
-            .watched
-            .values()
-            .any(|w| w.life == Life::Running && !w.governor.is_exact() && w.governor.is_attached());
-        let Some(watchdog) = self.watchdog.as_mut().filter(|_| !open) else { return };
-        watchdog.disarm();
+    /// While no window is open: tells the watchdog what to expect next. A collector that somebody had stopped and the
+    /// watchdog had to wake has done what had to be done by now, and stops again. `closed`: that was to close windows.
+    fn guard(&mut self, closed: bool) {
+        let budgeted =
+            self.watched.values().filter(|w| w.life == Life::Running && w.governor.settings().share.is_some());
+        let attached = || budgeted.clone().filter(|w| w.governor.is_attached());
+        if attached().any(|w| !w.governor.is_exact()) {
+            return;
+        }
+        let exact = attached().next().is_some();
+        let Some(watchdog) = self.watchdog.as_mut() else { return };
+        watchdog.expect_looks(exact.then_some(LOOK));
         if watchdog.has_woken_us() {
-            tracing::warn!("was stopped while a window was open; the window is closed now");
+            if closed {
+                tracing::warn!("was stopped while a window was open; the window is closed now");
+            }
             // SAFETY: raising a signal involves no memory.
             unsafe { libc::raise(libc::SIGSTOP) };
         }
@@ -128,7 +135,13 @@ impl Collector {
             self.tracker.close_window(instance);
         }
         let now_s = self.now_s();
-        governor.restarted(Reading { now_s, hits: 0, cost_s: 0.0, cpu_s: process_cpu_s(pid) });
+        governor.restarted(Reading {
+            now_s,
+            hits: 0,
+            cost_s: 0.0,
+            cpu_s: process_cpu_s(pid),
+            waited_s: process::waited_s(),
+        });
         let Some(watched) = self.watched.get(&old) else { return };
         let mut process = (*watched.process).clone();
         process.instance = instance;

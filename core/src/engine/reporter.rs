@@ -204,9 +204,9 @@ impl<'a> Reporter<'a> {
             n => format!("; {n} windows, {discarded} of them discarded, open for {}", format_duration_s(open_s)),
         };
         format!(
-            "tracing cost the targets about {share:.1} % of one core (estimate: {hits} hits at {:.0} ns, calibrated at \
-             start); {allowed}{windows}{stops}{kernel}",
-            self.prices.hit_ns
+            "tracing cost the targets about {share:.1} % of one core (estimate: {hits} hits, {:.0} ns of trap each and what \
+             the programs took); {allowed}{windows}{stops}{kernel}",
+            self.prices.trap_ns
         )
     }
 }

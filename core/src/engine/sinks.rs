@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use memleak_probes::Prices;
 
 use super::Output;
 use crate::alert::{AlertEvent, AlertManager};
@@ -37,6 +38,8 @@ pub(super) struct Sinks {
     webhook: Option<Webhook>,
     templates: Arc<Templates>,
     recent: Vec<String>,
+    /// Known once the collector has started.
+    pub(super) prices: Option<Prices>,
 }
 
 impl Sinks {
@@ -55,6 +58,7 @@ impl Sinks {
             webhook,
             templates: Arc::clone(templates),
             recent: Vec::new(),
+            prices: None,
         })
     }
 
@@ -92,7 +96,7 @@ impl Sinks {
         }
         let mut out = io::stdout().lock();
         if self.output.json {
-            let line = json_line(&SnapshotLine::new(snapshot, history, self.sites, own_cost()))?;
+            let line = json_line(&SnapshotLine::new(snapshot, history, self.sites, own_cost(), self.prices))?;
             write_lines(&mut out, &[line])?;
             return write_lines(&mut out, &json);
         }

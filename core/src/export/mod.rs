@@ -59,7 +59,7 @@ pub fn encode(format: Format, snapshot: &Snapshot) -> Result<Vec<u8>> {
         Format::Json => {
             let mut history = History::new(Bounds::default());
             history.push(snapshot);
-            json(&SnapshotLine::new(snapshot, &history, usize::MAX, OwnCost::default()))
+            json(&SnapshotLine::new(snapshot, &history, usize::MAX, OwnCost::default(), None))
         }
         Format::Csv => Ok(csv::encode(snapshot)),
     }

@@ -1,5 +1,6 @@
 //! A snapshot as one line of JSON, for `--json`. The fields are documented in `docs/json.md`.
 
+use memleak_probes::Prices;
 use serde::Serialize;
 
 use crate::coverage::Coverage;
@@ -21,6 +22,7 @@ pub struct SnapshotLine<'a> {
     time_s: f64,
     processes: Vec<ProcessLine<'a>>,
     own: OwnLine,
+    calibration: Option<CalibrationLine>,
     totals: TotalsLine,
     /// Number of sites, also of those that are not listed.
     sites_total: usize,
@@ -62,6 +64,22 @@ struct OwnLine {
     rss_bytes: Option<u64>,
     map_bytes: Option<u64>,
     snapshot_cpu_s: f64,
+}
+
+/// What hits cost here.
+#[derive(Debug, Serialize)]
+struct CalibrationLine {
+    hit_ns: f64,
+    trap_ns: f64,
+    cold_ns: f64,
+    stepped_ns: f64,
+}
+
+impl From<Prices> for CalibrationLine {
+    fn from(prices: Prices) -> Self {
+        let Prices { hit_ns, trap_ns, cold_ns, stepped_ns } = prices;
+        CalibrationLine { hit_ns, trap_ns, cold_ns, stepped_ns }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -128,8 +146,8 @@ impl TotalsLine {
 
 impl<'a> SnapshotLine<'a> {
     /// The line for a snapshot that `history` has taken in, with the first `sites` sites. Frames that have not been
-    /// symbolized are empty.
-    pub fn new(snapshot: &'a Snapshot, history: &History, sites: usize, own: OwnCost) -> Self {
+    /// symbolized are empty. What the collector costs and what hits cost is not known of a recording.
+    pub fn new(snapshot: &'a Snapshot, history: &History, sites: usize, own: OwnCost, prices: Option<Prices>) -> Self {
         let age =
             |s: &SiteSample| history.site(s.site.key).map_or(0.0, |h: &SiteHistory| h.oldest_age_s(snapshot.time_s));
         SnapshotLine {
@@ -144,6 +162,7 @@ impl<'a> SnapshotLine<'a> {
                 map_bytes: own.map_bytes,
                 snapshot_cpu_s: snapshot.collect_cpu_s,
             },
+            calibration: prices.map(CalibrationLine::from),
             totals: TotalsLine::new(snapshot.totals(), snapshot.stderr()),
             sites_total: snapshot.sites.len(),
             kernel: snapshot.processes.iter().find_map(|p| p.kernel.as_deref()),

@@ -270,6 +270,9 @@ impl Rule {
             if let (Some(entry), false) = (whole, run.over) {
                 run.snapshot(entry, &mut said);
             }
+            // What it has made of ten thousand sites is megabytes, and would stay until its next evaluation. In here, because
+            // finalizers count as the rule's own work; one that fails has failed for itself.
+            let _ = self.sandbox.lua.gc_collect();
         });
         if let Err(error) = outcome {
             run.fail(None, None, &error);

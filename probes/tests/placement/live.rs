@@ -3,7 +3,6 @@
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use memleak_probes::{
     Backend, Features, FunctionSpec, Library, ProbeSetSpec, Returns, Role, SetKind, Settings, Size, Tracker,
@@ -61,10 +60,6 @@ fn probe_set(number: u32, known: Known) -> ProbeSetSpec {
         functions: vec![function],
     }
 }
-
-/// Held by every test here: while programs are loaded, functions of this process are probed and their calls counted,
-/// which would count those of another test.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 fn tracker(backend: Option<Backend>) -> Tracker {
     let settings = Settings {
@@ -155,19 +150,22 @@ fn check(tracker: &mut Tracker, program: &Path, library: &Path, preload: Option<
     assert!(probed >= 5, "{name}: only {probed} of {} functions were found", functions.len());
 }
 
-/// The right to attach probes; `None`, with a note, when that cannot be done here.
-fn attaching() -> Option<MutexGuard<'static, ()>> {
+/// Whether probes can be attached here; a note says so when not. (The tests load their programs side by side, which each
+/// find out what works here with the same functions of this process.)
+fn can_attach() -> bool {
     // SAFETY: geteuid takes nothing and cannot fail.
-    if unsafe { libc::geteuid() } == 0 {
-        return Some(ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner));
+    let root = unsafe { libc::geteuid() } == 0;
+    if !root {
+        programs::skip("not root (run the tests with sudo)");
     }
-    programs::skip("not root (run the tests with sudo)");
-    None
+    root
 }
 
 /// Checks a library that a program without an allocator of its own preloads.
 fn check_preloaded(library: &str) {
-    let Some(_turn) = attaching() else { return };
+    if !can_attach() {
+        return;
+    }
     match programs::library(library).and_then(|path| Ok((programs::compiled(library, &[])?, path))) {
         Ok((program, path)) => {
             let functions = [&C_FUNCTIONS[..], &CXX_FUNCTIONS].concat();
@@ -179,7 +177,9 @@ fn check_preloaded(library: &str) {
 
 /// Checks a program that brings its library along, by the name of one or as the program itself.
 fn check_linked(compiler: &str, name: &str, arguments: &[&str], library: Option<&str>, functions: &[Known]) {
-    let Some(_turn) = attaching() else { return };
+    if !can_attach() {
+        return;
+    }
     let program = match programs::compile(compiler, name, arguments) {
         Ok(program) => program,
         Err(why) => return programs::skip(&why),
@@ -201,7 +201,9 @@ fn probes_in_glibc_count_every_call_and_do_no_harm() {
 /// The same through every way of attaching that works here: the place does not depend on it.
 #[test]
 fn probes_count_the_same_through_every_backend() {
-    let Some(_turn) = attaching() else { return };
+    if !can_attach() {
+        return;
+    }
     let program = match programs::compiled("backends", &[]) {
         Ok(program) => program,
         Err(why) => return programs::skip(&why),

@@ -149,8 +149,10 @@ fn follow(holders: &mut Holders, instruction: &Instruction) {
     for (n, registers) in holders.iter_mut().enumerate() {
         registers.retain(|register| {
             let hit = NAMES.iter().position(|names| names[0] == register).is_some_and(|at| mask & (1 << at) != 0);
-            let named =
-                Some(register) == last.as_ref() && !reads_only.iter().any(|p| instruction.mnemonic.starts_with(p));
+            // A product's only operand is a factor; where the product goes is not named.
+            let named = Some(register) == last.as_ref()
+                && !products
+                && !reads_only.iter().any(|p| instruction.mnemonic.starts_with(p));
             let swapped = ["xchg", "xadd", "cmpxchg", "mulx"].iter().any(|p| instruction.mnemonic.starts_with(p))
                 && instruction.operands.iter().filter_map(|o| o.strip_prefix('%')).any(|o| whole(o) == *register);
             let hides = hidden.iter().any(|p| instruction.mnemonic.starts_with(p));

@@ -4,13 +4,18 @@
 //! and with a tool take turns (`measure.rs`); cost is read from outside, from the kernel's clocks (`clock.rs`). A
 //! table goes to standard output, everything as measured to a JSON file. docs/benchmarks.md says how to read it.
 
+mod attach;
+mod bars;
 mod clock;
+mod interrupted;
+mod jump;
 mod machine;
 mod measure;
 mod memleak;
 mod output;
 mod own_cost;
 mod process;
+mod slices;
 mod tools;
 mod workloads;
 
@@ -22,13 +27,24 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use serde::Serialize;
 
+use attach::Attach;
+use bars::Bar;
+use interrupted::Interrupted;
+use jump::Jumps;
 use machine::Machine;
 use measure::{Bench, Effort, Outcome};
 use memleak::Memleak;
 use own_cost::OwnCost;
 
-/// The id of memleak's own cost among the workloads.
+/// What is measured apart from programs under tools, by the names that they have among the workloads.
+const JUMP: &str = "jump";
+const ATTACH: &str = "attach";
+const INTERRUPTED: &str = "interrupted";
 const OWN_COST: &str = "own-cost";
+
+/// The tools that the bars ask about: with a budget everywhere, without one where a pair of calls is all there is.
+const BAR_TOOLS: [&str; 1] = ["governed"];
+const BAR_TOOLS_IN_LOOP: [&str; 3] = ["governed", "exact", "classic"];
 
 /// Measures what memleak and other tools cost real programs.
 #[derive(Debug, Parser)]
@@ -52,6 +68,9 @@ struct Options {
     /// Where everything as measured is written
     #[arg(long, value_name = "PATH", default_value = "target/bench.json")]
     json: PathBuf,
+    /// Only what the bars ask for: about 22 minutes with the other defaults
+    #[arg(long, conflicts_with = "tools")]
+    bars: bool,
     /// Print the ids of workloads and tools, and measure nothing
     #[arg(long)]
     list: bool,
@@ -63,8 +82,12 @@ struct Results {
     machine: Machine,
     effort: Effort,
     workloads: Vec<Outcome>,
-    /// `None` when it was not asked for, or failed.
+    /// These are `None` when they were not asked for, or failed.
+    jump: Option<Jumps>,
+    attach: Option<Attach>,
+    interrupted: Option<Interrupted>,
     own_cost: Option<OwnCost>,
+    bars: Vec<Bar>,
 }
 
 fn main() -> ExitCode {
@@ -84,7 +107,8 @@ fn run(mut options: Options) -> Result<bool> {
     options.workloads.retain(|id| !id.is_empty());
     options.tools.retain(|id| !id.is_empty());
     let workloads = workloads::workloads();
-    let workload_ids: Vec<_> = workloads.iter().map(|workload| workload.id()).chain([OWN_COST]).collect();
+    let workload_ids: Vec<_> =
+        workloads.iter().map(|workload| workload.id()).chain([JUMP, ATTACH, INTERRUPTED, OWN_COST]).collect();
     let tool_ids: Vec<_> = tools::TOOLS.iter().map(|tool| tool.id).collect();
     if options.list {
         println!("workloads: {}\ntools: {}", workload_ids.join(", "), tool_ids.join(", "));
@@ -104,12 +128,22 @@ fn run(mut options: Options) -> Result<bool> {
     }
 
     let wanted = |id: &str| options.workloads.is_empty() || options.workloads.iter().any(|wanted| wanted == id);
-    let mut results = Results { machine, effort: effort.clone(), workloads: Vec::new(), own_cost: None };
-    let bench = Bench { memleak: &memleak, tools: &tools, effort: &effort };
+    let mut results = Results {
+        machine,
+        effort: effort.clone(),
+        workloads: Vec::new(),
+        jump: None,
+        attach: None,
+        interrupted: None,
+        own_cost: None,
+        bars: Vec::new(),
+    };
     let mut good = true;
     for workload in workloads.iter().filter(|workload| wanted(workload.id())) {
         let place = folder.path().join(workload.id());
-        let outcome = bench.measure(&**workload, &place);
+        let tools: Vec<_> =
+            tools.iter().filter(|(tool, _)| !options.bars || is_for_bars(workload.id(), tool.id)).cloned().collect();
+        let outcome = Bench { memleak: &memleak, tools: &tools, effort: &effort }.measure(&**workload, &place);
         good &= !outcome.has_failed();
         print!("{}", output::block(&outcome));
         results.workloads.push(outcome);
@@ -118,22 +152,50 @@ fn run(mut options: Options) -> Result<bool> {
         // What a tool wrote can be large.
         let _ = fs::remove_dir_all(place);
     }
+    let place = folder.path();
+    // Each of its rounds takes 40 seconds.
+    let few = effort.rounds.div_ceil(2);
+    if wanted(JUMP) {
+        results.jump = apart(JUMP, jump::measure(&memleak, few, place), output::jump_block, &mut good);
+    }
+    if wanted(ATTACH) {
+        results.attach =
+            apart(ATTACH, attach::measure(&memleak, effort.rounds, place), output::attach_block, &mut good);
+    }
+    if wanted(INTERRUPTED) {
+        let measured = interrupted::measure(&memleak, few, place);
+        results.interrupted = apart(INTERRUPTED, measured, output::interrupted_block, &mut good);
+    }
     if wanted(OWN_COST) {
         // A tenth of a percent of a core can be told apart over three intervals.
-        match own_cost::measure(&memleak, 3, folder.path()) {
-            Ok(own_cost) => {
-                print!("{}", output::own_cost_block(&own_cost));
-                results.own_cost = Some(own_cost);
-            }
-            Err(error) => {
-                println!("\n{OWN_COST}: n/a (failed: {error:#})");
-                good = false;
-            }
-        }
+        results.own_cost = apart(OWN_COST, own_cost::measure(&memleak, 3, place), output::own_cost_block, &mut good);
+    }
+    results.bars = bars::bars(&results);
+    if !results.bars.is_empty() {
+        print!("{}", output::bars_block(&results.bars));
     }
     write_json(&mut results, &options.json)?;
     println!("\nload {:.2} at the end; everything as measured: {}", results.machine.load_after, options.json.display());
     Ok(good)
+}
+
+fn is_for_bars(workload: &str, tool: &str) -> bool {
+    if workload == "loop" { BAR_TOOLS_IN_LOOP.contains(&tool) } else { BAR_TOOLS.contains(&tool) }
+}
+
+/// Prints what was measured; `None` when it failed, which is no longer `good`.
+fn apart<T>(id: &str, measured: Result<T>, block: fn(&T) -> String, good: &mut bool) -> Option<T> {
+    match measured {
+        Ok(figures) => {
+            print!("{}", block(&figures));
+            Some(figures)
+        }
+        Err(error) => {
+            println!("\n{id}: n/a (failed: {error:#})");
+            *good = false;
+            None
+        }
+    }
 }
 
 fn check_ids(what: &str, wanted: &[String], known: &[&str]) -> Result<()> {

@@ -80,6 +80,8 @@ pub struct Account {
     pub detach_s: f64,
     /// Its own estimate of what tracing costs the target, in percent of one CPU; `None` with fewer than two snapshots.
     pub estimated_cpu_percent: Option<f64>,
+    /// Its calibrated price of a bare hit, in nanoseconds; `None` when it does not say.
+    pub trap_ns: Option<f64>,
     /// Mode of its last snapshot.
     pub mode: String,
     /// Events lost, of all kinds.
@@ -166,12 +168,17 @@ pub struct Summary {
     pub added_cpu_percent: Spread,
     /// See [`Account::estimated_cpu_percent`].
     pub estimated_cpu_percent: Option<Spread>,
+    /// memleak's estimate of all rounds together, as a part of what was measured from outside; `None` where nothing
+    /// measurable was added.
+    pub estimate_ratio: Option<f64>,
     /// See [`Round::tool_cpu_percent`].
     pub tool_cpu_percent: Option<Spread>,
     /// See [`Phase::waited_percent`]; of the phases with the tool.
     pub waited_percent: Spread,
     /// See [`Account::attach_s`].
     pub attach_s: Option<Spread>,
+    /// See [`Account::trap_ns`].
+    pub trap_ns: Option<Spread>,
     /// All modes that memleak was in, sorted.
     pub modes: Vec<String>,
 }
@@ -188,12 +195,23 @@ impl Summary {
             added_us_per_unit: spread(|round| Some(round.added_us_per_unit()))?,
             added_cpu_percent: spread(|round| Some(round.added_cpu_percent()))?,
             estimated_cpu_percent: spread(|round| round.memleak.as_ref()?.estimated_cpu_percent),
+            estimate_ratio: estimate_ratio(rounds),
             tool_cpu_percent: spread(Round::tool_cpu_percent),
             waited_percent: spread(|round| Some(round.with.waited_percent()))?,
             attach_s: spread(|round| Some(round.memleak.as_ref()?.attach_s)),
+            trap_ns: spread(|round| round.memleak.as_ref()?.trap_ns),
             modes,
         })
     }
+}
+
+/// Sums, not ratios round by round: where little is added, one round is mostly noise.
+fn estimate_ratio(rounds: &[Round]) -> Option<f64> {
+    let both = rounds
+        .iter()
+        .filter_map(|round| Some((round.memleak.as_ref()?.estimated_cpu_percent?, round.added_cpu_percent())));
+    let (estimated, added) = both.fold((0.0, 0.0), |sum, (estimated, added)| (sum.0 + estimated, sum.1 + added));
+    (added > 0.0).then(|| estimated / added)
 }
 
 /// Everything about one workload.
@@ -366,7 +384,8 @@ impl Bench<'_> {
         let folder = subfolder(folder, tool.id)?;
         let launch = match tool.kind {
             Kind::Attach(settings) => {
-                let (phase, cpu_s, account) = self.attached(tool, settings, target, &folder)?;
+                let (phase, cpu_s, account) =
+                    self.attached(tool, &[settings, workload.settings()].concat(), target, &folder)?;
                 return Ok((phase, Some(cpu_s), Some(account)));
             }
             Kind::Relaunch(words) => {
@@ -397,10 +416,11 @@ impl Bench<'_> {
         let (to, cpu_s) = (Instant::now(), session.cpu_s()? - cpu_before_s);
         let snapshots = session.snapshots();
         let estimated_cpu_percent = estimated_overhead(snapshots, from, to).map(|rate| rate * 100.0);
-        let (mode, losses) = snapshots.last().map(|last| (last.mode.clone(), last.losses)).unwrap_or_default();
+        let (mode, losses, trap_ns) =
+            snapshots.last().map(|last| (last.mode.clone(), last.losses, last.trap_ns)).unwrap_or_default();
         let attach_s = session.attach_s;
         let detach_s = session.detach()?;
-        Ok((phase, cpu_s, Account { attach_s, detach_s, estimated_cpu_percent, mode, losses }))
+        Ok((phase, cpu_s, Account { attach_s, detach_s, estimated_cpu_percent, trap_ns, mode, losses }))
     }
 }
 
@@ -461,6 +481,29 @@ mod tests {
         assert!((round.added_us_per_unit() - 500.0).abs() < 1e-9);
         assert!((round.added_cpu_percent() - 30.0).abs() < 1e-9);
         assert_eq!(round.tool_cpu_percent(), Some(25.0));
+    }
+
+    // Noise goes in both directions, and must not be divided by.
+    #[test]
+    fn estimate_is_compared_over_all_rounds() {
+        let round = |estimated_cpu_percent, with_cpu_s| Round {
+            before: phase_of(1000.0, 1.0, 1.0),
+            with: phase_of(1000.0, with_cpu_s, 1.0),
+            after: phase_of(1000.0, 1.0, 1.0),
+            tool_cpu_s: None,
+            memleak: Some(Account {
+                attach_s: 0.1,
+                detach_s: 0.1,
+                estimated_cpu_percent: Some(estimated_cpu_percent),
+                trap_ns: None,
+                mode: "exact".to_owned(),
+                losses: 0,
+            }),
+        };
+        // 5 and -1 percent added.
+        let ratio = estimate_ratio(&[round(3.0, 1.1), round(2.0, 0.98)]).unwrap();
+        assert!((ratio - 1.25).abs() < 1e-9, "{ratio}");
+        assert_eq!(estimate_ratio(&[round(2.0, 0.98)]), None);
     }
 
     // One phase in which something else ran must not decide the result.

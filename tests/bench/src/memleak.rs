@@ -159,7 +159,9 @@ pub struct Snapshot {
     /// Events lost, of all kinds.
     pub losses: u64,
     /// CPU time that reading it cost memleak, in seconds; `None` when this memleak does not say.
-    pub collect_cpu_s: Option<f64>,
+    pub snapshot_cpu_s: Option<f64>,
+    /// Calibrated price of a hit outside of memleak's programs, in nanoseconds; `None` when it does not say.
+    pub trap_ns: Option<f64>,
 }
 
 impl Snapshot {
@@ -185,7 +187,8 @@ impl Snapshot {
                 .filter_map(|process| process["losses"].as_object())
                 .flat_map(|losses| losses.values().filter_map(Value::as_u64))
                 .sum(),
-            collect_cpu_s: value["collect_cpu_s"].as_f64(),
+            snapshot_cpu_s: value["own"]["snapshot_cpu_s"].as_f64(),
+            trap_ns: value["calibration"]["trap_ns"].as_f64(),
         })
     }
 }
@@ -212,7 +215,7 @@ mod tests {
     const LINE: &str = r#"{"type":"snapshot","number":2,"time_s":1.5,"processes":[
         {"mode":"exact","overhead_s":0.25,"losses":{"a":1,"b":2}},
         {"mode":"estimated","overhead_s":0.5,"losses":{"a":4,"b":0}}],
-        "totals":{"outstanding_count":7},"sites_total":3,"sites":[]}"#;
+        "totals":{"outstanding_count":7},"sites_total":3,"sites":[],"calibration":{"trap_ns":400.5}}"#;
 
     // The columns for estimate, mode and losses come from here.
     #[test]
@@ -221,7 +224,7 @@ mod tests {
         assert_eq!(snapshot.overhead_s, 0.75);
         assert_eq!(snapshot.mode, "mixed");
         assert_eq!((snapshot.outstanding_count, snapshot.sites, snapshot.losses), (7, 3, 7));
-        assert_eq!(snapshot.collect_cpu_s, None);
+        assert_eq!((snapshot.snapshot_cpu_s, snapshot.trap_ns), (None, Some(400.5)));
         assert_eq!(Snapshot::parse(&line(r#"{"type":"alert","status":"firing"}"#)), None);
         assert_eq!(Snapshot::parse(&line("no JSON")), None);
     }

@@ -2,18 +2,23 @@
 
 use std::fmt::Write;
 
+use crate::attach::Attach;
+use crate::bars::Bar;
+use crate::interrupted::Interrupted;
+use crate::jump::Jumps;
 use crate::machine::Machine;
 use crate::measure::{Base, Column, Effort, Outcome, Spread};
 use crate::own_cost::OwnCost;
 
 /// Titles of the table's columns, and their widths.
-const COLUMNS: [(&str, usize); 8] = [
+const COLUMNS: [(&str, usize); 9] = [
     ("", 31),
     ("throughput", 21),
     ("p99", 20),
     ("added us/unit", 22),
     ("added CPU %", 18),
     ("estimate %", 12),
+    ("est/added", 11),
     ("tool CPU %", 12),
     ("waited %", 10),
 ];
@@ -86,6 +91,7 @@ fn column_row(column: &Column) -> String {
         spread(&summary.added_us_per_unit, significant),
         spread(&summary.added_cpu_percent, percent),
         median(&summary.estimated_cpu_percent),
+        summary.estimate_ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}")),
         median(&summary.tool_cpu_percent),
         percent(summary.waited_percent.median),
     ]);
@@ -105,17 +111,20 @@ pub fn own_cost_block(own_cost: &OwnCost) -> String {
         "\nown-cost: {} blocks outstanding, {} sites, {} events lost, a snapshot every {} s\n",
         own_cost.outstanding_count, own_cost.sites, own_cost.losses, own_cost.interval_s
     );
-    let said =
-        own_cost.collect_cpu_s.map_or_else(String::new, |s| format!(", of it reading the maps {:.1} ms", s * 1e3));
-    line(&mut text, &format!("  CPU per snapshot    {:.1} ms over all{said}", own_cost.cpu_s_per_snapshot * 1e3));
+    let read = own_cost.snapshot_cpu_s.map_or_else(String::new, |s| format!(", of it reading it {:.1} ms", s * 1e3));
+    line(
+        &mut text,
+        &format!("  CPU per snapshot    {:.1} ms with all that follows{read}", own_cost.cpu_s_per_interval * 1e3),
+    );
     line(&mut text, &format!("  CPU                 {:.2} % of one core", own_cost.cpu_percent));
     line(
         &mut text,
         &format!(
-            "  memory              {} resident (at most {}), {} in BPF maps",
+            "  memory              {} resident (at most {}), {} in BPF maps; resident with a full history {}",
             mib(own_cost.rss_bytes),
             mib(own_cost.peak_rss_bytes),
-            mib(own_cost.bpf_map_bytes)
+            mib(own_cost.bpf_map_bytes),
+            mib(own_cost.full_rss_bytes)
         ),
     );
     line(
@@ -126,6 +135,48 @@ pub fn own_cost_block(own_cost: &OwnCost) -> String {
             own_cost.fill_s
         ),
     );
+    text
+}
+
+/// The block of a rate that jumps.
+pub fn jump_block(jumps: &Jumps) -> String {
+    let mut text = String::from("\njump: 1,000 pairs per second, then three million\n");
+    let percent = |value: f64| percent(value * 100.0);
+    line(&mut text, &format!("  full speed again    after {} s", spread(&jumps.back_s, significant)));
+    line(&mut text, &format!("  worst ten seconds   {} % less per CPU second", spread(&jumps.worst_loss, percent)));
+    line(&mut text, &format!("                      {} % less by the clock", spread(&jumps.worst_loss_clock, percent)));
+    text
+}
+
+/// The block of a memleak that ends or is stopped in a window.
+pub fn interrupted_block(interrupted: &Interrupted) -> String {
+    let mut text = String::from("\ninterrupted: memleak is killed, or stopped, while a window is open\n");
+    line(
+        &mut text,
+        &format!("  killed              full speed after {} s", spread(&interrupted.killed_s, significant)),
+    );
+    line(
+        &mut text,
+        &format!("  stopped             full speed after {} s", spread(&interrupted.stopped_s, significant)),
+    );
+    text
+}
+
+/// The block of attaching.
+pub fn attach_block(attach: &Attach) -> String {
+    let mut text = format!("\nattach: to a program with {} mappings\n", attach.mappings);
+    let ms = |value: f64| significant(value * 1e3);
+    line(&mut text, &format!("  first snapshot      after {} ms", spread(&attach.first_snapshot_s, ms)));
+    text
+}
+
+/// What was asked of memleak, and whether it holds.
+pub fn bars_block(bars: &[Bar]) -> String {
+    let mut text = String::from("\nbars\n");
+    for bar in bars {
+        let verdict = if bar.met { "met" } else { "NOT MET" };
+        line(&mut text, &format!("  {verdict:<8} {:<58} {}", bar.what, bar.value));
+    }
     text
 }
 
@@ -218,6 +269,7 @@ mod tests {
             attach_s: 0.2,
             detach_s: 0.1,
             estimated_cpu_percent: Some(40.0),
+            trap_ns: None,
             mode: "exact".to_owned(),
             losses: 0,
         };
@@ -229,9 +281,11 @@ mod tests {
             added_us_per_unit: one(round.added_us_per_unit()),
             added_cpu_percent: one(round.added_cpu_percent()),
             estimated_cpu_percent: Some(one(40.0)),
+            estimate_ratio: Some(1.6),
             tool_cpu_percent: Some(one(1.0)),
             waited_percent: one(3.0),
             attach_s: Some(one(0.2)),
+            trap_ns: None,
             modes: vec!["exact".to_owned()],
         };
         let missing = Some("valgrind is not installed".to_owned());
@@ -266,7 +320,7 @@ mod tests {
         assert_eq!(lines.len(), 6, "{text}");
         assert_eq!(lines[2], "  alone: 1000 pairs/s, 500 us CPU per unit, waited for a CPU 0 % of the time");
         let words: Vec<_> = lines[4].split_whitespace().collect();
-        assert_eq!(words, ["memleak,", "exact", "0.500", "-", "500", "25.0", "40.0", "1.0", "3.0", "exact"]);
+        assert_eq!(words, ["memleak,", "exact", "0.500", "-", "500", "25.0", "40.0", "1.60", "1.0", "3.0", "exact"]);
         assert!(lines[5].ends_with("n/a (valgrind is not installed)"), "{text}");
     }
 }

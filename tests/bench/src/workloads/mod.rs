@@ -90,6 +90,11 @@ pub trait Workload {
     /// Why it cannot be run here; `None` when it can.
     fn missing(&self) -> Option<String>;
 
+    /// Settings of memleak that the measurement itself needs; none as a rule.
+    fn settings(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// True when the benchmark compiles the program itself.
     fn can_be_sanitized(&self) -> bool {
         false

@@ -70,6 +70,14 @@ impl Workload for Program {
         }
     }
 
+    fn settings(&self) -> &'static [&'static str] {
+        match self.source {
+            // Its estimate is compared to what is measured, so both must be of the same time.
+            Source::Pairs(1..) => &["interval=200ms"],
+            _ => &[],
+        }
+    }
+
     fn can_be_sanitized(&self) -> bool {
         matches!(self.source, Source::Pairs(_))
     }
