@@ -92,7 +92,7 @@ fn bars_of_windows() {
     let mut program = Program::start("hot");
     program.go();
     let base = median(&mut program, "pairs", 5);
-    let args = ["--set", "collector.budget=5%", "--set", "reachability.every=5s", "--interval", "1s"];
+    let args = ["--set", "collector.budget=5%", "--set", "reachability.every=5s"];
     let mut memleak = Memleak::watch_with(program.pid(), &args);
     let began = Instant::now();
     let of = |snapshot: &Snapshot, function: &str| -> Option<Reachability> {
