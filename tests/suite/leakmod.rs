@@ -52,7 +52,8 @@ impl Module {
     }
 
     fn unload(&mut self) {
-        if self.0.take().is_some() {
+        // Held until the module is gone.
+        if let Some(_guard) = self.0.take() {
             let (code, _, stderr) = output_within(Command::new("rmmod").arg("leakmod"));
             assert!(code == Some(0) || std::thread::panicking(), "rmmod: {stderr}");
         }
