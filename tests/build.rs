@@ -52,6 +52,8 @@ const BUILDS: &[Build] = &[
     gcc("eventfds", "programs/eventfds.c", &[]),
     gcc("exec", "programs/exec.c", &[]),
     gcc("exit", "programs/exit.c", &[]),
+    gcc("interrupted", "programs/interrupted.c", &[]),
+    Build { name: "interrupted-musl", source: "programs/interrupted.c", compiler: "musl-gcc", flags: &[] },
     gcc("run", "programs/run.c", &[]),
     gcc("leaker", "programs/leaker.c", &[]),
     gcc("busy", "programs/busy.c", &[]),

@@ -62,7 +62,7 @@ list_packages() {
     case "$1" in
     build) ;;
     test | lint)
-        wanted="$test_allocators redis-server redis-tools nginx memcached sqlite3 python3 perl gdb wrk golang-go bpftool util-linux xz-utils $(first_of chromium chromium-browser) $(first_of chromium-driver chromium-chromedriver)"
+        wanted="$test_allocators redis-server redis-tools nginx memcached sqlite3 python3 perl nodejs gdb wrk golang-go bpftool util-linux xz-utils $(first_of chromium chromium-browser) $(first_of chromium-driver chromium-chromedriver)"
         if [ "$1" = lint ]; then
             wanted="$wanted $(first_of clang-format-19 clang-format)"
         fi

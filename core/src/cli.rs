@@ -176,7 +176,8 @@ enum Subcommands {
         report: PathBuf,
         /// Folder with debug files; repeatable [default: /usr/lib/debug]
         ///
-        /// Files are found by build id: at .build-id/ab/cdef.debug, or anywhere below the folder.
+        /// Files are found by build id: at .build-id/ab/cdef.debug, or anywhere below the folder. Where DEBUGINFOD_URLS names
+        /// servers, they are asked for what is in no folder.
         #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
         debug_dir: Vec<PathBuf>,
         /// Where the result is written; in place of the report if not given

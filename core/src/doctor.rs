@@ -16,6 +16,8 @@ use crate::units::format_bytes;
 use crate::unwind::TableState;
 use crate::{Error, Result};
 
+/// Widest column of file names.
+const MAX_COLUMN: usize = 60;
 /// How long a process is counted to predict the overhead.
 const COUNT: Duration = Duration::from_secs(1);
 
@@ -167,8 +169,21 @@ fn look_at(config: &Config, pid: u32) -> Result<String> {
         cpu * 100.0
     );
     stacks(&mut out, &collector, b);
+    symbols(&mut out, &collector.symbol_sources(b.process.instance));
     scans(&mut out, &config, pid);
     Ok(out)
+}
+
+/// Where the names of each file's functions come from.
+fn symbols(out: &mut String, sources: &[(String, String)]) {
+    if sources.is_empty() {
+        return;
+    }
+    let _ = writeln!(out, "  names of functions come from");
+    let width = sources.iter().map(|(file, _)| visible(file).chars().count()).max().unwrap_or(0).min(MAX_COLUMN);
+    for (file, source) in sources {
+        let _ = writeln!(out, "    {:width$}  {}", visible(file), visible(source));
+    }
 }
 
 /// Whether the process's memory can be scanned, and what that would take.
@@ -226,6 +241,11 @@ fn stacks(out: &mut String, collector: &Collector, process: &ProcessSample) {
         let memory = format_bytes(collector.tracker().unwind_bytes());
         let _ = writeln!(out, "    unwind tables of {ready} files, {rows} rows, {memory} of kernel memory");
     }
+    let _ = match collector.python(process.process.instance) {
+        Some(Ok(version)) => writeln!(out, "    Python {version}: its functions are shown in call stacks"),
+        Some(Err(why)) => writeln!(out, "    Python: its functions are not shown in call stacks: {}", visible(why)),
+        None => Ok(()),
+    };
     if left_out > 0 {
         let _ = writeln!(out, "    {left_out} pieces of code had no room: their frames are walked by frame pointers");
     }

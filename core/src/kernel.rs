@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::output::filters::{format_count, format_percent};
 use crate::output::text::visible;
@@ -32,7 +32,7 @@ pub struct KernelSample {
 }
 
 /// Facts of a site of the kernel: of its first allocation, where allocations differ.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Origin {
     /// Slab cache, such as `kmalloc-64`; `None` when there is none or it is not known.
     pub cache: Option<String>,
@@ -62,7 +62,7 @@ impl KernelSample {
 }
 
 /// How traced allocations compare with the kernel's own statistics, since the start.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct KernelSummary {
     /// How each probe set is attached; `None`: not.
     pub probe_sets: Vec<SetState>,
@@ -140,7 +140,7 @@ impl KernelSummary {
 }
 
 /// How a probe set of the kernel is attached.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SetState {
     /// Name of the probe set.
     pub name: String,
@@ -153,7 +153,7 @@ pub struct SetState {
 }
 
 /// One cache: what it says of itself, and what was traced.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CacheLine {
     /// Name.
     pub name: String,

@@ -5,6 +5,7 @@
 //! ```
 
 pub mod alert;
+mod cache_folder;
 pub mod check;
 pub mod cli;
 pub mod collector;
@@ -28,6 +29,7 @@ pub mod moment;
 pub mod output;
 pub mod plugin;
 pub mod process;
+pub mod python;
 pub mod reachability;
 pub mod recorded;
 pub mod recording;

@@ -10,6 +10,7 @@ use memleak_core::config::Config;
 use memleak_core::engine::{self, Output};
 use memleak_core::rules::kit;
 use memleak_core::stop::Stop;
+use memleak_core::symbolize::debuginfod;
 use memleak_core::symbolize::offline::DebugFolders;
 use memleak_core::symbolize::worker;
 use memleak_core::{Result, diff, doctor, export, import, recorded, resymbolize, run, scan, trace};
@@ -68,7 +69,8 @@ fn invoke(invocation: Invocation) -> Result<u8> {
             Ok(if lost { FINDINGS } else { CLEAN })
         }
         Command::Symbolize { report, debug_dirs, out } => {
-            let mut folders = DebugFolders::new(debug_dirs, worker::OWN_PROGRAM.as_ref())?;
+            let servers = debuginfod::Settings::from_environment();
+            let mut folders = DebugFolders::new(debug_dirs, servers.as_ref(), worker::OWN_PROGRAM.as_ref())?;
             let summary = resymbolize::symbolize(&report, &mut folders, &out)?;
             cli::print(&summary.to_string()).map(|()| CLEAN)
         }

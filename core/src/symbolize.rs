@@ -22,11 +22,14 @@ use serde::Serialize;
 use crate::error::{Error, ErrorKind, Result};
 use crate::maps::{Backing, FileId, Mapping, Maps, open_mapped};
 use crate::process::ProcDir;
-use crate::snapshot::{Process, Site};
+use crate::python::PythonCall;
+use crate::snapshot::{Process, Site, SiteKey};
 
 pub(crate) mod debug_file;
+pub mod debuginfod;
 mod demangle;
 mod image;
+mod interpreted;
 mod locate;
 mod lookup;
 mod module;
@@ -39,6 +42,7 @@ pub mod worker;
 
 pub(crate) use vdso::image as vdso_image;
 
+use debuginfod::Debuginfod;
 use module::Module;
 use perf_map::PerfMap;
 pub use site_id::{ModuleName, NormalizedFrame, site_id};
@@ -95,6 +99,8 @@ pub struct Limits {
     /// The program that is started to read debug information, see [`worker`]; `None` reads it in this process, which
     /// files made to be slow or deeply nested can hang or crash.
     pub worker: Option<PathBuf>,
+    /// Servers that are asked for debug information; `None` asks nobody.
+    pub debuginfod: Option<debuginfod::Settings>,
 }
 
 impl Default for Limits {
@@ -105,6 +111,7 @@ impl Default for Limits {
             open_files: 400,
             debug_dirs: vec![PathBuf::from("/usr/lib/debug")],
             worker: None,
+            debuginfod: None,
         }
     }
 }
@@ -116,9 +123,12 @@ pub struct Symbolizer {
     instances: HashMap<u32, Instance>,
     /// Files that are mapped by some process, shared between them.
     modules: HashMap<FileId, Weak<RefCell<Module>>>,
+    /// Python calls of sites that have any.
+    calls: HashMap<SiteKey, Vec<PythonCall>>,
     /// The kernel's code in every process; made on first use.
     vdso: Option<std::result::Result<Rc<RefCell<Module>>, String>>,
     reader: Reader,
+    debuginfod: Option<RefCell<Debuginfod>>,
     /// Counts questions, to know what was not used for longest.
     clock: u64,
 }
@@ -211,7 +221,8 @@ impl Symbolizer {
     /// A symbolizer with limits of your own.
     pub fn with_limits(limits: Limits) -> Self {
         let reader = Reader::new(limits.worker.as_deref());
-        Symbolizer { limits, reader, ..Self::default() }
+        let debuginfod = limits.debuginfod.as_ref().and_then(Debuginfod::start).map(RefCell::new);
+        Symbolizer { limits, reader, debuginfod, ..Self::default() }
     }
 
     /// Reads the memory map of a process and opens the files of its code. Call it as early as the process is known;
@@ -266,6 +277,12 @@ impl Symbolizer {
     pub fn purge(&mut self, instance: u32) {
         self.instances.remove(&instance);
         self.modules.retain(|_, m| m.strong_count() > 0);
+        self.calls.retain(|key, _| key.instance != instance);
+    }
+
+    /// Takes note of the Python calls of a site, innermost first, for [`Symbolizer::symbolize`].
+    pub fn set_calls(&mut self, key: SiteKey, calls: Vec<PythonCall>) {
+        self.calls.insert(key, calls);
     }
 
     /// Opens the files of code that are mapped and not known yet.
@@ -323,7 +340,10 @@ impl Symbolizer {
         if site.frames.get().is_some() {
             return;
         }
-        let frames = self.frames(site.key.instance, &site.addresses);
+        let mut frames = self.frames(site.key.instance, &site.addresses);
+        if let Some(calls) = self.calls.remove(&site.key) {
+            frames = interpreted::merge(frames, &calls);
+        }
         // Set meanwhile by somebody else: then it holds the same.
         let _ = site.frames.set(frames);
     }
@@ -393,6 +413,7 @@ impl Symbolizer {
             root: instance.root.as_ref(),
             debug_dirs: &self.limits.debug_dirs,
             max_bytes: self.limits.module_bytes,
+            debuginfod: self.debuginfod.as_ref(),
         };
         let reopen = || open_mapped(&instance.dir, &mapping).ok();
         match &*module.answer(mapping.file_offset(address), &around, &mut self.reader, reopen) {
@@ -411,6 +432,33 @@ impl Symbolizer {
                 vec![frame]
             }
         }
+    }
+
+    /// Name of every file whose code a process has mapped, and where its functions' names come from. Opens them all: for
+    /// `doctor`.
+    pub fn sources(&mut self, instance: u32) -> Vec<(String, String)> {
+        let Some(known) = self.instances.get_mut(&instance) else { return Vec::new() };
+        let mut out = Vec::new();
+        let mut seen = std::collections::HashSet::new();
+        for mapping in known.maps.iter().filter(|m| m.perms.execute && seen.insert((m.dev, m.inode))) {
+            let Backing::File { path, .. } = &mapping.backing else { continue };
+            let source = match known.module(mapping) {
+                Some(Ok(module)) => {
+                    let around = Surroundings {
+                        path: Some(path),
+                        root: known.root.as_ref(),
+                        debug_dirs: &self.limits.debug_dirs,
+                        max_bytes: self.limits.module_bytes,
+                        debuginfod: self.debuginfod.as_ref(),
+                    };
+                    module.borrow_mut().source(&around, || open_mapped(&known.dir, mapping).ok())
+                }
+                Some(Err(reason)) => format!("nowhere: {reason}"),
+                None => continue,
+            };
+            out.push((mapping.name().unwrap_or_default(), source));
+        }
+        out
     }
 
     fn vdso(&mut self) -> Known {

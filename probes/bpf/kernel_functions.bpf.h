@@ -114,12 +114,6 @@ int kp_enter(struct pt_regs *ctx)
 	if (!function)
 		return 0;
 	read_arguments(ctx, &arguments);
-	if (function->role != KERNEL_ROLE_ALLOC) {
-		free_blocks(function->role, function->domain, register_argument(&arguments, function->block),
-			    register_argument(&arguments, function->size),
-			    register_argument(&arguments, function->count));
-		return 0;
-	}
 	count(0, COUNTER_HITS);
 	call.size = register_argument(&arguments, function->size);
 	call.cache = register_argument(&arguments, function->cache);
@@ -139,6 +133,22 @@ int kp_enter(struct pt_regs *ctx)
 	pending.domain = call.domain;
 	if (bpf_map_update_elem(&kernel_pending, &sp, &pending, BPF_ANY))
 		count(0, COUNTER_THREADS_FULL);
+	return 0;
+}
+
+SEC("kprobe")
+int kp_free(struct pt_regs *ctx)
+{
+	u64 ip = PT_REGS_IP(ctx);
+	struct memleak_kernel_function *function;
+	struct memleak_arguments arguments;
+
+	function = bpf_map_lookup_elem(&kernel_functions, &ip);
+	if (!function)
+		return 0;
+	read_arguments(ctx, &arguments);
+	free_blocks(function->role, function->domain, register_argument(&arguments, function->block),
+		    register_argument(&arguments, function->size), register_argument(&arguments, function->count));
 	return 0;
 }
 

@@ -176,6 +176,29 @@ static __always_inline void note_origin(struct memleak_kernel_origin *origin, co
 }
 
 /*
+ * What kmalloc hands out for a request: a power of two, except for two caches in between. Without a loop, whose rounds the
+ * verifier would follow one by one.
+ */
+static __always_inline u64 kmalloc_bytes(u64 size)
+{
+	u64 bits = size - 1;
+
+	if (size > 64 && size <= 96)
+		return 96;
+	if (size > 128 && size <= 192)
+		return 192;
+	if (size <= 8)
+		return 8;
+	bits |= bits >> 1;
+	bits |= bits >> 2;
+	bits |= bits >> 4;
+	bits |= bits >> 8;
+	bits |= bits >> 16;
+	bits |= bits >> 32;
+	return bits + 1;
+}
+
+/*
  * Makes sure that the site of an allocation exists, and returns its stack's hash; 0 when the allocation is not recorded.
  * `level` is how deep interrupts are nested here.
  */
@@ -197,6 +220,9 @@ static __always_inline u64 prepare_at(void *ctx, struct memleak_actor *actor, st
 	barrier_var(origin);
 	if (cache && !call->object_bytes)
 		call->object_bytes = BPF_CORE_READ(cache, size);
+	/* Functions do not tell. */
+	if (!call->object_bytes)
+		call->object_bytes = call->domain ? call->size : kmalloc_bytes(call->size);
 	stack->name = call->name;
 	kernel_walk(ctx, stack, call->caller);
 	if (!stack->count)
@@ -275,16 +301,17 @@ static __always_inline void kernel_alloc(void *ctx, struct memleak_kernel_call *
 	commit(&actor, call->address, call->size, hash, call->probe_set, call->name);
 }
 
-/* The kernel has taken a block back. */
-static __always_inline void kernel_free(u32 domain, u64 address)
+/* The kernel has taken a block back. A global function: the verifier looks at it once, and not at each of many calls. */
+__noinline int kernel_free(u32 domain, u64 address)
 {
 	struct memleak_function function = {};
 	struct memleak_actor actor = { .domain = domain };
 
 	if (!is_block(address))
-		return;
+		return 0;
 	count(0, COUNTER_HITS);
 	track_free(&actor, &function, address, 0, 0);
+	return 0;
 }
 
 #endif

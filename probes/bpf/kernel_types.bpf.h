@@ -48,7 +48,12 @@ struct mm_struct {
 	int map_count;
 };
 
+struct thread_struct {
+	unsigned long fsbase; /* x86-64: where a thread's own data begins */
+};
+
 struct task_struct {
+	struct thread_struct thread;
 	int tgid;
 	int exit_code;
 	struct signal_struct *signal;

@@ -122,6 +122,42 @@ struct {
 	__type(value, struct memleak_unwind_memo);
 } unwind_memos SEC(".maps");
 
+/* Processes that run Python, and where their interpreter keeps its frames. Written by the collector. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MEMLEAK_MAX_TARGETS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, u32);
+	__type(value, struct memleak_python);
+} python_targets SEC(".maps");
+
+/* Python frames of threads; an entry stays until its thread exits. Full: frames of the interpreter are left out. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, u64);
+	__type(value, struct memleak_python_stack);
+} python_threads SEC(".maps");
+
+/* As `stacks`, for those with Python frames. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct memleak_site_key);
+	__type(value, struct memleak_python_stack);
+} python_stacks SEC(".maps");
+
+/* Python functions that were seen in a stack. Full: they have no names. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MEMLEAK_PYTHON_CODES);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct memleak_python_code_key);
+	__type(value, struct memleak_python_code);
+} python_codes SEC(".maps");
+
 /* Counters by target slot; read by the collector, summed over CPUs. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -144,6 +180,8 @@ struct {
 
 static const struct memleak_site empty_site;
 static const struct memleak_thread empty_thread;
+static const struct memleak_python_stack empty_python_stack;
+static const struct memleak_python_code empty_python_code;
 
 static __always_inline void count(u32 slot, enum memleak_counter counter)
 {

@@ -20,6 +20,11 @@
 #define MEMLEAK_UNWIND_PAGE_ROWS 65536 /* rows of one page: a power of two */
 #define MEMLEAK_UNWIND_PAGES 512 /* most pages: 256 MiB */
 #define MEMLEAK_UNWIND_CACHE 16384 /* remembered rules: a power of two */
+#define MEMLEAK_PYTHON_FRAMES 64 /* most Python frames of a stack: a power of two */
+#define MEMLEAK_PYTHON_WORDS 16 /* of an interpreter's frame that are read: a power of two */
+#define MEMLEAK_PYTHON_CODES 8192 /* Python functions that are remembered over all processes */
+#define MEMLEAK_PYTHON_NAME 256 /* bytes of the object that holds a function's name, and of that with its file's */
+#define MEMLEAK_PYTHON_LINES 1024 /* bytes of the object that holds a function's line table */
 
 /* What a probed function does with a block. */
 enum memleak_role {
@@ -154,11 +159,12 @@ enum memleak_stack_end {
 	STACK_WALKED = 0, /* frame pointers led no further (outermost frame, or no frame pointer) */
 	STACK_CUT = 1, /* the limit of frames was reached */
 	STACK_UNREADABLE = 2, /* the stack could not be read further */
-	STACK_STRAYED = 3, /* the walk came to an address that is no code: a caller has no frame pointer */
+	STACK_STRAYED = 3, /* frame pointers led to an address that is no code: a caller has none */
 	STACK_COMPLETE = 4, /* the outermost frame: where the program or the thread starts */
 	STACK_NO_TABLE = 5, /* code without unwind rows, and frame pointers led no further */
 	STACK_UNSUPPORTED = 6, /* unwind rows that need more than stack and frame pointer */
 	STACK_TRAMPOLINE = 7, /* another tracer's return probe hides the caller */
+	STACK_LOST = 8, /* a register that a frame needs is not known: the next frame would not lie above it */
 };
 
 /* How to find a caller's frame: low half of memleak_unwind_row.rule. CFA: stack pointer before the call. */
@@ -255,6 +261,72 @@ struct memleak_thread {
 struct memleak_thread_key {
 	__u64 pid_tgid;
 	__u64 domain;
+};
+
+/*
+ * Where the Python interpreter of a process keeps what we read, see core/src/python. Key of `python_targets`: instance.
+ * Offsets in bytes.
+ */
+struct memleak_python {
+	__u64 interpreters; /* address of the pointer to the first interpreter state */
+	__u32 threads; /* interpreter state: first thread state */
+	__u32 thread_next; /* thread state: the next one */
+	__u32 thread_id; /* thread state: pthread_self() */
+	__u32 thread_frame; /* thread state: newest frame, or what holds it */
+	__u32 frame_holder; /* in what holds it: newest frame; ~0: nothing is in between */
+	__u32 code_first_line;
+	__u32 code_names; /* code object: file name, name, qualified name, line table, one after the other */
+	__u8 frame_code; /* frame, in words */
+	__u8 frame_previous;
+	__u8 frame_instruction;
+	__u8 frame_flags;
+	__u8 flags_shift; /* which byte of the flags ... */
+	__u8 flags_entry; /* ... has which value in the outermost frame of a call of the interpreter; 0: any but 0 */
+	__u8 entry_is_frame; /* 0: that frame stands for no function */
+	__u8 pad[5];
+};
+
+/* A call of a Python function. */
+struct memleak_python_frame {
+	__u64 code; /* address of the code object */
+	__u64 lines; /* address of its line table: tells code objects apart that had the same address */
+	__u64 instruction; /* address; its lowest bit: outermost one of a call of the interpreter */
+};
+
+/* Python frames of a thread's newest recorded call, innermost first. Key of `python_threads`: pid_tgid. */
+struct memleak_python_stack {
+	__u32 count;
+	__u32 cut; /* there were more */
+	struct memleak_python_frame frames[MEMLEAK_PYTHON_FRAMES];
+	/* Of the walk: */
+	__u64 hash;
+	__u64 thread; /* address of the thread state, once it is known */
+	__u64 retry; /* calls until it is looked for again */
+	__u64 next; /* frame that is to come */
+	__u64 words[MEMLEAK_PYTHON_WORDS];
+};
+
+/* Key of `python_codes`. */
+struct memleak_python_code_key {
+	__u64 code;
+	__u64 lines;
+	__u64 instance;
+};
+
+/* What a code object says of itself, as the interpreter's objects have it. */
+struct memleak_python_code {
+	__u32 first_line;
+	__u32 got; /* enum memleak_python_got */
+	__u8 file[MEMLEAK_PYTHON_NAME];
+	__u8 name[MEMLEAK_PYTHON_NAME];
+	__u8 lines[MEMLEAK_PYTHON_LINES];
+};
+
+enum memleak_python_got {
+	PYTHON_FILE = 1,
+	PYTHON_NAME = 2,
+	PYTHON_LINES = 4,
+	PYTHON_FIRST_LINE = 8,
 };
 
 /* Rows of `counters`, per target slot. */

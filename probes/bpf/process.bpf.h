@@ -86,6 +86,7 @@ int process_exit(void *ctx)
 		key.domain = i;
 		bpf_map_delete_elem(&threads, &key);
 	}
+	bpf_map_delete_elem(&python_threads, &key.pid_tgid);
 	if (BPF_CORE_READ(task, signal, live.counter) > 0)
 		return 0; /* other threads go on */
 	if (end_watch(tgid, &target))

@@ -268,10 +268,11 @@ static __always_inline bool is_code(const struct memleak_target *target, u64 add
 }
 
 /*
- * Hash of a stack and of the function that was called. Cuts the stack off where it leaves the program's code: without
- * frame pointers the walk follows whatever is in the register, and each stray value would make a site of its own.
+ * Hash of a stack and of the function that was called. Cuts a stack that was walked by frame pointers off where it leaves
+ * the program's code: without them the walk follows whatever is in the register, and each stray value would make a site of
+ * its own. (Unwind rows do not lead astray, and a library that has just been loaded may not be known as code yet.)
  */
-static __always_inline u64 hash_stack(const struct memleak_target *target, struct memleak_stack *stack)
+static __always_inline u64 hash_stack(const struct memleak_target *target, struct memleak_stack *stack, bool walked)
 {
 	u64 hash = hash_seed ^ ((u64)stack->name + 1) * 0x9e3779b97f4a7c15ULL;
 	u32 i;
@@ -284,7 +285,7 @@ static __always_inline u64 hash_stack(const struct memleak_target *target, struc
 		/* The mask bounds the index for the verifier; the barrier keeps clang from turning it into a pointer walk. */
 		barrier_var(at);
 		at &= MEMLEAK_MAX_FRAMES;
-		if (i && !is_code(target, stack->addresses[at])) {
+		if (walked && i && !is_code(target, stack->addresses[at])) {
 			stack->count = i;
 			stack->end = STACK_STRAYED;
 			break;

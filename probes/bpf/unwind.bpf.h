@@ -147,6 +147,17 @@ __noinline u64 unwind_trampoline(u64 pid_tgid, u64 slot)
 	return caller;
 }
 
+/*
+ * Whether code is what a signal handler returns to: `mov $15, %rax; syscall`, which asks for sigreturn. Debuggers know it
+ * by its bytes, too, for musl has no unwind rows for it.
+ */
+static __always_inline bool is_signal_return(u64 ip)
+{
+	u64 code[2] = {};
+
+	return !bpf_probe_read_user(code, 9, (void *)ip) && code[0] == 0x0f0000000fc0c748ULL && code[1] == 0x05;
+}
+
 /* The caller of the frame in `regs`; the stack's end, when it ends here, goes to `end`. */
 static __always_inline enum unwind_result unwind_frame(struct memleak_unwind_regs *regs, struct memleak_actor *actor,
 						       u32 *end)
@@ -156,6 +167,8 @@ static __always_inline enum unwind_result unwind_frame(struct memleak_unwind_reg
 	u32 cfa_kind = rule >> 48 & 15, rbp_kind = rule >> 48 & 0xf0;
 	u64 cfa, saved[2], bp;
 
+	if (cfa_kind == UNWIND_NONE && is_signal_return(regs->ip))
+		cfa_kind = UNWIND_SIGNAL;
 	*end = STACK_UNREADABLE;
 	switch (cfa_kind) {
 	case UNWIND_RSP:
@@ -194,7 +207,7 @@ static __always_inline enum unwind_result unwind_frame(struct memleak_unwind_reg
 		rbp_offset = -16;
 		break;
 	}
-	*end = STACK_STRAYED;
+	*end = STACK_LOST;
 	if (cfa <= regs->sp)
 		return UNWIND_ENDED;
 	*end = STACK_UNREADABLE;
@@ -208,7 +221,7 @@ static __always_inline enum unwind_result unwind_frame(struct memleak_unwind_reg
 		if (!read_word((rbp_kind == UNWIND_RBP_AT_CFA ? cfa : regs->bp) + rbp_offset, &bp))
 			return UNWIND_ENDED;
 	}
-	/* A lost rbp stays what it was: the next frame that uses it strays, and says so. */
+	/* A lost rbp stays what it was: the next frame that uses it is not found, and says so. */
 	if (!saved[1]) {
 		*end = STACK_COMPLETE;
 		return UNWIND_ENDED;

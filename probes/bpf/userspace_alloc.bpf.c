@@ -16,6 +16,7 @@
 #include "meter.bpf.h"
 #include "operand.bpf.h"
 #include "unwind.bpf.h"
+#include "python.bpf.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
@@ -32,6 +33,7 @@ struct memleak_kept_types {
 	enum memleak_counter counter;
 	enum memleak_process_event_kind process_event_kind;
 	enum memleak_event_kind event_kind;
+	enum memleak_python_got python_got;
 	struct memleak_share share;
 	struct memleak_process_event process_event;
 	struct memleak_event event;
@@ -88,9 +90,9 @@ static __always_inline u64 caller_of(struct pt_regs *ctx, struct memleak_actor *
 /*
  * The stack at a function's entry, by unwind tables where the process has them, else by frame pointers. That walk
  * starts at the function itself, whose frame is not set up yet, and on most kernels leaves out its caller; the caller's
- * address is on top of the stack (x86-64) or in the link register.
+ * address is on top of the stack (x86-64) or in the link register. True: by tables.
  */
-static __always_inline void walk(struct pt_regs *ctx, struct memleak_actor *actor, struct memleak_thread *thread,
+static __always_inline bool walk(struct pt_regs *ctx, struct memleak_actor *actor, struct memleak_thread *thread,
 				 u64 sp, u64 caller, const struct memleak_function *function, bool loop)
 {
 	struct memleak_stack *stack = &thread->stack;
@@ -100,7 +102,7 @@ static __always_inline void walk(struct pt_regs *ctx, struct memleak_actor *acto
 
 	stack->name = function->name;
 	if (unwind(ctx, actor, thread, function->flags & FUNCTION_INSIDE, sp, caller, loop))
-		return;
+		return true;
 	if (bytes > MEMLEAK_MAX_FRAMES * sizeof(u64))
 		bytes = MEMLEAK_MAX_FRAMES * sizeof(u64);
 	stack->start = 0;
@@ -112,7 +114,7 @@ static __always_inline void walk(struct pt_regs *ctx, struct memleak_actor *acto
 		stack->count = caller ? 1 : 0;
 		if (!caller)
 			count(actor->slot, COUNTER_STACKS_FAILED);
-		return;
+		return false;
 	}
 	n = (u32)got / 8;
 	if (n >= max_frames)
@@ -124,6 +126,22 @@ static __always_inline void walk(struct pt_regs *ctx, struct memleak_actor *acto
 		stack->addresses[0] = caller;
 	}
 	stack->count = n;
+	return false;
+}
+
+/* Takes the stack, Python's frames included, and returns its hash. */
+static __always_inline u64 take_stack(struct pt_regs *ctx, struct memleak_actor *actor, struct memleak_thread *thread,
+				      u64 sp, u64 caller, const struct memleak_function *function, bool loop)
+{
+	bool by_tables = walk(ctx, actor, thread, sp, caller, function, loop);
+	u64 hash = hash_stack(actor->target, &thread->stack, !by_tables);
+	u64 python = python_walk(actor->pid_tgid, actor->instance);
+
+	if (!python)
+		return hash;
+	hash = (hash ^ python) * 0xff51afd7ed558ccdULL;
+	python_keep(actor->pid_tgid, hash, actor->instance, function->probe_set);
+	return hash;
 }
 
 /*
@@ -233,8 +251,7 @@ static __always_inline u64 stack_of_free(struct pt_regs *ctx, struct memleak_act
 	/* A pending call's stack is still needed for what it hands out. */
 	if (!thread || thread->sp)
 		return 0;
-	walk(ctx, actor, thread, sp, caller_of(ctx, actor, function, sp), function, loop);
-	key.stack = hash_stack(actor->target, &thread->stack);
+	key.stack = take_stack(ctx, actor, thread, sp, caller_of(ctx, actor, function, sp), function, loop);
 	bpf_map_update_elem(&stacks, &key, &thread->stack, BPF_NOEXIST);
 	return key.stack;
 }
@@ -294,10 +311,8 @@ static __always_inline int enter(struct pt_regs *ctx, struct memleak_actor *acto
 		return SKIP;
 	}
 	thread->caller = caller_of(ctx, actor, function, sp);
-	if (!thread->filtered) {
-		walk(ctx, actor, thread, sp, thread->caller, function, loop);
-		thread->stack_hash = hash_stack(actor->target, &thread->stack);
-	}
+	if (!thread->filtered)
+		thread->stack_hash = take_stack(ctx, actor, thread, sp, thread->caller, function, loop);
 	if (function->flags & FUNCTION_AT_ENTRY) {
 		if (!block)
 			return SKIP;

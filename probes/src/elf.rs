@@ -86,6 +86,28 @@ pub(crate) fn read_file<T>(path: &Path, read: impl FnOnce(&ReadCache<File>) -> o
     read(&cache).map_err(|e| fail(e.to_string()))
 }
 
+/// Addresses, in the file's own terms, of variables that other files can use.
+///
+/// # Errors
+/// As [`read_symbols`].
+pub fn read_variables(path: &Path, names: &[&str]) -> Result<HashMap<String, u64>> {
+    read_file(path, |data| {
+        let header = elf::FileHeader64::<Endianness>::parse(data)?;
+        let endian = header.endian()?;
+        let table = header.sections(endian, data)?.symbols(endian, data, elf::SHT_DYNSYM)?;
+        let mut found = HashMap::new();
+        for symbol in table.iter().take(MAX_SYMBOLS) {
+            if symbol.st_type() == elf::STT_OBJECT
+                && !symbol.is_undefined(endian)
+                && let Some(name) = names.iter().find(|n| symbol.name(endian, table.strings()) == Ok(n.as_bytes()))
+            {
+                found.insert((*name).to_owned(), symbol.st_value(endian));
+            }
+        }
+        Ok(found)
+    })
+}
+
 fn read_dynamic_name<'a, R: ReadRef<'a>>(data: R) -> object::read::Result<Option<String>> {
     let header = elf::FileHeader64::<Endianness>::parse(data)?;
     let endian = header.endian()?;

@@ -245,10 +245,16 @@ impl KernelTracker {
             bss.cohort_now = settings.cohort;
         }
         let (mut links, mut copies, mut names) = (Vec::new(), Vec::new(), Names::default());
-        let mut status = Vec::new();
+        let (mut status, mut kprobes) = (Vec::new(), None);
         for set in &settings.sets {
-            let mut attacher =
-                Attacher { settings, layouts: &layouts, skel: &skel, names: &mut names, copies: &mut copies };
+            let mut attacher = Attacher {
+                settings,
+                layouts: &layouts,
+                skel: &skel,
+                names: &mut names,
+                kprobes: &mut kprobes,
+                copies: &mut copies,
+            };
             status.push(attach(set, &plan, &mut attacher, &mut links));
         }
         if status.iter().all(|s| s.state.is_err()) {

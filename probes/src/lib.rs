@@ -12,6 +12,7 @@
 //! tracker    load, add a process, attach, forget
 //! reader     totals, stacks and counters in batches
 //! calibration what a hit costs here
+//! python     frames of Python functions
 //! unwind     unwind tables: rows in pages, and which code of a process has them
 //! kernel     the kernel's own allocations
 //! events     exec, exit, fork, load; every allocation and free for `trace`
@@ -26,6 +27,7 @@ pub mod kernel;
 mod operand;
 mod own_code;
 pub mod placement;
+pub mod python;
 pub mod reader;
 mod sampler;
 mod skeleton;

@@ -8,8 +8,8 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use crate::types::{
     COHORTS, LIFETIME_CLASSES, Plain, bytes_of, from_bytes, memleak_block, memleak_block_bits as bits,
-    memleak_block_key, memleak_counter as counter, memleak_counters, memleak_share, memleak_site, memleak_site_key,
-    memleak_stack, memleak_stack_end as stack_end,
+    memleak_block_key, memleak_counter as counter, memleak_counters, memleak_python_code_key, memleak_share,
+    memleak_site, memleak_site_key, memleak_stack, memleak_stack_end as stack_end,
 };
 use crate::{Error, ErrorKind, Result, sampler};
 
@@ -76,7 +76,7 @@ pub enum StackEnd {
     Cut,
     /// The stack could not be read further.
     Unreadable,
-    /// The walk came to an address that is no code.
+    /// Frame pointers led to an address that is no code.
     Strayed,
     /// The outermost frame: where the program or the thread starts.
     Complete,
@@ -86,6 +86,8 @@ pub enum StackEnd {
     Unsupported,
     /// Another tracer's return probe hides the caller.
     Trampoline,
+    /// A register that a frame needs is not known.
+    Lost,
 }
 
 /// A call stack.
@@ -270,6 +272,7 @@ pub(crate) fn read_stack(map: &dyn MapCore, key: SiteKey) -> Result<Option<Stack
             stack_end::STACK_NO_TABLE => StackEnd::NoTable,
             stack_end::STACK_UNSUPPORTED => StackEnd::Unsupported,
             stack_end::STACK_TRAMPOLINE => StackEnd::Trampoline,
+            stack_end::STACK_LOST => StackEnd::Lost,
             _ => StackEnd::Walked,
         },
         name: raw.name,
@@ -397,26 +400,28 @@ pub(crate) fn remove_blocks(
 
 /// Removes every block, site and stack of an instance. Costs O(outstanding allocations): for ends of processes.
 pub(crate) fn forget(blocks: &dyn MapCore, sites: &dyn MapCore, stacks: &dyn MapCore, instance: u32) -> Result<()> {
-    let mut old_blocks = Vec::new();
-    for_each_key::<memleak_block_key>(blocks, |key| {
-        if key.instance == instance {
-            old_blocks.push(*key);
+    delete_where(blocks, |key: &memleak_block_key| key.instance == instance)?;
+    delete_where(sites, |key: &memleak_site_key| key.instance == instance)?;
+    delete_where(stacks, |key: &memleak_site_key| key.instance == instance)
+}
+
+/// Removes everything about Python functions of an instance.
+pub(crate) fn forget_python(stacks: &dyn MapCore, codes: &dyn MapCore, instance: u32) -> Result<()> {
+    delete_where(stacks, |key: &memleak_site_key| key.instance == instance)?;
+    delete_where(codes, |key: &memleak_python_code_key| key.instance == u64::from(instance))
+}
+
+/// Removes the entries whose key meets a condition.
+fn delete_where<K: Plain>(map: &dyn MapCore, condition: impl Fn(&K) -> bool) -> Result<()> {
+    let mut old = Vec::new();
+    for_each_key::<K>(map, |key| {
+        if condition(key) {
+            old.push(*key);
         }
     })?;
-    for key in &old_blocks {
+    for key in &old {
         // It may have gone meanwhile: that is what was wanted.
-        let _ = blocks.delete(bytes_of(key));
-    }
-    for map in [sites, stacks] {
-        let mut old = Vec::new();
-        for_each_key::<memleak_site_key>(map, |key| {
-            if key.instance == instance {
-                old.push(*key);
-            }
-        })?;
-        for key in &old {
-            let _ = map.delete(bytes_of(key));
-        }
+        let _ = map.delete(bytes_of(key));
     }
     Ok(())
 }

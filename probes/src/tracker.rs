@@ -13,6 +13,7 @@ use crate::calibration::{self, Prices, TIMED_ONE_IN};
 use crate::elf::Symbols;
 use crate::events::{Event, ProcessEvent, Rings};
 use crate::features::{self, Backend, Features};
+use crate::python::{self, PythonCode, PythonFrame};
 use crate::reader::{self, Block, BlockReader, Counters, SiteKey, SiteTotals, Stack};
 use crate::skeleton::userspace_alloc::UserspaceAllocSkel;
 use crate::types::{CODE_RANGES, MAX_TARGETS, bytes_of, memleak_range, memleak_target};
@@ -283,6 +284,37 @@ impl Tracker {
         Ok(left_out)
     }
 
+    /// Has the Python frames of a process read from now on.
+    ///
+    /// # Errors
+    /// When the map refuses.
+    pub fn set_python(&mut self, instance: u32, layout: &python::Layout) -> Result<()> {
+        (self.skel.maps.python_targets)
+            .update(&instance.to_ne_bytes(), bytes_of(&layout.to_raw()), MapFlags::ANY)
+            .map_err(|e| Error::bpf("say where Python keeps its frames", &e))
+    }
+
+    /// The Python frames of a stack, innermost first, and whether there were more; `None` when it has none. As
+    /// [`Tracker::take_stack`], once.
+    ///
+    /// # Errors
+    /// When the map cannot be read.
+    pub fn take_python(&self, key: SiteKey) -> Result<Option<(Vec<PythonFrame>, bool)>> {
+        let frames = python::read_frames(&self.skel.maps.python_stacks, key)?;
+        if frames.is_some() && !self.settings.trace_events {
+            reader::remove_stack(&self.skel.maps.python_stacks, key);
+        }
+        Ok(frames)
+    }
+
+    /// What the code object of a frame says of itself, as it was when it was first seen; `None` when there was no room.
+    ///
+    /// # Errors
+    /// When the map cannot be read.
+    pub fn python_code(&self, instance: u32, frame: &PythonFrame) -> Result<Option<PythonCode>> {
+        python::read_code(&self.skel.maps.python_codes, instance, frame)
+    }
+
     fn write_target(&mut self, instance: u32) -> Result<()> {
         let Some(target) = self.targets.get(&instance) else { return Ok(()) };
         let value = memleak_target {
@@ -324,6 +356,9 @@ impl Tracker {
         let maps = &self.skel.maps;
         // It has none when its stacks were walked by frame pointers.
         let _ = maps.unwind_maps.delete(&instance.to_ne_bytes());
+        if maps.python_targets.delete(&instance.to_ne_bytes()).is_ok() {
+            reader::forget_python(&maps.python_stacks, &maps.python_codes, instance)?;
+        }
         reader::forget(&maps.blocks, &maps.sites, &maps.stacks, instance)
     }
 

@@ -3,9 +3,10 @@
 pub(crate) use crate::skeleton::userspace_alloc::types::{
     memleak_block, memleak_block_bits, memleak_block_key, memleak_cohort, memleak_counter, memleak_counters,
     memleak_event, memleak_event_kind, memleak_function, memleak_function_flags, memleak_operand, memleak_operand_kind,
-    memleak_process_event, memleak_process_event_kind, memleak_range, memleak_role, memleak_sampler, memleak_share,
-    memleak_site, memleak_site_key, memleak_stack, memleak_stack_end, memleak_target, memleak_unwind_cfa,
-    memleak_unwind_map, memleak_unwind_rbp, memleak_unwind_row, memleak_unwind_segment,
+    memleak_process_event, memleak_process_event_kind, memleak_python, memleak_python_code, memleak_python_code_key,
+    memleak_python_frame, memleak_python_got, memleak_python_stack, memleak_range, memleak_role, memleak_sampler,
+    memleak_share, memleak_site, memleak_site_key, memleak_stack, memleak_stack_end, memleak_target,
+    memleak_unwind_cfa, memleak_unwind_map, memleak_unwind_rbp, memleak_unwind_row, memleak_unwind_segment,
 };
 
 pub(crate) use crate::skeleton::kernel_alloc::types::{
@@ -67,6 +68,11 @@ plain! {
     memleak_kernel_origin: 3 * 8 + 4 * 4 + 16 + 48,
     memleak_operand: 4 + 4 + 8,
     memleak_process_event: 4 * 4 + 8,
+    memleak_python: 8 + 7 * 4 + 7 + 5,
+    memleak_python_code: 2 * 4 + 2 * 256 + 1024,
+    memleak_python_code_key: 3 * 8,
+    memleak_python_frame: 3 * 8,
+    memleak_python_stack: 2 * 4 + 64 * 24 + 4 * 8 + 16 * 8,
     memleak_share: 4 * 8,
     memleak_site: 10 * 8 + 16 * COHORTS + 8 * LIFETIME_CLASSES,
     memleak_site_key: 8 + 2 * 4,

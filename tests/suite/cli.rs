@@ -85,6 +85,22 @@ fn doctor_says_what_can_be_attached_to_a_process() {
     assert!(stdout.contains("glibc") && stdout.contains("libc.so.6"), "{stdout}");
 }
 
+// How far its stacks reach and what will have a name are questions about a process before it is watched for days.
+#[test]
+fn doctor_says_how_far_stacks_reach_and_where_names_come_from() {
+    needs!(Feature::Bpf, Feature::Program("busy"));
+    let mut program = Program::start("busy");
+    program.go();
+    let (code, stdout, stderr) = memleak(&["doctor", "-p", &program.pid().to_string()]);
+    assert_eq!(code, Some(0), "{stderr}");
+    let says = |line: &dyn Fn(&str) -> bool| assert!(stdout.lines().any(line), "{stdout}");
+    says(&|l| l.trim_start().starts_with("100") && l.ends_with("recorded allocations have a complete call stack"));
+    says(&|l| l.contains("unwind tables of") && l.contains("of kernel memory"));
+    says(&|l| l.contains("/busy ") && l.ends_with("its own debug information"));
+    // Debian's C library, with or without its debug package.
+    says(&|l| l.contains("libc.so.6 ") && (l.contains("debug file /usr/lib/debug") || l.contains("what it exports")));
+}
+
 // Nothing found is success: scripts rely on it.
 #[test]
 fn clean_run_exits_with_0() {

@@ -3,6 +3,7 @@
 //! One module per topic; the harness is the library of this package. Tests that need root or a program that is not
 //! installed are skipped with a note, except in CI.
 
+mod bad_files;
 mod bad_input;
 mod bars;
 mod cli;
@@ -13,6 +14,7 @@ mod diff;
 mod export;
 mod governor;
 mod import;
+mod interpreted;
 mod kernel_live;
 mod leakmod;
 mod reachability;

@@ -105,6 +105,19 @@ fn short_lived_children_are_counted_to_the_byte() {
     }
 }
 
+// Container run times put children into pid namespaces of their own, in which they have other numbers than ours.
+#[test]
+fn children_in_a_pid_namespace_are_counted_to_the_byte() {
+    needs!(Feature::Bpf, Feature::UserNamespace);
+    let program = program_path("run").expect("the program was built");
+    let mut command = memleak_command();
+    command.args(["run", "--format", "json", "-o", "-", "--", "unshare", "--pid", "--fork"]).arg(program);
+    let (code, stdout, stderr) = output_within(command.args(["leak", "fork"]));
+    let report: Value = serde_json::from_str(&stdout).unwrap_or_else(|e| panic!("no report ({e}): {stderr}"));
+    assert_eq!((code, found(&report, "leak_blocks")), (Some(1), Some((131 * 13, 131))), "{report}");
+    assert_eq!(found(&report, "leak_in_child"), Some((3 * 11 * 37, 3 * 11)), "{report}");
+}
+
 // exec throws memory away on purpose; the image that comes after it is judged like any other.
 #[test]
 fn exec_chains_are_followed_and_only_the_end_is_judged() {

@@ -74,7 +74,8 @@ fn watch(server: &str, pids: &[u32], args: &[&str]) -> Outcome {
     let duration = format!("{}s", watched().as_secs());
     let mut command = memleak_command();
     command.current_dir(run.path()).args(["--json", "--duration", &duration, "-p", &pids.join(",")]);
-    command.args(["--set", "live.sites=0"]).args(args);
+    // Stacks must be complete from the first one on, also where no table has been made before.
+    command.args(["--set", "live.sites=0", "--set", "collector.unwind_cache=off"]).args(args);
     let mut memleak = Memleak::spawn(&mut command, tempfile::tempdir().expect("a folder can be made"));
     memleak.wait_until("the first snapshot", |_| true);
     // Rules that suspect nothing ask for no scan, so we do.

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
-use memleak_tests::{Feature, Memleak, SiteView, Snapshot, missing, needs, output_within, program_path, skip};
+use memleak_tests::{
+    Counts, Feature, Memleak, Program, SiteView, Snapshot, missing, needs, output_within, program_path, skip,
+};
 
 /// Runs a command under memleak to its end; returns the last snapshot.
 fn run(settings: &[&str], command: &[&str]) -> Snapshot {
@@ -116,6 +118,22 @@ fn every_backend_unwinds_completely() {
     assert!(stacks.windows(2).all(|pair| pair[0] == pair[1]), "{stacks:x?}");
 }
 
+// A handler's caller is what it interrupted. The C library says so in its unwind information; musl's has none for it.
+#[test]
+fn stacks_of_signal_handlers_go_on_in_the_interrupted_code() {
+    needs!(Feature::Bpf, Feature::Program("interrupted"), Feature::Program("interrupted-musl"));
+    for name in ["interrupted", "interrupted-musl"] {
+        let mut program = Program::start(name);
+        let mut memleak = Memleak::watch(program.pid());
+        program.step("done");
+        let snapshot = memleak.settled();
+        assert_eq!(snapshot.at("on_alarm"), Counts::kept(11, 37), "{name}: {:#?}", snapshot.callers());
+        for site in snapshot.sites.iter().filter(|site| site.passes("on_alarm")) {
+            assert!(site.passes("spin") && site.passes("main"), "{name}: {site:#?}");
+        }
+    }
+}
+
 // The setting is for comparisons: without frame pointers in the program it shows the difference.
 #[test]
 fn frame_pointers_alone_end_early() {
@@ -126,9 +144,10 @@ fn frame_pointers_alone_end_early() {
     assert!(snapshot.processes.iter().all(|process| process.complete_stacks.is_none()));
 }
 
-/// Runs a program of the distribution; nearly all of its stacks must be complete.
-fn is_complete(command: &[&str], least: u64) {
-    let snapshot = run(&[], command);
+/// Runs a program of the distribution to its end, or for a few seconds; nearly all of its stacks must be complete, although
+/// no table has been made before.
+fn is_complete(settings: &[&str], command: &[&str], least: u64) {
+    let snapshot = run(&[&["collector.unwind_cache=off", "live.sites=50"], settings].concat(), command);
     let process = snapshot.processes.last().expect("it was watched");
     let share = process.complete_stacks.expect("stacks were taken");
     eprintln!("{}: {:.2} % of {} stacks are complete", command[0], share * 100.0, snapshot.totals.allocated_count);
@@ -146,18 +165,17 @@ fn sqlite_has_complete_stacks() {
         insert into t select x, hex(randomblob(40)) from n; \
         select count(*), max(b), group_concat(a) from t where b like '%AB%' group by a % 7 order by 2;";
     // What it prints would be mixed with the snapshots.
-    is_complete(&["sqlite3", ":memory:", ".output /dev/null", sql], 200);
+    is_complete(&[], &["sqlite3", ":memory:", ".output /dev/null", sql], 200);
 }
 
-// An interpreter and the extension modules that it loads while it runs. The tables of a module come a moment after it is
-// loaded: most of the work lies behind that.
+// An interpreter and the extension modules that it loads while it runs: for their tables it is stopped.
 #[test]
 fn python_has_complete_stacks() {
     needs!(Feature::Bpf, Feature::Command("python3"));
     let code = "import json, re, sqlite3, ssl\n\
         d = {'k%d' % i: list(range(i % 50)) for i in range(500)}\n\
         for i in range(120): json.loads(json.dumps(d)); re.findall('k[0-9]+', str(d)); [bytes(600 + n) for n in range(900)]";
-    is_complete(&["/usr/bin/python3", "-c", code], 1000);
+    is_complete(&[], &["/usr/bin/python3", "-c", code], 1000);
 }
 
 // Perl allocates everything with malloc.
@@ -166,5 +184,13 @@ fn perl_has_complete_stacks() {
     needs!(Feature::Bpf, Feature::Command("perl"));
     let code = "for my $n (1..5) { my %h; $h{\"k$_\"} = [ 'x' x ($_ % 300), $_ ] for 1..1000; my $s = join(',', sort keys %h); \
         my @m = ($s =~ /(k\\d+)/g); }";
-    is_complete(&["perl", "-e", code], 5000);
+    is_complete(&[], &["perl", "-e", code], 5000);
+}
+
+// Once warm memcached asks for no memory any more: nearly all that it ever does is at its start, on several threads.
+#[test]
+fn memcached_has_complete_stacks() {
+    needs!(Feature::Bpf, Feature::Command("memcached"));
+    let command = ["memcached", "-u", "root", "-l", "127.0.0.1", "-p", "0", "-U", "0", "-m", "64", "-t", "2"];
+    is_complete(&["duration=8s"], &command, 20);
 }

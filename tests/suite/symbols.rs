@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use memleak_tests::memleak::{memleak_command, output_within};
 use memleak_tests::program::program_path;
@@ -82,9 +83,14 @@ fn json_lines_get_names_from_a_debug_file() {
     let pid = program.pid().to_string();
     let log = folder.path().join("log.ndjson");
     let mut command = memleak_command();
-    command.args(["-p", &pid, "--json", "--duration", "3s", "--set", "report.path=", "--set", "alerts.file="]);
+    command.args(["-p", &pid, "--json", "--duration", "5s", "--set", "report.path=", "--set", "alerts.file="]);
     let mut child = command.stdout(fs::File::create(&log).expect("file")).spawn().expect("starts");
-    std::thread::sleep(std::time::Duration::from_millis(1500));
+    // With the first line everything is attached.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !fs::read_to_string(&log).expect("text").contains("\"snapshot\"") {
+        assert!(Instant::now() < deadline, "no snapshot");
+        std::thread::sleep(Duration::from_millis(20));
+    }
     program.step("done");
     assert!(child.wait().expect("ends").success());
     let (code, _, stderr) = symbolize(&[&log, Path::new("--debug-dir"), &folder.path().join("debug")]);

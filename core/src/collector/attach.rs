@@ -8,10 +8,11 @@ use std::sync::Arc;
 
 use memleak_probes::{Attached, Library, SetKind, elf, usdt};
 
-use super::{Collector, Purpose, Watched};
+use super::{Collector, Life, Purpose, Watched};
 use crate::maps::{Backing, FileId, Mapping, Maps, open_mapped};
 use crate::plugin::{Facts, Plugin};
 use crate::process::ProcDir;
+use crate::python::Interpreter;
 use crate::symbolize::{self, debug_file};
 use crate::{Error, Result};
 
@@ -59,6 +60,9 @@ struct Known {
     debug: Option<File>,
 }
 
+/// How long probes wait for the unwind tables of a process, seconds. Chromium's take two.
+pub(super) const WAIT_FOR_TABLES_S: f64 = 5.0;
+
 /// Most files that are remembered; beyond it the caches start anew.
 const MAX_FILES: usize = 16_384;
 
@@ -78,8 +82,11 @@ impl Collector {
         }
         if let Some(unwinder) = &mut self.unwinder {
             unwinder.observe(instance, &maps, &dir);
-            // Once probes are attached, stacks are taken.
-            unwinder.wait(&mut self.tracker, instance, None);
+            unwinder.apply(&mut self.tracker);
+        }
+        self.look_for_python(instance, &dir, &maps);
+        if self.waits_for_tables(instance) {
+            return;
         }
         let mut files: Vec<&Mapping> = Vec::new();
         for mapping in maps.iter() {
@@ -106,6 +113,56 @@ impl Collector {
                     .push(PluginStatus { probe_set: plugin.spec.name.as_str().into(), state: PluginState::NotMapped });
             }
         }
+    }
+
+    /// Has the frames of a Python interpreter read, if the process has mapped one.
+    fn look_for_python(&mut self, instance: u32, dir: &ProcDir, maps: &Maps) {
+        if matches!(self.pythons.get(&instance), Some(Ok(_))) {
+            return;
+        }
+        let found = Interpreter::find(dir, maps).transpose().map(|found| {
+            let python = found.map_err(|e| format!("{e:#}"))?;
+            self.tracker.set_python(instance, python.layout()).map_err(|e| e.to_string())?;
+            Ok(python)
+        });
+        if let Some(found) = found {
+            if let Err(e) = &found {
+                tracing::debug!(pid = dir.pid(), "no Python functions in call stacks: {e}");
+            }
+            self.pythons.insert(instance, found);
+        }
+    }
+
+    /// Whether nothing is to be attached to a process yet, because its stacks would end early: its unwind tables are being
+    /// made. A launched command is stopped meanwhile; one that is traced already goes on being traced.
+    fn waits_for_tables(&mut self, instance: u32) -> bool {
+        let now_s = self.now_s();
+        let Some(watched) = self.watched.get_mut(&instance) else { return false };
+        let pid = watched.process.pid;
+        watched.waits = now_s - watched.since_s < WAIT_FOR_TABLES_S
+            && !watched.status.iter().any(|s| matches!(s.state, PluginState::Attached { .. }))
+            && !self.launched.iter().any(|l| l.pid == pid)
+            && self.unwinder.as_ref().is_some_and(|u| u.is_pending(instance));
+        watched.waits
+    }
+
+    /// Attaches to processes that have waited long enough.
+    pub(super) fn attach_to_waiting(&mut self) {
+        let now_s = self.now_s();
+        let is_over = |i: u32, w: &Watched| {
+            now_s - w.since_s >= WAIT_FOR_TABLES_S || !self.unwinder.as_ref().is_some_and(|u| u.is_pending(i))
+        };
+        let waiting = self.watched.iter().filter(|(_, w)| w.waits && w.life == Life::Running);
+        let over: Vec<u32> = waiting.filter(|(i, w)| is_over(**i, w)).map(|(i, _)| *i).collect();
+        for instance in over {
+            self.attach_to(instance);
+            self.announce(instance, false);
+        }
+    }
+
+    /// True while a process waits for its unwind tables.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.watched.values().any(|w| w.waits && w.life == Life::Running)
     }
 
     /// Attaches every probe set that one mapped file provides.

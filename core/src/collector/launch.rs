@@ -15,11 +15,12 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use super::{Collector, Life};
+use super::{Collector, Life, Purpose};
 use crate::{Error, ErrorKind, Result};
 
-/// The dynamic linker calls its hook before and after mapping the libraries that a program names.
-const LOADS_AT_START: u32 = 2;
+/// For so long after its start a command stops when it has loaded a library, until the tables of that are there, seconds.
+/// With [`Purpose::Run`] it always does; a service is not to be held up once it serves.
+const STOPS_FOR_S: f64 = 10.0;
 
 /// How long a command waits for the tables by which its stacks are unwound.
 const WAIT_FOR_TABLES: Duration = Duration::from_secs(2);
@@ -103,7 +104,7 @@ impl Collector {
         let instance =
             self.watched.iter().find(|(_, w)| w.life == Life::Running && w.process.pid == pid).map(|(i, _)| *i);
         if let (Some(unwinder), Some(instance)) = (&mut self.unwinder, instance) {
-            unwinder.wait(&mut self.tracker, instance, Some(WAIT_FOR_TABLES));
+            unwinder.wait(&mut self.tracker, instance, WAIT_FOR_TABLES);
         }
         if let Some(launched) = self.launched.iter().find(|l| l.pid == pid) {
             send_signal(&launched.pidfd, libc::SIGCONT);
@@ -112,16 +113,17 @@ impl Collector {
 
     /// The dynamic linker of a process has mapped or unmapped something.
     pub(super) fn loaded(&mut self, instance: u32) {
-        let Some(watched) = self.watched.get_mut(&instance) else { return };
-        watched.loads += 1;
-        let (loads, pid) = (watched.loads, watched.process.pid);
+        let now_s = self.now_s();
+        let Some(watched) = self.watched.get(&instance) else { return };
+        let (since_s, pid) = (now_s - watched.since_s, watched.process.pid);
         if let Err(e) = self.symbolizer.refresh(instance) {
             tracing::debug!(pid, "mappings not read again: {e:#}");
         }
         self.attach_to(instance);
         self.announce(instance, false);
-        if self.launched.iter().any(|l| l.pid == pid) && loads <= LOADS_AT_START {
-            if loads == LOADS_AT_START
+        if self.launched.iter().any(|l| l.pid == pid) {
+            if since_s > STOPS_FOR_S
+                && self.purpose != Purpose::Run
                 && let Err(e) = self.tracker.set_stop_on_load(instance, false)
             {
                 tracing::warn!(pid, "the process will stop briefly at each load of a library: {e}");

@@ -8,20 +8,21 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use memleak_probes::{ErrorKind as ProbeErrorKind, ProcessEvent, SiteTotals, StackEnd, Tracker};
+use memleak_probes::{ErrorKind as ProbeErrorKind, ProcessEvent, SiteTotals, Stack, StackEnd, Tracker};
 
 use crate::config::{Backend, BudgetSettings, Config, Placement, Stacks};
 use crate::governor::{Governor, StopReason};
 use crate::live;
 use crate::plugin::{self, Plugin};
 use crate::process::{self, ProcessStat};
+use crate::python::{Interpreter, PythonCall};
 use crate::reachability::scanner::Cost;
 use crate::recording::Location;
 use crate::snapshot::{
     Losses, Mode, Process, ProcessSample, Sampling, Site, SiteKey, SiteSample, Snapshot, StackCounts, StandardErrors,
     Totals,
 };
-use crate::symbolize::{self, Symbolizer, site_id};
+use crate::symbolize::{self, ModuleName, NormalizedFrame, Symbolizer, site_id};
 use crate::target::Matcher;
 use crate::unwind::cache::Cache;
 use crate::unwind::{TableState, Unwinder};
@@ -47,6 +48,9 @@ use launch::Launched;
 
 /// Most sites of a process that are symbolized when it ends, largest first: nobody can do it later.
 const NAMED_AT_END: usize = 200;
+
+/// How often it is looked whether unwind tables are ready that a process waits for.
+const TICK: Duration = Duration::from_millis(10);
 
 /// Instance number of the kernel, when it is watched.
 const KERNEL_INSTANCE: u32 = 1;
@@ -87,9 +91,9 @@ struct Watched {
     status: Vec<PluginStatus>,
     /// People have been told that it is watched.
     announced: bool,
+    /// Its unwind tables are being made, and nothing is attached before.
+    waits: bool,
     since_s: f64,
-    /// Events of the dynamic linker since a launch; see [`launch`].
-    loads: u32,
     usage: process::Usage,
     growth: coverage::Growth,
     governor: Governor,
@@ -200,6 +204,8 @@ pub struct Collector {
     libraries: attach::Libraries,
     /// Without it stacks are walked by frame pointers.
     unwinder: Option<Unwinder>,
+    /// Python interpreters of processes; or why their frames are not read.
+    pythons: HashMap<u32, std::result::Result<Interpreter, String>>,
     notices: Vec<Notice>,
     scans: scans::Scans,
     /// What tracing may cost, by target.
@@ -217,6 +223,8 @@ pub struct Collector {
     snapshots: u64,
     started: Instant,
     started_ns: u64,
+    /// When the sites were last read.
+    last_read: Instant,
 }
 
 impl Collector {
@@ -275,6 +283,7 @@ impl Collector {
             next_release_s: 0.0,
             symbolizer: Symbolizer::with_limits(symbolize::Limits {
                 worker: Some(symbolize::worker::OWN_PROGRAM.into()),
+                debuginfod: symbolize::debuginfod::Settings::from_environment(),
                 ..symbolize::Limits::default()
             }),
             sites: HashMap::new(),
@@ -286,6 +295,7 @@ impl Collector {
                 Stacks::Auto => Unwinder::start(c.unwind_cache.folder().map(Cache::new))?,
                 Stacks::FramePointers => None,
             },
+            pythons: HashMap::new(),
             notices: Vec::new(),
             scans: scans::Scans::new(config.reachability.clone()),
             budgets,
@@ -299,6 +309,7 @@ impl Collector {
             snapshots: 0,
             started: Instant::now(),
             started_ns: monotonic_ns(),
+            last_read: Instant::now(),
         };
         for (number, target) in config.targets.iter().enumerate().filter(|(_, t)| !t.command.is_empty()) {
             collector.launch(&target.command, number)?;
@@ -307,6 +318,11 @@ impl Collector {
             collector.notices.push(Notice::Watching(Arc::clone(kernel.process()), kernel.statuses()));
         }
         collector.scan()?;
+        // Those that are found meanwhile are none of this: there may always be more of them.
+        let end_s = collector.now_s() + attach::WAIT_FOR_TABLES_S;
+        while collector.is_waiting() && collector.now_s() < end_s {
+            collector.poll(TICK)?;
+        }
         Ok(collector)
     }
 
@@ -324,6 +340,16 @@ impl Collector {
     /// stacks are walked by frame pointers.
     pub fn unwind_tables(&self, instance: u32) -> (Vec<(String, TableState)>, usize) {
         self.unwinder.as_ref().map_or((Vec::new(), 0), |unwinder| unwinder.tables_of(instance))
+    }
+
+    /// Name of every file whose code a process has mapped, and where its functions' names come from.
+    pub fn symbol_sources(&mut self, instance: u32) -> Vec<(String, String)> {
+        self.symbolizer.sources(instance)
+    }
+
+    /// Version of the Python interpreter of a process, or why its frames are not read; `None` when it has none.
+    pub fn python(&self, instance: u32) -> Option<std::result::Result<&str, &str>> {
+        self.pythons.get(&instance).map(|p| p.as_ref().map(|p| p.version.as_str()).map_err(String::as_str))
     }
 
     /// Fills the site's frames, unless that has been done.
@@ -414,6 +440,7 @@ impl Collector {
     /// # Errors
     /// When the kernel side cannot be read.
     pub fn poll(&mut self, timeout: Duration) -> Result<()> {
+        let timeout = if self.is_waiting() { timeout.min(TICK) } else { timeout };
         // Nobody tells us that a scan is over.
         let timeout = if self.exit_waits() { timeout.min(EXIT_TICK) } else { timeout };
         self.tracker.poll(timeout.min(self.until_governed()))?;
@@ -426,6 +453,7 @@ impl Collector {
         if let Some(unwinder) = &mut self.unwinder {
             unwinder.apply(&mut self.tracker);
         }
+        self.attach_to_waiting();
         while let Some(event) = self.tracker.next_process_event() {
             match event {
                 ProcessEvent::Exit { pid, instance, status } => {
@@ -475,7 +503,7 @@ impl Collector {
         }
         // Its libraries may have been mapped before the dynamic linker's hook was in place.
         let now_s = self.now_s();
-        let quiet = self.watched.iter().filter(|(_, w)| w.life == Life::Running && !w.announced);
+        let quiet = self.watched.iter().filter(|(_, w)| w.life == Life::Running && !w.announced && !w.waits);
         let quiet: Vec<(u32, bool)> = quiet.map(|(i, w)| (*i, now_s - w.since_s > STARTED_BY_S)).collect();
         for (instance, late) in quiet {
             self.attach_to(instance);
@@ -542,8 +570,8 @@ impl Collector {
                 followed,
                 status: Vec::new(),
                 announced: false,
+                waits: false,
                 since_s: self.now_s(),
-                loads: 0,
                 usage: process::Usage { rss_bytes: stat.rss_bytes, anon_bytes: None, cpu_s: stat.cpu_s },
                 growth: coverage::Growth::default(),
                 governor: Governor::new(budget, u64::from(instance)),
@@ -603,6 +631,7 @@ impl Collector {
         let cpu_before = thread_cpu_s();
         self.take_scans()?;
         self.check_refutations()?;
+        let read = Instant::now();
         let mut raw = self.tracker.read_sites()?;
         let time_s = self.now_s();
         let wall_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
@@ -656,6 +685,7 @@ impl Collector {
             }
         }
         self.forget_ended(&sites)?;
+        self.last_read = read;
         self.snapshots += 1;
         let collect_cpu_s = thread_cpu_s() - cpu_before;
         Ok(Snapshot { number: self.snapshots, time_s, wall_s, processes, sites, collect_cpu_s })
@@ -684,28 +714,27 @@ impl Collector {
         let stack = self.tracker.take_stack(raw)?;
         let process = self.watched.get(&key.instance).map(|w| Arc::clone(&w.process)).unwrap_or_default();
         let end = stack.as_ref().map(|stack| stack.end);
-        let (addresses, truncated, function) = match stack {
-            Some(stack) => {
-                let why = match stack.end {
-                    StackEnd::Complete => None,
-                    StackEnd::Walked if self.unwinder.is_none() => None,
-                    StackEnd::Walked => Some("it was taken before the unwind tables were ready"),
-                    StackEnd::Cut => Some("the limit of frames was reached (collector.max_frames)"),
-                    StackEnd::Strayed => Some("a caller was built without frame pointers"),
-                    StackEnd::Unreadable => Some("the stack could not be read further"),
-                    StackEnd::NoTable => Some("a caller has neither unwind information nor a frame pointer"),
-                    StackEnd::Unsupported => Some("a caller's unwind information needs more than the stack"),
-                    StackEnd::Trampoline => Some("a return probe of another tracer hides the caller"),
-                };
-                (stack.addresses, why, self.tracker.function_name(stack.name).to_owned())
-            }
-            None => (Vec::new(), Some("there was no room for the stack (collector.max_sites)"), String::new()),
-        };
         let probe_set: Arc<str> = self.probe_set_name(key.probe_set).into();
-        let frames = self.symbolizer.normalize(key.instance, &addresses);
+        let addresses = stack.as_ref().map(|stack| stack.addresses.clone()).unwrap_or_default();
+        let mut frames = self.symbolizer.normalize(key.instance, &addresses);
+        let (truncated, function) = match &stack {
+            Some(stack) => {
+                let why = self.why_it_ends(stack, key.instance, frames.last());
+                (why, self.tracker.function_name(stack.name).to_owned())
+            }
+            None => (Some("there was no room for the stack (collector.max_sites)"), String::new()),
+        };
+        let (calls, cut) = self.python_calls(raw)?;
+        let truncated = truncated.or(cut.then_some("of the Python functions only the innermost are known"));
+        frames.extend(calls.iter().map(PythonCall::normalized));
         let id = site_id(&process.exe, &probe_set, &function, &frames);
         if let Some(locations) = &mut self.locations {
-            locations.insert(key, self.symbolizer.locations(key.instance, &addresses));
+            let mut places = self.symbolizer.locations(key.instance, &addresses);
+            places.extend(calls.iter().map(PythonCall::location));
+            locations.insert(key, places);
+        }
+        if !calls.is_empty() {
+            self.symbolizer.set_calls(key, calls);
         }
         let site = Arc::new(Site {
             key,
@@ -718,6 +747,39 @@ impl Collector {
             frames: std::sync::OnceLock::new(),
         });
         Ok((site, end))
+    }
+
+    /// The Python calls of a new stack, innermost first, and whether there were more; none when the process does not run
+    /// Python.
+    fn python_calls(&mut self, key: memleak_probes::SiteKey) -> Result<(Vec<PythonCall>, bool)> {
+        match self.pythons.get_mut(&key.instance) {
+            Some(Ok(python)) => python.calls(&self.tracker, key),
+            _ => Ok((Vec::new(), false)),
+        }
+    }
+
+    /// Why a stack ends early, given where its last address lies; `None` when it does not.
+    fn why_it_ends(&self, stack: &Stack, instance: u32, last: Option<&NormalizedFrame>) -> Option<&'static str> {
+        const TOO_EARLY: &str = "it was taken before the unwind tables were ready";
+        let in_a_file = last.is_some_and(|l| matches!(l.module, ModuleName::BuildId(_) | ModuleName::Path(_)));
+        let was_late = |unwinder: &Unwinder| {
+            // The call is before the return address.
+            let last = stack.addresses.last().map_or(0, |a| a.saturating_sub(1));
+            in_a_file && unwinder.was_late(instance, last, self.last_read)
+        };
+        match stack.end {
+            StackEnd::Complete => None,
+            StackEnd::Walked => self.unwinder.as_ref().map(|_| TOO_EARLY),
+            StackEnd::Strayed if self.unwinder.is_some() => Some(TOO_EARLY),
+            StackEnd::Strayed => Some("a caller was built without frame pointers"),
+            StackEnd::NoTable if self.unwinder.as_ref().is_some_and(was_late) => Some(TOO_EARLY),
+            StackEnd::NoTable => Some("a caller has neither unwind information nor a frame pointer"),
+            StackEnd::Cut => Some("the limit of frames was reached (collector.max_frames)"),
+            StackEnd::Unreadable => Some("the stack could not be read further"),
+            StackEnd::Unsupported => Some("a caller's unwind information needs more than the stack"),
+            StackEnd::Lost => Some("a register that a caller's unwind information needs is not known"),
+            StackEnd::Trampoline => Some("a return probe of another tracer hides the caller"),
+        }
     }
 
     /// How many recorded allocations of a process have a stack that reaches the outermost frame.
@@ -813,6 +875,7 @@ impl Collector {
             if let Some(unwinder) = &mut self.unwinder {
                 unwinder.forget(instance);
             }
+            self.pythons.remove(&instance);
             self.scans.forget(instance);
             self.tracker.forget(instance)?;
             if let Some(watched) = self.watched.remove(&instance)

@@ -146,7 +146,7 @@ impl Collector {
         let mut process = (*watched.process).clone();
         process.instance = instance;
         let process = Arc::new(process);
-        let (loads, usage, target) = (watched.loads, watched.usage, watched.target);
+        let (usage, target) = (watched.usage, watched.target);
         let usage = process::usage(pid, process.start_ticks).unwrap_or(usage);
         let growth = coverage::Growth::begin(&process, usage, now_s);
         if let Err(e) = self.symbolizer.observe(&process) {
@@ -159,8 +159,8 @@ impl Collector {
             followed,
             status: Vec::new(),
             announced: true,
+            waits: false,
             since_s: now_s,
-            loads,
             usage,
             growth,
             governor,

@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::cache_folder::CacheFolder;
 use crate::error::{Error, Result};
 use crate::finding::Severity;
 use crate::units::Bytes;
@@ -326,7 +327,7 @@ impl UnwindCache {
     /// The folder; `None` keeps nothing.
     pub fn folder(&self) -> Option<PathBuf> {
         match self {
-            UnwindCache::Auto => crate::unwind::cache::Cache::default_folder(),
+            UnwindCache::Auto => CacheFolder::default_path(),
             UnwindCache::Off => None,
             UnwindCache::Folder(folder) => Some(folder.clone()),
         }

@@ -37,6 +37,31 @@ pub(super) fn put_section(out: &mut Vec<u8>, tag: u64, contents: &[u8]) {
     }
 }
 
+/// There are no facts any more.
+const NO_FACTS: u64 = 0;
+/// The text is as before.
+const SAME_TEXT: u64 = 1;
+/// The text follows.
+const NEW_TEXT: u64 = 2;
+
+/// Appends numbers as differences from those before, and a text unless it is the same; `None` takes all back.
+pub(super) fn put_facts(out: &mut Vec<u8>, old: (&[u64], &str), new: Option<(&[u64], &str)>) {
+    let Some(new) = new else { return put(out, NO_FACTS) };
+    let same = new.1 == old.1;
+    put(out, if same { SAME_TEXT } else { NEW_TEXT });
+    put(out, new.0.len() as u64);
+    new.0.iter().enumerate().for_each(|(i, n)| put_delta(out, old.0.get(i).copied().unwrap_or(0), *n));
+    if !same {
+        put_text(out, new.1);
+    }
+}
+
+/// Appends a text with its length.
+pub(super) fn put_text(out: &mut Vec<u8>, text: &str) {
+    put(out, text.len() as u64);
+    out.extend_from_slice(text.as_bytes());
+}
+
 fn zigzag(n: u64) -> u64 {
     (n << 1) ^ ((n as i64 >> 63) as u64)
 }
@@ -120,6 +145,25 @@ impl<'a> In<'a> {
         let (text, rest) = self.0.split_at(len);
         self.0 = rest;
         std::str::from_utf8(text).map_err(|_| damaged("a text is none"))
+    }
+
+    /// Brings facts up to date; false when there are none any more. Numbers that a later version has appended are
+    /// skipped.
+    pub(super) fn get_facts(&mut self, numbers: &mut [u64], text: &mut String) -> Result<bool> {
+        let kind = self.get()?;
+        if kind == NO_FACTS {
+            return Ok(false);
+        }
+        for place in 0..self.get_len()? {
+            let number = self.get_delta(numbers.get(place).copied().unwrap_or(0))?;
+            if let Some(slot) = numbers.get_mut(place) {
+                *slot = number;
+            }
+        }
+        if kind == NEW_TEXT {
+            *text = self.get_text()?.to_owned();
+        }
+        Ok(true)
     }
 
     /// The next section.

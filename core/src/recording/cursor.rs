@@ -130,7 +130,7 @@ impl Cursor {
             cohorts: details.cohorts_at(time_s),
             lifetimes,
             reachability: details.reach.as_ref().map(|stored| stored.reach(&mut on_the_way)).transpose()?,
-            kernel: None,
+            kernel: details.kernel.as_ref().map(|stored| stored.sample()).transpose()?,
             stderr: details.stderr,
         })
     }

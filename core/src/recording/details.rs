@@ -7,8 +7,8 @@
 use std::sync::Arc;
 
 use super::codec::{In, damaged, put, put_delta, put_f64, put_section};
-use super::reach::{self, Stored};
 use super::totals::{Change, Decoder as TotalsDecoder};
+use super::{kernel, reach};
 use crate::Result;
 use crate::snapshot::{Cohort, LIFETIME_CLASSES, StandardErrors, Totals};
 
@@ -20,24 +20,27 @@ const COHORTS: u64 = 5;
 const LIFETIMES: u64 = 6;
 const ERRORS: u64 = 7;
 const REACH: u64 = 8;
+const KERNEL: u64 = 9;
 
 /// The last allocation, as milliseconds before the snapshot.
-const LAST_MS: u8 = 1;
+const LAST_MS: u16 = 1;
 /// The last allocation, as it is.
-const LAST_RAW: u8 = 2;
+const LAST_RAW: u16 = 2;
 /// Cohorts anew.
-const COHORTS_FULL: u8 = 4;
+const COHORTS_FULL: u16 = 4;
 /// Outstanding blocks of some cohorts have changed, the rest follows from the totals.
-const COHORTS_CHANGED: u8 = 8;
+const COHORTS_CHANGED: u16 = 8;
 /// Lifetimes have changed.
-const LIFETIMES_CHANGED: u8 = 16;
+const LIFETIMES_CHANGED: u16 = 16;
 /// The last of their changes follows from the totals.
-const LIFETIMES_PREDICTED: u8 = 32;
+const LIFETIMES_PREDICTED: u16 = 32;
 
 /// Standard errors have changed.
-const ERRORS_CHANGED: u8 = 64;
+const ERRORS_CHANGED: u16 = 64;
 /// What scans say has changed.
-const REACH_CHANGED: u8 = 128;
+const REACH_CHANGED: u16 = 128;
+/// What is known of a site of the kernel has changed.
+const KERNEL_CHANGED: u16 = 256;
 
 /// Stands for the snapshot's own time as the end of a cohort, which then need not be written for every snapshot.
 const NOW: f64 = f64::INFINITY;
@@ -49,7 +52,8 @@ pub(super) struct Details {
     pub(super) cohorts: Vec<Cohort>,
     pub(super) lifetimes: [u64; LIFETIME_CLASSES],
     pub(super) stderr: StandardErrors,
-    pub(super) reach: Option<Arc<Stored>>,
+    pub(super) reach: Option<Arc<reach::Stored>>,
+    pub(super) kernel: Option<Arc<kernel::Stored>>,
 }
 
 impl Details {
@@ -80,7 +84,8 @@ pub(super) struct Row<'a> {
     pub(super) cohorts: &'a [Cohort],
     pub(super) lifetimes: &'a [u64; LIFETIME_CLASSES],
     pub(super) stderr: StandardErrors,
-    pub(super) reach: Option<Arc<Stored>>,
+    pub(super) reach: Option<Arc<reach::Stored>>,
+    pub(super) kernel: Option<Arc<kernel::Stored>>,
 }
 
 /// The streams of a blob.
@@ -94,6 +99,7 @@ struct Streams {
     lifetimes: Vec<u8>,
     errors: Vec<u8>,
     reach: Vec<u8>,
+    kernel: Vec<u8>,
 }
 
 impl Streams {
@@ -145,6 +151,7 @@ impl Encoder {
             (LIFETIMES, streams.lifetimes),
             (ERRORS, streams.errors),
             (REACH, streams.reach),
+            (KERNEL, streams.kernel),
         ] {
             put_section(&mut out, tag, &contents);
         }
@@ -153,7 +160,7 @@ impl Encoder {
 }
 
 /// Writes what has changed at one site, and updates `old`.
-fn encode_site(streams: &mut Streams, row: &Row<'_>, totals: &Totals, old: &mut Details, time_s: f64) -> u8 {
+fn encode_site(streams: &mut Streams, row: &Row<'_>, totals: &Totals, old: &mut Details, time_s: f64) -> u16 {
     let mut flags = 0;
     if row.last_allocation_s.to_bits() != old.last_allocation_s.to_bits() {
         let ms = milliseconds(row.last_allocation_s);
@@ -182,6 +189,11 @@ fn encode_site(streams: &mut Streams, row: &Row<'_>, totals: &Totals, old: &mut 
         flags |= REACH_CHANGED;
         old.reach = row.reach.clone();
     }
+    if row.kernel != old.kernel {
+        kernel::encode(&mut streams.kernel, old.kernel.as_deref(), row.kernel.as_deref());
+        flags |= KERNEL_CHANGED;
+        old.kernel = row.kernel.clone();
+    }
     flags
 }
 
@@ -194,7 +206,7 @@ fn seconds(ms: u64) -> f64 {
     ms as i64 as f64 / 1e3
 }
 
-fn encode_cohorts(streams: &mut Streams, row: &Row<'_>, totals: &Totals, old: &mut Details, time_s: f64) -> u8 {
+fn encode_cohorts(streams: &mut Streams, row: &Row<'_>, totals: &Totals, old: &mut Details, time_s: f64) -> u16 {
     let before = old.cohorts.clone();
     old.set_cohorts(row.cohorts, time_s);
     let now = &old.cohorts;
@@ -266,7 +278,7 @@ fn last_outstanding<'a>(
     (last.outstanding_bytes.wrapping_add(bytes), last.outstanding_count.wrapping_add(count))
 }
 
-fn encode_lifetimes(out: &mut Vec<u8>, row: &Row<'_>, totals: &Totals, old: &[u64; LIFETIME_CLASSES]) -> u8 {
+fn encode_lifetimes(out: &mut Vec<u8>, row: &Row<'_>, totals: &Totals, old: &[u64; LIFETIME_CLASSES]) -> u16 {
     let changed: Vec<usize> = (0..LIFETIME_CLASSES).filter(|i| old[*i] != row.lifetimes[*i]).collect();
     let sum = changed.iter().fold(0_u64, |sum, i| sum.wrapping_add(row.lifetimes[*i].wrapping_sub(old[*i])));
     let predicted = sum == row.totals.freed_count.wrapping_sub(totals.freed_count);
@@ -314,8 +326,10 @@ impl Decoder {
     /// # Errors
     /// The bytes are damaged.
     pub(super) fn apply(&mut self, input: In<'_>, totals: &TotalsDecoder, time_s: f64) -> Result<()> {
-        let [_, mut bound_list, mut ids, mut flags, mut last, mut cohorts, mut lifetimes, mut errors, mut reach] =
-            input.sections::<9>()?;
+        let [_, bound_list, ids, flags, last, cohorts, lifetimes, errors, reach, of_kernel] = input.sections::<10>()?;
+        let (mut bound_list, mut ids, mut flags, mut last) = (bound_list, ids, flags, last);
+        let (mut cohorts, mut lifetimes, mut errors) = (cohorts, lifetimes, errors);
+        let (mut reach, mut of_kernel) = (reach, of_kernel);
         let mut bounds = Vec::with_capacity(bound_list.left() / 8);
         while !bound_list.is_empty() {
             bounds.push(bound_list.get_f64()?);
@@ -338,7 +352,7 @@ impl Decoder {
             while changes.next_if(|c| c.id < number).is_some() {}
             let new = totals.totals(number);
             let old = changes.peek().filter(|c: &&&Change| c.id == number).map_or(new, |c| c.old);
-            let flag = u8::try_from(flags.get()?).map_err(|_| damaged("a site has unknown flags"))?;
+            let flag = u16::try_from(flags.get()?).map_err(|_| damaged("a site has unknown flags"))?;
             self.used.push(number);
             self.changes.push(number);
             if flag & LAST_MS != 0 {
@@ -359,6 +373,9 @@ impl Decoder {
             }
             if flag & ERRORS_CHANGED != 0 {
                 site.stderr = StandardErrors { bytes: errors.get_f64()?, count: errors.get_f64()? };
+            }
+            if flag & KERNEL_CHANGED != 0 {
+                site.kernel = kernel::decode(&mut of_kernel, site.kernel.as_deref())?.map(Arc::new);
             }
             if flag & REACH_CHANGED != 0 {
                 site.reach = reach::decode(&mut reach, site.reach.as_deref())?.map(Arc::new);

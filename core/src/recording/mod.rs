@@ -15,6 +15,7 @@ mod cursor;
 mod details;
 mod digest;
 mod history;
+mod kernel;
 mod open;
 mod reach;
 mod reader;

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 
-use super::codec::{In, damaged, put, put_delta};
+use super::codec::{In, damaged, put_facts};
 use crate::reachability::roots::Root;
 use crate::reachability::verdict::Tally;
 use crate::reachability::{SiteVerdict, Verdict};
@@ -16,13 +16,6 @@ use crate::{Error, ErrorKind, Result};
 
 /// Numbers of a verdict; a later version appends.
 const NUMBERS: usize = 22;
-
-/// There is none any more.
-const NONE: u64 = 0;
-/// The way is as before.
-const SAME_WAY: u64 = 1;
-/// The way follows.
-const NEW_WAY: u64 = 2;
 
 /// A verdict as it lies in the file.
 #[derive(Debug, Default)]
@@ -170,17 +163,9 @@ impl Stored {
 
 /// Appends what has changed.
 pub(super) fn encode(out: &mut Vec<u8>, old: Option<&Stored>, new: Option<&Stored>) {
-    let Some(new) = new else { return put(out, NONE) };
     let none = Stored::default();
     let old = old.unwrap_or(&none);
-    let same_way = new.way == old.way;
-    put(out, if same_way { SAME_WAY } else { NEW_WAY });
-    put(out, NUMBERS as u64);
-    old.numbers.iter().zip(&new.numbers).for_each(|(old, new)| put_delta(out, *old, *new));
-    if !same_way {
-        put(out, new.way.len() as u64);
-        out.extend_from_slice(new.way.as_bytes());
-    }
+    put_facts(out, (&old.numbers, &old.way), new.map(|n| (n.numbers.as_slice(), n.way.as_str())));
 }
 
 /// The other way round.
@@ -188,21 +173,7 @@ pub(super) fn encode(out: &mut Vec<u8>, old: Option<&Stored>, new: Option<&Store
 /// # Errors
 /// The bytes are damaged.
 pub(super) fn decode(input: &mut In<'_>, old: Option<&Stored>) -> Result<Option<Stored>> {
-    let kind = input.get()?;
-    if kind == NONE {
-        return Ok(None);
-    }
     let (mut numbers, mut way) = old.map(|o| (o.numbers, o.way.clone())).unwrap_or_default();
-    for place in 0..input.get_len()? {
-        let before = numbers.get(place).copied().unwrap_or(0);
-        let number = input.get_delta(before)?;
-        // What a later version has appended is skipped.
-        if let Some(slot) = numbers.get_mut(place) {
-            *slot = number;
-        }
-    }
-    if kind == NEW_WAY {
-        way = input.get_text()?.to_owned();
-    }
-    Ok(Some(Stored { numbers, way, made: OnceLock::new() }))
+    let there = input.get_facts(&mut numbers, &mut way)?;
+    Ok(there.then_some(Stored { numbers, way, made: OnceLock::new() }))
 }

@@ -8,6 +8,7 @@ use super::*;
 use crate::coverage::{Baseline, Coverage};
 use crate::finding::Finding;
 use crate::governor::StopReason;
+use crate::kernel::{CacheLine, KernelSample, KernelSummary, Origin};
 use crate::labels::Labels;
 use crate::reachability::roots::Root;
 use crate::reachability::verdict::Tally;
@@ -148,7 +149,16 @@ impl Run {
                 rss_anon_bytes: (!self.number.is_multiple_of(7)).then_some(self.number << 19),
                 window_s: p.instance.is_multiple_of(2).then_some(0.2),
                 hard_stops: self.number / 9,
-                kernel: None,
+                kernel: p.instance.is_multiple_of(2).then(|| {
+                    let caches = vec![CacheLine { name: "dentry".into(), growth: -3, ..CacheLine::default() }];
+                    let explained_share = Some(1.0 / 3.0);
+                    Arc::new(KernelSummary {
+                        missed_events: self.number / 4,
+                        caches,
+                        explained_share,
+                        ..Default::default()
+                    })
+                }),
                 stopped: self.number.is_multiple_of(9).then_some(StopReason::Slowdown),
                 coverage: (!self.number.is_multiple_of(7)).then(|| {
                     let before = Baseline { resident_bytes: 9 << 20, heap_bytes: 4 << 20, regions: Vec::new() };
@@ -200,6 +210,19 @@ impl Run {
         }
         if sample.cohorts.len() > 6 {
             sample.cohorts.remove(0);
+        }
+        if born.is_multiple_of(5) {
+            sample.kernel = (born % 2 == 0).then(|| {
+                let origin =
+                    Origin { cache: Some(format!("kmalloc-{size}")), gfp: "\u{1b}x".into(), ..Origin::default() };
+                Arc::new(KernelSample {
+                    origin: Arc::new(origin),
+                    unseen_frees: died,
+                    unverifiable: (born % 4 == 0).then(|| "frees by RCU".into()),
+                    cache_growth_bytes: (born % 3 == 0).then_some(-7 * born.cast_signed()),
+                    reclaimable: odd,
+                })
+            });
         }
         if born.is_multiple_of(6) {
             sample.reachability = reach(n, time_s, &sample.site);
@@ -275,8 +298,9 @@ fn text(snapshot: &Snapshot) -> String {
     let sites: Vec<_> = (snapshot.sites.iter())
         .map(|s| {
             format!(
-                "{:?} {:?} {:?} {:?} {:?} {:?} {:?}",
+                "{:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?}",
                 s.site.key,
+                s.kernel,
                 s.stderr,
                 s.totals,
                 s.last_allocation_s,

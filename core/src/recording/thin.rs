@@ -133,15 +133,15 @@ fn halve(db: &Connection, shown: &str, compressor: &mut Compressor, max_site: u3
             continue;
         }
         let sites: Vec<_> = totals.present().iter().map(|id| (*id, totals.totals(*id))).collect();
-        let data = new_totals.encode(&sites, totals.process_rows().to_vec());
+        let data = new_totals.encode(&sites, totals.process_rows().to_vec(), totals.kernel().to_owned());
         store("totals", number, compressor.compress(&data)?)?;
         let cohorts: Vec<_> = sites.iter().map(|(id, _)| details.details(*id).cohorts_at(time_s)).collect();
         let rows: Vec<Row<'_>> = (sites.iter().zip(&cohorts))
             .map(|((id, totals), cohorts)| {
                 let d = details.details(*id);
                 let (last_allocation_s, lifetimes) = (d.last_allocation_s, &d.lifetimes);
-                let (stderr, reach) = (d.stderr, d.reach.clone());
-                Row { id: *id, totals: *totals, last_allocation_s, cohorts, lifetimes, stderr, reach }
+                let (stderr, reach, kernel) = (d.stderr, d.reach.clone(), d.kernel.clone());
+                Row { id: *id, totals: *totals, last_allocation_s, cohorts, lifetimes, stderr, reach, kernel }
             })
             .collect();
         store("details", number, compressor.compress(&new_details.encode(&rows, time_s))?)?;

@@ -5,13 +5,15 @@
 //! allocate blocks of one size. The numbers of one kind lie together, which is what makes them compress. A *keyframe* is
 //! written against nothing, so that reading can begin there.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::codec::{In, damaged, put, put_delta, put_section};
-use crate::Result;
+use super::codec::{In, damaged, put, put_delta, put_section, put_text};
 use crate::coverage::{Coverage, share};
 use crate::governor::StopReason;
+use crate::kernel::KernelSummary;
 use crate::snapshot::{Losses, Mode, Process, ProcessSample, Sampling, StackCounts, Totals};
+use crate::{Error, ErrorKind, Result};
 
 const GONE: u64 = 1;
 const IDS: u64 = 2;
@@ -21,6 +23,7 @@ const FREED_COUNT: u64 = 5;
 const FREED_BYTES: u64 = 6;
 const PROCESSES: u64 = 7;
 const PROCESSES_GONE: u64 = 8;
+const KERNEL: u64 = 9;
 
 /// Numbers in a [`ProcessSample`]; a later version appends.
 const COLUMNS: usize = 38;
@@ -214,6 +217,17 @@ pub(super) fn process_rows(processes: &[ProcessSample]) -> Vec<ProcessRow> {
     rows
 }
 
+/// What processes (one, the kernel) say of the kernel, as JSON; empty when none does.
+///
+/// # Errors
+/// It cannot be written as JSON.
+pub(super) fn of_kernel(processes: &[ProcessSample]) -> Result<String> {
+    let known: BTreeMap<u32, &KernelSummary> =
+        processes.iter().filter_map(|p| Some((p.process.instance, &**p.kernel.as_ref()?))).collect();
+    let failed = |e| Error::with_source(ErrorKind::Io, "failed to record what the kernel says of itself", e);
+    if known.is_empty() { Ok(String::new()) } else { serde_json::to_string(&known).map_err(failed) }
+}
+
 /// What was written last.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Encoder {
@@ -221,14 +235,21 @@ pub(super) struct Encoder {
     sites: Vec<(u32, Totals)>,
     /// By instance, ascending.
     processes: Vec<ProcessRow>,
+    kernel: String,
 }
 
 impl Encoder {
-    /// The sections for a snapshot; both lists are in ascending order.
-    pub(super) fn encode(&mut self, sites: &[(u32, Totals)], processes: Vec<ProcessRow>) -> Vec<u8> {
+    /// The sections for a snapshot; both lists are in ascending order. `kernel` is what [`of_kernel`] says.
+    pub(super) fn encode(&mut self, sites: &[(u32, Totals)], processes: Vec<ProcessRow>, kernel: String) -> Vec<u8> {
         let mut out = Vec::new();
         self.encode_sites(sites, &mut out);
         self.encode_processes(processes, &mut out);
+        if kernel != self.kernel {
+            let mut text = Vec::new();
+            put_text(&mut text, &kernel);
+            put_section(&mut out, KERNEL, &text);
+            self.kernel = kernel;
+        }
         out
     }
 
@@ -326,6 +347,9 @@ pub(super) struct Decoder {
     /// Sites that the last snapshot does not have any more.
     pub(super) gone: Vec<u32>,
     is_present: Vec<bool>,
+    /// See [`of_kernel`]: as text, and by instance.
+    kernel: String,
+    summaries: BTreeMap<u32, Arc<KernelSummary>>,
 }
 
 impl Decoder {
@@ -353,7 +377,7 @@ impl Decoder {
     pub(super) fn processes<'p>(&self, known: impl Fn(u32) -> Option<&'p Arc<Process>>) -> Result<Vec<ProcessSample>> {
         let sample = |(instance, columns): &ProcessRow| {
             let process = known(*instance).ok_or_else(|| damaged("a snapshot speaks of a process that is missing"))?;
-            Ok(process_sample(process, columns))
+            Ok(ProcessSample { kernel: self.summaries.get(instance).cloned(), ..process_sample(process, columns) })
         };
         self.processes.iter().map(sample).collect()
     }
@@ -368,6 +392,11 @@ impl Decoder {
         &self.processes
     }
 
+    /// What was said of the kernel, as it is written.
+    pub(super) fn kernel(&self) -> &str {
+        &self.kernel
+    }
+
     /// Forgets everything, before a keyframe.
     pub(super) fn reset(&mut self) {
         for id in self.present.drain(..) {
@@ -375,6 +404,8 @@ impl Decoder {
             self.is_present[id as usize] = false;
         }
         self.processes.clear();
+        self.kernel.clear();
+        self.summaries.clear();
         self.sum = Totals::default();
     }
 
@@ -383,10 +414,25 @@ impl Decoder {
     /// # Errors
     /// The bytes are damaged.
     pub(super) fn apply(&mut self, input: In<'_>) -> Result<()> {
-        let [_, gone, ids, ac, ab, fc, fb, processes, processes_gone] = input.sections::<9>()?;
+        let [_, gone, ids, ac, ab, fc, fb, processes, processes_gone, kernel] = input.sections::<10>()?;
+        self.apply_kernel(kernel)?;
         self.apply_gone(gone)?;
         self.apply_sites(ids, [ac, ab, fc, fb])?;
         self.apply_processes(processes, processes_gone)
+    }
+
+    fn apply_kernel(&mut self, mut kernel: In<'_>) -> Result<()> {
+        if kernel.is_empty() {
+            return Ok(());
+        }
+        self.kernel = kernel.get_text()?.to_owned();
+        self.summaries.clear();
+        if !self.kernel.is_empty() {
+            let read: BTreeMap<u32, KernelSummary> = serde_json::from_str(&self.kernel)
+                .map_err(|_| damaged("what the kernel says of itself cannot be understood"))?;
+            self.summaries = read.into_iter().map(|(instance, summary)| (instance, Arc::new(summary))).collect();
+        }
+        Ok(())
     }
 
     fn apply_gone(&mut self, mut gone: In<'_>) -> Result<()> {

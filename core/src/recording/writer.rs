@@ -14,7 +14,7 @@ use super::codec::{Compressor, put, put_delta};
 use super::create::{Created, create};
 use super::details::{self, Row};
 use super::reach::Stored;
-use super::{Event, EventKind, Host, Location, digest, schema, thin, totals};
+use super::{Event, EventKind, Host, Location, digest, kernel, schema, thin, totals};
 use crate::alert::{Alert, Status};
 use crate::finding::Finding;
 use crate::output::report::RunInfo;
@@ -363,10 +363,14 @@ impl Writer {
             ],
         )?;
         let plain: Vec<_> = samples.iter().map(|(id, s)| (*id, s.totals)).collect();
-        let blob = self.totals.encode(&plain, totals::process_rows(&snapshot.processes));
+        let blob = self.totals.encode(
+            &plain,
+            totals::process_rows(&snapshot.processes),
+            totals::of_kernel(&snapshot.processes)?,
+        );
         let blob = self.compressor.compress(&blob)?;
         self.run_sql("INSERT INTO totals (snapshot, data) VALUES (?, ?)", params![number, blob])?;
-        let rows: Vec<Row<'_>> = samples.iter().map(|(id, sample)| self.row(*id, sample)).collect();
+        let rows: Vec<Row<'_>> = samples.iter().map(|(id, sample)| self.row(*id, sample)).collect::<Result<_>>()?;
         let blob = self.details.encode(&rows, snapshot.time_s);
         let blob = self.compressor.compress(&blob)?;
         self.run_sql("INSERT INTO details (snapshot, data) VALUES (?, ?)", params![number, blob])?;
@@ -384,12 +388,12 @@ impl Writer {
     }
 
     /// A sample of a site. Every field is named, so that one that is added cannot be forgotten here.
-    fn row<'s>(&self, id: u32, sample: &'s SiteSample) -> Row<'s> {
-        let SiteSample { site, totals, stderr, last_allocation_s, cohorts, lifetimes, reachability, kernel: _ } =
-            sample;
+    fn row<'s>(&self, id: u32, sample: &'s SiteSample) -> Result<Row<'s>> {
+        let SiteSample { site, totals, stderr, last_allocation_s, cohorts, lifetimes, reachability, kernel } = sample;
         let (last_allocation_s, stderr) = (*last_allocation_s, *stderr);
         let reach = reachability.as_ref().and_then(|_| self.reaches.get(&site.key)).map(|(_, s)| Arc::clone(s));
-        Row { id, totals: *totals, last_allocation_s, cohorts, lifetimes, stderr, reach }
+        let kernel = kernel.as_ref().map(|k| kernel::Stored::new(k).map(Arc::new)).transpose()?;
+        Ok(Row { id, totals: *totals, last_allocation_s, cohorts, lifetimes, stderr, reach, kernel })
     }
 
     /// Brings what scans said of the sites of a snapshot into the form in which it is stored.

@@ -22,6 +22,8 @@ const MAX_CHECKED: u64 = 1 << 30;
 pub(super) struct DebugFile {
     /// The file.
     pub(super) file: File,
+    /// Where it was found.
+    pub(super) path: PathBuf,
     /// Only the administrator of this system can have written it.
     pub(super) trusted: bool,
 }
@@ -65,7 +67,7 @@ impl Search<'_> {
             for root in [None, self.root].into_iter().take(1 + usize::from(self.root.is_some())) {
                 let Some((file, trusted)) = open(root, &path) else { continue };
                 match self.belongs(&file) {
-                    Ok(()) => return (Some(DebugFile { file, trusted }), refused),
+                    Ok(()) => return (Some(DebugFile { file, path, trusted }), refused),
                     Err(why) => refused.push(format!("{} {why}", visible(&path.to_string_lossy()))),
                 }
             }

@@ -21,6 +21,8 @@ pub(super) struct Module {
     /// Opened for lookup; `None` before the first and after [`Module::unload`].
     layers: Option<std::result::Result<Vec<Layer>, String>>,
     answers: HashMap<u64, Rc<Answer>>,
+    /// A server was asked for its debug information and has not answered yet.
+    waits: bool,
     /// When it was last asked, for [`Module::unload`]; counted by the caller.
     pub(super) used: u64,
 }
@@ -32,7 +34,7 @@ impl Module {
     /// When it is no ELF file.
     pub(super) fn new(file: File, keep: bool) -> Result<Self> {
         let info = ElfInfo::read(&file)?;
-        Ok(Module { file: keep.then_some(file), info, layers: None, answers: HashMap::new(), used: 0 })
+        Ok(Module { file: keep.then_some(file), info, layers: None, answers: HashMap::new(), waits: false, used: 0 })
     }
 
     /// Its build id, hexadecimal.
@@ -70,6 +72,12 @@ impl Module {
         reader: &mut Reader,
         reopen: impl FnOnce() -> Option<File>,
     ) -> Rc<Answer> {
+        if self.waits && !around.is_fetching(self.info.build_id.as_deref()) {
+            // What was answered so far stays as it was shown; from now on there may be more to say.
+            self.waits = false;
+            self.layers = None;
+            self.answers.clear();
+        }
         if let Some(answer) = self.answers.get(&return_offset) {
             return answer.clone();
         }
@@ -91,14 +99,7 @@ impl Module {
         // The return address is behind the call; the call itself may be the last of its line, block or function.
         let call = return_offset.checked_sub(1).and_then(|o| self.info.address_of(o));
         let call = call.ok_or_else(|| "the address is outside of what the file loads".to_owned())?;
-        let layers = self.layers.get_or_insert_with(|| match self.file.as_ref() {
-            Some(file) => open_layers(file, &self.info, around),
-            None => match reopen() {
-                Some(file) => open_layers(&file, &self.info, around),
-                None => Err("the file is out of reach".to_owned()),
-            },
-        });
-        let layers = layers.as_mut().map_err(|reason| reason.clone())?;
+        let layers = self.open(around, reopen)?;
         let mut first_reason = None;
         for layer in layers.iter_mut() {
             match layer.look_up(call, around, reader) {
@@ -107,6 +108,41 @@ impl Module {
             }
         }
         Err(first_reason.unwrap_or_else(|| "the file has no symbols".to_owned()))
+    }
+}
+
+impl Module {
+    /// Where its names come from, in words. Opens it, and gives the memory back.
+    pub(super) fn source(&mut self, around: &Surroundings<'_>, reopen: impl FnOnce() -> Option<File>) -> String {
+        let source = match self.open(around, reopen) {
+            Ok(layers) => layers.first().map_or_else(String::new, |layer| layer.origin.to_string()),
+            Err(reason) => format!("nowhere: {reason}"),
+        };
+        self.unload();
+        if self.waits { format!("{source}; a debuginfod server has been asked") } else { source }
+    }
+
+    fn open(
+        &mut self,
+        around: &Surroundings<'_>,
+        reopen: impl FnOnce() -> Option<File>,
+    ) -> std::result::Result<&mut Vec<Layer>, String> {
+        if self.layers.is_none() {
+            let layers = match self.file.as_ref() {
+                Some(file) => open_layers(file, &self.info, around),
+                None => match reopen() {
+                    Some(file) => open_layers(&file, &self.info, around),
+                    None => Err("the file is out of reach".to_owned()),
+                },
+            };
+            self.waits = around.is_fetching(self.info.build_id.as_deref());
+            self.layers = Some(layers);
+        }
+        match self.layers.as_mut() {
+            Some(Ok(layers)) => Ok(layers),
+            Some(Err(reason)) => Err(reason.clone()),
+            None => Err("the file is out of reach".to_owned()),
+        }
     }
 }
 
@@ -151,7 +187,8 @@ extern \"C\" void entry(void) { cache.put(1, \"x\"); asm volatile(\"\" ::: \"mem
         file
     }
 
-    const AROUND: Surroundings<'static> = Surroundings { path: None, root: None, debug_dirs: &[], max_bytes: 64 << 20 };
+    const AROUND: Surroundings<'static> =
+        Surroundings { path: None, root: None, debug_dirs: &[], max_bytes: 64 << 20, debuginfod: None };
 
     /// All functions that the executable part of a file has names for.
     fn all(module: &mut Module, around: &Surroundings<'_>) -> Vec<Function> {

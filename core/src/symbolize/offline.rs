@@ -4,8 +4,10 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::Frame;
+use super::debuginfod::{self, Debuginfod};
 use super::sources::{Layer, Surroundings};
 use super::worker::Reader;
 use crate::error::{Error, Result};
@@ -26,19 +28,25 @@ pub struct DebugFolders {
     files: HashMap<String, Option<Layer>>,
     /// Files in the folders by build id; made when the usual name is not there.
     index: Option<HashMap<String, PathBuf>>,
+    /// Asked for what is in no folder.
+    debuginfod: Option<Debuginfod>,
 }
 
 impl DebugFolders {
     /// Folders to look into, each either laid out like `/usr/lib/debug` (`.build-id/ab/cdef.debug`) or with the files
-    /// somewhere below it. Debug information is read by a worker made from `program`, see [`super::worker`].
+    /// somewhere below it; `servers` are asked for what is in none. Debug information is read by a worker made from `program`, see [`super::worker`].
     ///
     /// # Errors
     /// One is no folder.
-    pub fn new(dirs: Vec<PathBuf>, program: &Path) -> Result<Self> {
+    pub fn new(dirs: Vec<PathBuf>, servers: Option<&debuginfod::Settings>, program: &Path) -> Result<Self> {
         for dir in &dirs {
             std::fs::read_dir(dir).map_err(|e| Error::io(format!("failed to read the folder {}", dir.display()), e))?;
         }
-        Ok(DebugFolders { dirs, reader: Reader::new(Some(program)), files: HashMap::new(), index: None })
+        let reader = Reader::new(Some(program));
+        // Nobody else waits: as long as it takes.
+        let settings = servers.map(|s| debuginfod::Settings { patience: Duration::MAX, ..s.clone() });
+        let debuginfod = settings.as_ref().and_then(Debuginfod::start);
+        Ok(DebugFolders { dirs, reader, files: HashMap::new(), index: None, debuginfod })
     }
 
     /// True when there is a file with this build id.
@@ -49,8 +57,13 @@ impl DebugFolders {
     /// Frames of a return address, given in the module's own terms, innermost first; empty when there is no name.
     pub fn frames(&mut self, build_id: &str, return_address: u64) -> Vec<Frame> {
         let dirs = self.dirs.clone();
-        let around =
-            Surroundings { path: Some(Path::new(build_id)), root: None, debug_dirs: &dirs, max_bytes: MAX_BYTES };
+        let around = Surroundings {
+            path: Some(Path::new(build_id)),
+            root: None,
+            debug_dirs: &dirs,
+            max_bytes: MAX_BYTES,
+            debuginfod: None,
+        };
         if self.layer(build_id).is_none() {
             return Vec::new();
         }
@@ -83,11 +96,13 @@ impl DebugFolders {
         let (first, rest) = build_id.split_at(2);
         let name = Path::new(".build-id").join(first).join(format!("{rest}.debug"));
         let usual = self.dirs.iter().map(|d| d.join(&name)).find(|p| id_of(p).as_deref() == Some(build_id));
-        let path = match usual {
-            Some(path) => path,
-            None => self.index.get_or_insert_with(|| index(&self.dirs)).get(build_id)?.clone(),
+        let found = usual.or_else(|| self.index.get_or_insert_with(|| index(&self.dirs)).get(build_id).cloned());
+        let (path, file) = match (found, &mut self.debuginfod) {
+            (Some(path), _) => (path.clone(), File::open(&path).ok()?),
+            (None, Some(servers)) => ("a file from a debuginfod server".into(), servers.get(build_id)?),
+            (None, None) => return None,
         };
-        Layer::of_file(File::open(&path).ok()?, MAX_BYTES)
+        Layer::of_file(&file, path.clone(), MAX_BYTES)
             .inspect_err(|e| tracing::warn!("{} is not used: {e:#}", path.display()))
             .ok()
     }

@@ -43,32 +43,29 @@ impl PerfMap {
     }
 
     /// The function at an address: name, and bytes from its start; `None` when there is none. Reads what the process has
-    /// written meanwhile if it is not among the known ones.
+    /// written meanwhile, also when the address is known: the memory may hold another function by now.
     pub(super) fn find(&mut self, address: u64) -> Option<(Arc<str>, u64)> {
-        let known = |functions: &BTreeMap<u64, (u64, Arc<str>)>| {
-            let (start, (end, name)) = functions.range(..=address).next_back()?;
-            (address < *end).then(|| (name.clone(), address - start))
-        };
-        known(&self.functions).or_else(|| self.reread().then(|| known(&self.functions))?)
+        self.reread();
+        let (start, (end, name)) = self.functions.range(..=address).next_back()?;
+        (address < *end).then(|| (name.clone(), address - start))
     }
 
-    /// Reads the file if it has changed; false when it has not or cannot be read.
-    fn reread(&mut self) -> bool {
-        let Some(file) = &mut self.file else { return false };
-        let Ok(now) = FileId::of(file) else { return false };
+    /// Reads the file if it has changed.
+    fn reread(&mut self) {
+        let Some(file) = &mut self.file else { return };
+        let Ok(now) = FileId::of(file) else { return };
         let started = Instant::now();
         if self.read == Some(now) || self.quiet_until.is_some_and(|until| until > started) {
-            return false;
+            return;
         }
         let mut data = Vec::new();
         let start = file.seek(SeekFrom::Start(0));
         if start.and_then(|_| file.take(MAX_BYTES).read_to_end(&mut data)).is_err() {
-            return false;
+            return;
         }
         self.read = Some(now);
         self.functions = parse(&data);
         self.quiet_until = Some(Instant::now() + started.elapsed() * PATIENCE);
-        true
     }
 }
 
@@ -116,6 +113,29 @@ fn parse_line(line: &[u8]) -> Option<(u64, u64, &[u8])> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A map that grows is read again, for what is new in it and for what takes the place of something known.
+    #[test]
+    fn a_map_that_grows_is_read_again() {
+        use std::io::Write;
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"1000 100 first\n").unwrap();
+        let mut map = PerfMap { file: Some(file.try_clone().unwrap()), ..PerfMap::default() };
+        let name = |map: &mut PerfMap, address| {
+            map.quiet_until = None;
+            map.find(address).map(|(name, _)| name.to_string())
+        };
+        assert_eq!(name(&mut map, 0x1010).as_deref(), Some("first"));
+        file.seek(SeekFrom::End(0)).unwrap();
+        file.write_all(b"2000 10 second\n1000 20 third\n").unwrap();
+        assert_eq!(name(&mut map, 0x2001).as_deref(), Some("second"));
+        assert_eq!(name(&mut map, 0x1010).as_deref(), Some("third"));
+        // Half a line is none yet.
+        file.seek(SeekFrom::End(0)).unwrap();
+        file.write_all(b"3000 10").unwrap();
+        assert_eq!(name(&mut map, 0x3001), None);
+        assert_eq!(name(&mut map, 0x2001).as_deref(), Some("second"));
+    }
 
     /// Run times reuse memory and append lines; the newest name is the right one, and junk must not hide the rest.
     #[test]

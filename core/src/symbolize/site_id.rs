@@ -11,7 +11,7 @@ pub enum ModuleName {
     Path(Arc<str>),
     /// Memory that the kernel named, for example `[vdso]`.
     Special(Arc<str>),
-    /// Generated code, by its name in the perf map.
+    /// Generated code, by its name in the perf map, or a function of an interpreted language, by file and name.
     Generated(Arc<str>),
     /// Memory without a name.
     Anonymous,
@@ -24,7 +24,7 @@ pub enum ModuleName {
 pub struct NormalizedFrame {
     /// What it lies in.
     pub module: ModuleName,
-    /// Offset in the file; in generated code, from the start of its function; without either, in the memory page, which
+    /// Offset in the file; in generated code, from the start of its function (interpreted: in lines); without either, in the memory page, which
     /// is as much of an address as randomisation leaves alone.
     pub offset: u64,
 }

@@ -5,16 +5,17 @@
 //! bounded: what was not used for the longest time goes first. Nothing here is needed for memleak to work: every
 //! problem only means that a table is made again.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
 use std::time::SystemTime;
 
 use memleak_probes::unwind::Row;
 use sha2::{Digest, Sha256};
 
 use super::table::Content;
+use crate::cache_folder::{CacheFolder, is_ours};
 
 /// First bytes of a file: name and version of the format.
 const MAGIC: [u8; 16] = *b"memleak-unwind-1";
@@ -30,32 +31,19 @@ const SUFFIX: &str = ".unwind";
 /// A folder with tables.
 #[derive(Clone, Debug)]
 pub struct Cache {
-    folder: PathBuf,
-    max_bytes: u64,
+    folder: CacheFolder,
 }
 
 impl Cache {
     /// The folder, which is made when the first table is stored.
     pub fn new(folder: PathBuf) -> Self {
-        Cache { folder, max_bytes: MAX_BYTES }
-    }
-
-    /// Where tables are kept unless the settings say otherwise: `/var/cache/memleak` for root, else below the user's
-    /// cache folder. `None` when there is no such place.
-    pub fn default_folder() -> Option<PathBuf> {
-        // SAFETY: the call has no preconditions.
-        if unsafe { libc::geteuid() } == 0 {
-            return Some(PathBuf::from("/var/cache/memleak"));
-        }
-        let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|p| p.is_absolute());
-        let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache")).filter(|p| p.is_absolute());
-        base.or_else(home).map(|base| base.join("memleak"))
+        Cache { folder: CacheFolder { path: folder, suffix: SUFFIX, max_bytes: MAX_BYTES } }
     }
 
     /// A table that was stored before; `None` when there is none that can be believed.
     pub fn load(&self, content: &Content) -> Option<Vec<Row>> {
-        let path = self.path(content);
-        self.check_folder().ok()?;
+        let path = self.folder.file(&Self::name(content));
+        self.folder.check().ok()?;
         let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path).ok()?;
         match read(file, content) {
             Ok(rows) => Some(rows),
@@ -77,9 +65,7 @@ impl Cache {
         if size > MAX_FILE {
             return Ok(());
         }
-        DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
-        self.check_folder()?;
-        self.make_room(size)?;
+        self.folder.prepare(size)?;
         let mut bytes = Vec::with_capacity(size as usize);
         bytes.extend(MAGIC);
         bytes.extend(content);
@@ -87,8 +73,8 @@ impl Cache {
         bytes.extend(rows.iter().flat_map(|row| row.to_le_bytes()));
         let hash: [u8; 32] = Sha256::digest(&bytes[HEAD..]).into();
         bytes[HEAD - 32..HEAD].copy_from_slice(&hash);
-        let path = self.path(content);
-        let draft = path.with_extension(format!("{}.draft", std::process::id()));
+        let name = Self::name(content);
+        let (path, draft) = (self.folder.file(&name), self.folder.draft(&name));
         let written = File::options()
             .write(true)
             .create_new(true)
@@ -103,51 +89,9 @@ impl Cache {
         written
     }
 
-    fn path(&self, content: &Content) -> PathBuf {
-        let name: String = content.iter().take(20).map(|b| format!("{b:02x}")).collect();
-        self.folder.join(name + SUFFIX)
+    fn name(content: &Content) -> String {
+        content.iter().take(20).map(|b| format!("{b:02x}")).collect()
     }
-
-    /// Refuses a folder in which others could place files.
-    fn check_folder(&self) -> io::Result<()> {
-        let meta = fs::metadata(&self.folder)?;
-        if !meta.is_dir() || !is_ours(&meta) {
-            let why = format!("{} can be written by others", self.folder.display());
-            return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
-        }
-        Ok(())
-    }
-
-    /// Removes the tables that were not used for the longest time until `size` more bytes have room.
-    fn make_room(&self, size: u64) -> io::Result<()> {
-        let mut files: Vec<(SystemTime, u64, PathBuf)> = Vec::new();
-        for entry in fs::read_dir(&self.folder)?.flatten() {
-            let Ok(meta) = entry.metadata() else { continue };
-            let name = entry.file_name();
-            // Drafts of runs that were killed count, and go, too.
-            if meta.is_file()
-                && (name.to_string_lossy().contains(".unwind") || name.to_string_lossy().ends_with(".draft"))
-            {
-                files.push((meta.modified().unwrap_or(SystemTime::UNIX_EPOCH), meta.len(), entry.path()));
-            }
-        }
-        files.sort();
-        let mut total: u64 = files.iter().map(|(_, len, _)| len).sum();
-        for (_, len, path) in files {
-            if total + size <= self.max_bytes {
-                break;
-            }
-            fs::remove_file(path)?;
-            total -= len;
-        }
-        Ok(())
-    }
-}
-
-/// True when nobody but us can change it.
-fn is_ours(meta: &fs::Metadata) -> bool {
-    // SAFETY: the call has no preconditions.
-    meta.uid() == unsafe { libc::geteuid() } && meta.mode() & 0o022 == 0
 }
 
 fn read(file: File, content: &Content) -> io::Result<Vec<Row>> {
@@ -174,7 +118,7 @@ fn read(file: File, content: &Content) -> io::Result<Vec<Row>> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
     use std::time::Duration;
 
     use memleak_probes::unwind::Rule;
@@ -199,9 +143,9 @@ mod tests {
         cache.store(&[1; 32], &rows(1000)).unwrap();
         assert_eq!(cache.load(&[1; 32]), Some(rows(1000)));
         assert_eq!(cache.load(&[2; 32]), None);
-        let meta = fs::metadata(cache.path(&[1; 32])).unwrap();
+        let meta = fs::metadata(cache.folder.file(&Cache::name(&[1; 32]))).unwrap();
         assert_eq!((meta.mode() & 0o777, meta.len()), (0o600, HEAD as u64 + 8000));
-        assert_eq!(fs::metadata(&cache.folder).unwrap().mode() & 0o777, 0o700);
+        assert_eq!(fs::metadata(&cache.folder.path).unwrap().mode() & 0o777, 0o700);
     }
 
     /// A damaged file is no table: it goes, and the next one is stored in its place.
@@ -209,7 +153,7 @@ mod tests {
     fn a_damaged_file_is_removed_and_made_anew() {
         let (_dir, cache) = cache();
         cache.store(&[1; 32], &rows(100)).unwrap();
-        let path = cache.path(&[1; 32]);
+        let path = cache.folder.file(&Cache::name(&[1; 32]));
         let whole = fs::read(&path).unwrap();
         for (at, len) in [(0, whole.len()), (20, whole.len()), (HEAD, whole.len()), (whole.len() - 1, whole.len())]
             .into_iter()
@@ -230,16 +174,16 @@ mod tests {
     fn what_others_can_write_is_not_believed() {
         let (_dir, cache) = cache();
         cache.store(&[1; 32], &rows(10)).unwrap();
-        let path = cache.path(&[1; 32]);
+        let path = cache.folder.file(&Cache::name(&[1; 32]));
         fs::set_permissions(&path, fs::Permissions::from_mode(0o620)).unwrap();
         assert_eq!(cache.load(&[1; 32]), None);
         cache.store(&[1; 32], &rows(10)).unwrap();
-        fs::set_permissions(&cache.folder, fs::Permissions::from_mode(0o777)).unwrap();
+        fs::set_permissions(&cache.folder.path, fs::Permissions::from_mode(0o777)).unwrap();
         assert_eq!(cache.load(&[1; 32]), None);
         let error = cache.store(&[3; 32], &rows(10)).unwrap_err();
         assert!(error.to_string().contains("can be written by others"), "{error}");
-        fs::set_permissions(&cache.folder, fs::Permissions::from_mode(0o700)).unwrap();
-        let elsewhere = cache.folder.join("elsewhere");
+        fs::set_permissions(&cache.folder.path, fs::Permissions::from_mode(0o700)).unwrap();
+        let elsewhere = cache.folder.path.join("elsewhere");
         fs::rename(&path, &elsewhere).unwrap();
         std::os::unix::fs::symlink(&elsewhere, &path).unwrap();
         assert_eq!(cache.load(&[1; 32]), None, "a link is not followed");
@@ -249,15 +193,15 @@ mod tests {
     #[test]
     fn the_least_recently_used_table_goes_first() {
         let (_dir, mut cache) = cache();
-        cache.max_bytes = 3 * (HEAD as u64 + 800);
+        cache.folder.max_bytes = 3 * (HEAD as u64 + 800);
         for n in 1..=3_u8 {
             cache.store(&[n; 32], &rows(100)).unwrap();
-            let file = File::options().write(true).open(cache.path(&[n; 32])).unwrap();
+            let file = File::options().write(true).open(cache.folder.file(&Cache::name(&[n; 32]))).unwrap();
             file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(u64::from(n))).unwrap();
         }
         assert!(cache.load(&[1; 32]).is_some());
         cache.store(&[4; 32], &rows(100)).unwrap();
-        let there: Vec<u8> = (1..=4).filter(|n| cache.path(&[*n; 32]).exists()).collect();
+        let there: Vec<u8> = (1..=4).filter(|n| cache.folder.file(&Cache::name(&[*n; 32])).exists()).collect();
         assert_eq!(there, [1, 3, 4]);
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! [`Unwinder`] is told of every process's mappings, has the tables of the mapped files made by a thread of its own
 //! ([`table`], with [`cache`] on disk), and puts them into the kernel, one for all processes that map the same file.
-//! Until all tables of a process are ready the kernel side walks its stacks by frame pointers. What a file has no
-//! table for, and why, is kept for `memleak doctor`.
+//! Until all tables of a process are ready the kernel side walks its stacks by frame pointers; probes wait for that, see
+//! the collector. What a file has no table for, and why, is kept for `memleak doctor`.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -28,8 +28,6 @@ use table::{CodeSegment, Content, Source};
 
 /// Most mappings with code that are looked at in one process; the kernel side has no room for more.
 const MAX_MAPPINGS: usize = 4096;
-/// How long attaching waits for tables in all, until none is missing any more.
-const PATIENCE: Duration = Duration::from_millis(150);
 
 /// A mapped file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -84,6 +82,8 @@ struct ProcessCode {
     mapped: Vec<MappedCode>,
     /// What the kernel side was told last; `None` while it walks by frame pointers.
     told: Option<Vec<Code>>,
+    /// When it was told of a piece of code, by its first address.
+    told_at: HashMap<u64, Instant>,
     /// Pieces of code that the kernel side had no room for.
     left_out: usize,
 }
@@ -106,7 +106,6 @@ pub struct Unwinder {
     files: HashMap<Key, Known>,
     tables: HashMap<Content, TableId>,
     processes: HashMap<u32, ProcessCode>,
-    patience: Duration,
 }
 
 impl Unwinder {
@@ -132,7 +131,7 @@ impl Unwinder {
             })
             .map_err(|e| Error::io("failed to start the thread that makes unwind tables", e))?;
         let (files, tables, processes) = (HashMap::new(), HashMap::new(), HashMap::new());
-        Ok(Some(Unwinder { jobs, made, files, tables, processes, patience: PATIENCE }))
+        Ok(Some(Unwinder { jobs, made, files, tables, processes }))
     }
 
     /// Takes note of what a process has mapped now; [`Unwinder::apply`] makes it count.
@@ -193,20 +192,15 @@ impl Unwinder {
         while let Ok(made) = self.made.try_recv() {
             self.take(tracker, made);
         }
-        if !self.files.values().any(|known| matches!(known, Known::Pending)) {
-            self.patience = PATIENCE;
-        }
         let instances: Vec<u32> = self.processes.keys().copied().collect();
         for instance in instances {
             self.tell(tracker, instance);
         }
     }
 
-    /// As [`Unwinder::apply`], but waits for the tables of one process: at most `limit`, or if there is none as long as
-    /// attaching may wait.
-    pub fn wait(&mut self, tracker: &mut Tracker, instance: u32, limit: Option<Duration>) {
+    /// As [`Unwinder::apply`], but waits for the tables of one process, at most `limit`.
+    pub fn wait(&mut self, tracker: &mut Tracker, instance: u32, limit: Duration) {
         let start = Instant::now();
-        let limit = limit.unwrap_or(self.patience);
         while self.is_pending(instance) {
             let Some(left) = limit.checked_sub(start.elapsed()) else { break };
             match self.made.recv_timeout(left) {
@@ -214,12 +208,27 @@ impl Unwinder {
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
             }
         }
-        self.patience = self.patience.saturating_sub(start.elapsed());
         self.apply(tracker);
     }
 
+    /// Whether a stack taken since `since` may end in the code at an address only because the kernel side did not know its
+    /// rows yet.
+    pub fn was_late(&self, instance: u32, address: u64, since: Instant) -> bool {
+        let Some(process) = self.processes.get(&instance) else { return false };
+        // What nobody has told us of has just been mapped.
+        let Some(mapped) = process.mapped.iter().find(|m| (m.start..m.end).contains(&address)) else { return true };
+        match self.files.get(&mapped.key) {
+            Some(Known::Pending) => true,
+            Some(Known::Ready(_)) => {
+                let code = process.told.iter().flatten().find(|c| (c.start..c.end).contains(&address));
+                code.is_some_and(|code| process.told_at.get(&code.start).is_none_or(|at| *at >= since))
+            }
+            Some(Known::Refused(_)) | None => false,
+        }
+    }
+
     /// True while tables of the process are being made.
-    fn is_pending(&self, instance: u32) -> bool {
+    pub fn is_pending(&self, instance: u32) -> bool {
         let Some(process) = self.processes.get(&instance) else { return false };
         process.mapped.iter().any(|m| matches!(self.files.get(&m.key), Some(Known::Pending)))
     }
@@ -292,6 +301,11 @@ impl Unwinder {
         match tracker.set_unwind_code(instance, &code) {
             Ok(left_out) => {
                 if let Some(process) = self.processes.get_mut(&instance) {
+                    let before = process.told.take().unwrap_or_default();
+                    process.told_at.retain(|start, _| code.iter().any(|c| c.start == *start));
+                    for piece in code.iter().filter(|piece| !before.contains(piece)) {
+                        process.told_at.insert(piece.start, Instant::now());
+                    }
                     process.told = Some(code);
                     process.left_out = left_out;
                 }

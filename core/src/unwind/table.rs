@@ -452,6 +452,31 @@ mod tests {
         assert!(rest * 50 < rows.len(), "{rest} of {}", rows.len());
     }
 
+    /// The bar: tables of the C library, redis and OpenSSL in 2 s and 40 MB, here in CPU time and of a debug build.
+    #[test]
+    fn tables_of_redis_and_its_libraries_are_quick_and_small() {
+        const REDIS: &str = "/usr/bin/redis-server";
+        let Ok(ldd) = Command::new("ldd").arg(REDIS).output() else { return };
+        let needed = String::from_utf8(ldd.stdout).unwrap();
+        let files: Vec<&str> = needed.split_whitespace().filter(|w| w.starts_with('/')).chain([REDIS]).collect();
+        if !["redis", "libc.so", "libcrypto.so", "libssl.so"].iter().all(|n| files.iter().any(|f| f.contains(n))) {
+            return eprintln!("SKIP: redis-server with OpenSSL is not installed");
+        }
+        let cpu_s = || {
+            let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+            // SAFETY: `time` is a valid timespec for the kernel to write.
+            assert_eq!(unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) }, 0);
+            time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
+        };
+        let start = cpu_s();
+        let rows: usize =
+            files.iter().map(|f| Source::read(&File::open(f).unwrap()).unwrap().rows().unwrap().len()).sum();
+        let (time, bytes) = (cpu_s() - start, rows * 8);
+        eprintln!("{} files, {rows} rows, {:.1} MiB, {time:.2} s", files.len(), bytes as f64 / f64::from(1 << 20));
+        assert!(time <= 2.0, "{time} s");
+        assert!(bytes <= 40_000_000, "{bytes} bytes");
+    }
+
     /// A file without code, or of another kind, is refused with a reason.
     #[test]
     fn files_without_unwind_information_are_refused() {

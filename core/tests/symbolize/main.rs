@@ -1,5 +1,6 @@
 //! Call stacks of real processes: names, lines, inlined calls and identities, in all the states that production has.
 
+mod debuginfod;
 mod program;
 
 use std::path::Path;

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 
 use super::layout::{FunctionLayout, Layouts};
 use super::{KernelBackend, KernelFunction, KernelRole, KernelSetSpec, KernelSettings, open};
-use crate::skeleton::kernel_alloc::KernelAllocSkel;
+use crate::skeleton::kernel_alloc::{KernelAllocSkel, OpenKernelAllocSkel};
 use crate::types::{
     bytes_of, memleak_kernel_function, memleak_kernel_limits as limits, memleak_kernel_role as role_kind,
 };
@@ -47,7 +47,9 @@ pub(super) struct Attacher<'a> {
     pub(super) layouts: &'a Layouts,
     pub(super) skel: &'a KernelAllocSkel<'static>,
     pub(super) names: &'a mut Names,
-    /// Copies of the programs, for what they cost.
+    /// Where among the copies the programs for kprobes are, once they are loaded.
+    pub(super) kprobes: &'a mut Option<usize>,
+    /// Copies of the programs: they live as long as the tracker.
     pub(super) copies: &'a mut Vec<KernelAllocSkel<'static>>,
 }
 
@@ -115,33 +117,60 @@ impl Attacher<'_> {
         Ok(Found { symbol: symbol.clone(), address: *address, allocates, function })
     }
 
-    fn kprobe(&self, f: &Found, links: &mut Vec<Link>) -> Result<(), String> {
+    fn kprobe(&mut self, f: &Found, links: &mut Vec<Link>) -> Result<(), String> {
         for place in PLACES {
             let key = (f.address + place).to_ne_bytes();
             let map = &self.skel.maps.kernel_functions;
             map.update(&key, bytes_of(&f.function), MapFlags::ANY).map_err(|e| format!("no room for it: {e:#}"))?;
         }
+        let at = match *self.kprobes {
+            Some(at) => at,
+            None => {
+                let copy = self.copy(&["kp_enter", "kp_free", "kp_return"], |_| Ok(()))?;
+                self.copies.push(copy);
+                *self.kprobes.insert(self.copies.len() - 1)
+            }
+        };
+        let progs = &self.copies.get(at).ok_or("the programs are gone")?.progs;
         let failed = |e: libbpf_rs::Error| format!("failed to attach a kprobe: {e:#}");
         if f.allocates {
-            links.push(self.skel.progs.kp_return.attach_kprobe(true, &f.symbol).map_err(failed)?);
+            links.push(progs.kp_return.attach_kprobe(true, &f.symbol).map_err(failed)?);
+            links.push(progs.kp_enter.attach_kprobe(false, &f.symbol).map_err(failed)?);
+        } else {
+            links.push(progs.kp_free.attach_kprobe(false, &f.symbol).map_err(failed)?);
         }
-        links.push(self.skel.progs.kp_enter.attach_kprobe(false, &f.symbol).map_err(failed)?);
         Ok(())
     }
 
-    /// Loads a copy of the programs for one function, and attaches it; it shares our maps.
+    /// Loads a copy of the programs for one function, and attaches it.
     fn trampoline(&mut self, f: &Found, links: &mut Vec<Link>) -> Result<(), String> {
-        let mut open = open(self.settings).map_err(|e| e.to_string())?;
-        let rodata = open.maps.rodata_data.as_deref_mut().ok_or("no settings section")?;
-        rodata.this_function = f.function;
         let wanted = if f.allocates { "fn_return" } else { "fn_enter" };
-        for mut prog in open.open_object_mut().progs_mut() {
-            let load = prog.name() == wanted;
-            prog.set_autoload(load);
-            if load {
+        let copy = self.copy(&[wanted], |open| {
+            let rodata = open.maps.rodata_data.as_deref_mut().ok_or("no settings section")?;
+            rodata.this_function = f.function;
+            for mut prog in open.open_object_mut().progs_mut().filter(|p| p.name() == wanted) {
                 prog.set_attach_target(0, Some(f.symbol.clone())).map_err(|e| format!("no target: {e:#}"))?;
             }
+            Ok(())
+        })?;
+        let prog = if f.allocates { &copy.progs.fn_return } else { &copy.progs.fn_enter };
+        links.push(prog.attach_trace().map_err(|e| format!("failed to attach by fentry: {e:#}"))?);
+        self.copies.push(copy);
+        Ok(())
+    }
+
+    /// Loads a copy of some programs; it shares our maps.
+    fn copy(
+        &self,
+        wanted: &[&str],
+        prepare: impl FnOnce(&mut OpenKernelAllocSkel<'static>) -> Result<(), String>,
+    ) -> Result<KernelAllocSkel<'static>, String> {
+        let mut open = open(self.settings).map_err(|e| e.to_string())?;
+        for mut prog in open.open_object_mut().progs_mut() {
+            let load = wanted.iter().any(|name| prog.name() == *name);
+            prog.set_autoload(load);
         }
+        prepare(&mut open)?;
         let (theirs, ours) = (&mut open.maps, &self.skel.maps);
         for (map, fd) in [
             (&mut theirs.blocks, ours.blocks.as_fd()),
@@ -157,10 +186,6 @@ impl Attacher<'_> {
         ] {
             map.reuse_fd(fd).map_err(|e| format!("failed to share a map: {e:#}"))?;
         }
-        let copy = open.load().map_err(|e| format!("failed to load a program for fentry: {e:#}"))?;
-        let prog = if f.allocates { &copy.progs.fn_return } else { &copy.progs.fn_enter };
-        links.push(prog.attach_trace().map_err(|e| format!("failed to attach by fentry: {e:#}"))?);
-        self.copies.push(copy);
-        Ok(())
+        open.load().map_err(|e| format!("failed to load {}: {e:#}", wanted.join(", ")))
     }
 }

@@ -95,7 +95,7 @@ impl Plan {
         Plan { sets: settings.sets.iter().map(|set| (set.number, found(set))).collect() }
     }
 
-    /// Has the programs loaded that will be attached, and those for kprobes, which cost nothing before.
+    /// Has the programs loaded that will be attached.
     pub(super) fn select(&self, open: &mut OpenKernelAllocSkel<'static>) {
         let points: Vec<&Point> = self.sets.iter().filter_map(|(_, f)| f.as_ref().ok()).flatten().collect();
         if let Some(rodata) = open.maps.rodata_data.as_deref_mut() {
@@ -105,8 +105,7 @@ impl Plan {
         }
         for mut prog in open.open_object_mut().progs_mut() {
             let planned = points.iter().any(|(known, _)| prog.name() == known.program);
-            let kprobes = prog.name() == "kp_enter" || prog.name() == "kp_return";
-            prog.set_autoload(planned || kprobes);
+            prog.set_autoload(planned);
         }
     }
 

@@ -25,6 +25,8 @@ pub(super) fn open(settings: &Settings, backend: Backend) -> Result<OpenUserspac
     let stacks = settings.max_sites.saturating_mul(if settings.trace_events { 4 } else { 1 });
     open.maps.stacks.set_max_entries(stacks).map_err(|e| bound(&e))?;
     open.maps.threads.set_max_entries(settings.max_threads).map_err(|e| bound(&e))?;
+    open.maps.python_stacks.set_max_entries(stacks).map_err(|e| bound(&e))?;
+    open.maps.python_threads.set_max_entries(settings.max_threads).map_err(|e| bound(&e))?;
     if settings.trace_events {
         open.maps.events.set_max_entries(TRACE_RING_BYTES).map_err(|e| bound(&e))?;
     }

@@ -17,6 +17,7 @@ mod own_cost;
 mod process;
 mod slices;
 mod tools;
+mod unwinding;
 mod workloads;
 
 use std::fs;
@@ -35,12 +36,15 @@ use machine::Machine;
 use measure::{Bench, Effort, Outcome};
 use memleak::Memleak;
 use own_cost::OwnCost;
+use unwinding::Unwinding;
 
 /// What is measured apart from programs under tools, by the names that they have among the workloads.
 const JUMP: &str = "jump";
 const ATTACH: &str = "attach";
 const INTERRUPTED: &str = "interrupted";
 const OWN_COST: &str = "own-cost";
+/// The id of the cost of call stacks among them.
+const UNWINDING: &str = "unwinding";
 
 /// The tools that the bars ask about: with a budget everywhere, without one where a pair of calls is all there is.
 const BAR_TOOLS: [&str; 1] = ["governed"];
@@ -88,6 +92,8 @@ struct Results {
     interrupted: Option<Interrupted>,
     own_cost: Option<OwnCost>,
     bars: Vec<Bar>,
+    /// As `own_cost`.
+    unwinding: Option<Unwinding>,
 }
 
 fn main() -> ExitCode {
@@ -107,8 +113,11 @@ fn run(mut options: Options) -> Result<bool> {
     options.workloads.retain(|id| !id.is_empty());
     options.tools.retain(|id| !id.is_empty());
     let workloads = workloads::workloads();
-    let workload_ids: Vec<_> =
-        workloads.iter().map(|workload| workload.id()).chain([JUMP, ATTACH, INTERRUPTED, OWN_COST]).collect();
+    let workload_ids: Vec<_> = workloads
+        .iter()
+        .map(|workload| workload.id())
+        .chain([JUMP, ATTACH, INTERRUPTED, OWN_COST, UNWINDING])
+        .collect();
     let tool_ids: Vec<_> = tools::TOOLS.iter().map(|tool| tool.id).collect();
     if options.list {
         println!("workloads: {}\ntools: {}", workload_ids.join(", "), tool_ids.join(", "));
@@ -136,6 +145,7 @@ fn run(mut options: Options) -> Result<bool> {
         attach: None,
         interrupted: None,
         own_cost: None,
+        unwinding: None,
         bars: Vec::new(),
     };
     let mut good = true;
@@ -173,6 +183,10 @@ fn run(mut options: Options) -> Result<bool> {
     results.bars = bars::bars(&results);
     if !results.bars.is_empty() {
         print!("{}", output::bars_block(&results.bars));
+    }
+    if wanted(UNWINDING) {
+        let measured = unwinding::measure(&memleak, effort.rounds, effort.seconds as f64, place);
+        results.unwinding = apart(UNWINDING, measured, output::unwinding_block, &mut good);
     }
     write_json(&mut results, &options.json)?;
     println!("\nload {:.2} at the end; everything as measured: {}", results.machine.load_after, options.json.display());

@@ -9,6 +9,7 @@ use crate::jump::Jumps;
 use crate::machine::Machine;
 use crate::measure::{Base, Column, Effort, Outcome, Spread};
 use crate::own_cost::OwnCost;
+use crate::unwinding::Unwinding;
 
 /// Titles of the table's columns, and their widths.
 const COLUMNS: [(&str, usize); 9] = [
@@ -134,6 +135,19 @@ pub fn own_cost_block(own_cost: &OwnCost) -> String {
             own_cost.attach_s * 1e3,
             own_cost.fill_s
         ),
+    );
+    text
+}
+
+/// The block of what call stacks cost.
+pub fn unwinding_block(unwinding: &Unwinding) -> String {
+    let Unwinding { frames, rounds, pair_ns, tables_ns, frame_pointers_ns, ratio } = unwinding;
+    let mut text = format!("\nunwinding: call stacks of {frames} return addresses, medians of {rounds} rounds\n");
+    line(&mut text, &format!("  by unwind tables    {tables_ns:.0} ns for all but the first"));
+    line(&mut text, &format!("  by frame pointers   {frame_pointers_ns:.0} ns for all but the first"));
+    line(
+        &mut text,
+        &format!("  ratio               {ratio:.2}; a traced malloc and free with one address {pair_ns:.0} ns"),
     );
     text
 }

@@ -190,7 +190,7 @@ impl FrameView {
 }
 
 /// The frame by which people know a site: the first, seen from the allocator, that belongs neither to the C library
-/// nor to the allocation machinery of a language, and is no wrapper such as `xmalloc`; else the first with a name. `None` when no frame has a name.
+/// nor to the machinery of a language, and is no wrapper such as `xmalloc`; else the first with a name. `None` when no frame has a name.
 pub fn heading(frames: &[Frame]) -> Option<usize> {
     const MODULES: [&str; 8] =
         ["libc.so", "libc-", "libstdc++", "libc++", "libgcc_s", "ld-linux", "ld-musl", "libm.so"];
@@ -212,10 +212,16 @@ pub fn heading(frames: &[Frame]) -> Option<usize> {
         name.contains("malloc")
             || ["calloc", "realloc", "memdup", "strdup", "strndup"].iter().any(|e| name.ends_with(e))
     };
+    // What the interpreter of Python does is named by the Python function that it does it for.
+    let is_python =
+        |f: &Frame| f.inlined && f.file.as_deref().is_some_and(|f| f.ends_with(".py") || f.starts_with('<'));
+    let interpreter =
+        |f: &Frame, module: &str| (module.starts_with("python3") || module.starts_with("libpython3")) && !is_python(f);
     let machinery = |f: &Frame| {
         let module = f.module.as_deref().map_or("", file_name);
         let function = f.function.as_deref().unwrap_or_default();
         MODULES.iter().any(|m| module.starts_with(m))
+            || interpreter(f, module)
             || FUNCTIONS.iter().any(|p| function.starts_with(p))
             || wrapper(function)
     };

@@ -114,7 +114,7 @@ pub fn compile(name: &str, source: &str, flags: &[&str], folder: &Path) -> Resul
     let program = folder.join(name);
     let mut command = Command::new("gcc");
     // Frame pointers: everybody gets whole stacks, whatever they unwind with.
-    command.args(flags).args(["-g", "-fno-omit-frame-pointer", "-o"]).arg(&program).arg(&file);
+    command.args(["-g", "-fno-omit-frame-pointer"]).args(flags).arg("-o").arg(&program).arg(&file);
     output_of(&mut command, COMPILE, folder)?;
     Ok(program)
 }
