@@ -52,7 +52,8 @@ impl Module {
     }
 
     fn unload(&mut self) {
-        if self.0.take().is_some() {
+        // Held until the module is gone.
+        if let Some(_guard) = self.0.take() {
             let (code, _, stderr) = output_within(Command::new("rmmod").arg("leakmod"));
             assert!(code == Some(0) || std::thread::panicking(), "rmmod: {stderr}");
         }
@@ -229,6 +230,14 @@ fn pages_are_counted_exactly_and_once() {
 fn objects_are_told_apart_by_cache() {
     needs!(Feature::Bpf);
     let module = Module::load(&[]);
+    let mut memleak = Memleak::kernel(&["--module", "leakmod", "--probe-set", "kernel-slab"]);
+    module.allocate("cache", 1);
+    let cache = |s: &Snapshot| s.site("leakmod_leak_cache").kernel.as_ref().and_then(|k| k.cache.clone());
+    if cache(&memleak.settled()).is_none() {
+        memleak_tests::skip("no probe here tells the cache (the tracepoint does since Linux 6.1)");
+        return;
+    }
+    drop(memleak);
     let mut memleak = Memleak::kernel(&["--cache", "leakmod_*", "--probe-set", "kernel-slab"]);
     module.allocate("kmalloc", 101);
     module.allocate("cache", 47);
