@@ -60,6 +60,7 @@ fn shipped_rules_describe_themselves() {
             "definitely_lost",
             "growth",
             "imbalance",
+            "kernel_growth",
             "reachable_growth",
             "slow_growth",
             "suppressions",
