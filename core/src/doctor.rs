@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use memleak_probes::Features;
+use memleak_probes::{Features, Tracker};
 
 use crate::collector::{Collector, PluginState, Purpose};
 use crate::config::{Config, TargetSpec};
@@ -95,7 +95,7 @@ fn measure_cost(config: &Config) -> Result<String> {
 }
 
 fn cost_line(collector: &Collector) -> String {
-    let prices = collector.tracker().prices();
+    let prices = collector.prices();
     format!(
         "  one hit of a well-placed probe costs {:.0} ns here, {:.1} us more where the kernel single-steps, {:.1} us more \
          after a pause; a traced malloc and free are three hits\n",
@@ -135,7 +135,7 @@ fn look_at(config: &Config, pid: u32) -> Result<String> {
                                 function.symbol,
                                 p.offset,
                                 p.reason.map(|why| format!(" ({why})")).unwrap_or_default(),
-                                collector.tracker().prices().stepped_ns / 1e3
+                                collector.prices().stepped_ns / 1e3
                             ),
                         };
                     }
@@ -238,7 +238,7 @@ fn stacks(out: &mut String, collector: &Collector, process: &ProcessSample) {
         }
     }
     if ready > 0 {
-        let memory = format_bytes(collector.tracker().unwind_bytes());
+        let memory = format_bytes(collector.tracker().map_or(0, Tracker::unwind_bytes));
         let _ = writeln!(out, "    unwind tables of {ready} files, {rows} rows, {memory} of kernel memory");
     }
     let _ = match collector.python(process.process.instance) {

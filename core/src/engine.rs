@@ -66,7 +66,7 @@ pub fn run(config: &Config, output: Output, stop: &Stop) -> Result<bool> {
     let mut sinks = Sinks::new(config, output, &templates)?;
     let mut collector = Collector::start(config, Purpose::Watch)?;
     collector.require_attached()?;
-    sinks.prices = Some(collector.tracker().prices());
+    sinks.prices = Some(collector.prices());
     let reporter = Reporter::new(config, &collector, templates);
     let history = History::new(config.history);
     let recorder = Recorder::start(config, &reporter.run_info(&history, &rules))?;

@@ -5,7 +5,7 @@ use std::io::{self, BufWriter, IsTerminal, Write};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use memleak_probes::{Event, EventKind};
+use memleak_probes::{Event, EventKind, Tracker};
 use serde::Serialize;
 
 use crate::cli::is_closed_pipe;
@@ -77,7 +77,7 @@ impl Tracer {
     /// Prints what has arrived.
     fn drain(&mut self, collector: &mut Collector) -> Result<()> {
         let failed = |e| Error::io("failed to write to standard output", e);
-        while let Some(event) = collector.tracker().next_event() {
+        while let Some(event) = collector.tracker().and_then(Tracker::next_event) {
             let key =
                 SiteKey { instance: event.site.instance, probe_set: event.site.probe_set, stack: event.site.stack };
             let site = match self.sites.get(&key) {
@@ -92,7 +92,7 @@ impl Tracer {
             let function = match event.kind {
                 // Nobody called anything to free it: the site says what allocated it.
                 EventKind::ImplicitFree => &site.function,
-                EventKind::Alloc | EventKind::Free => collector.tracker().function_name(event.name),
+                EventKind::Alloc | EventKind::Free => collector.tracker().map_or("", |t| t.function_name(event.name)),
             };
             let line = if self.json { json_event(&event, &site, function)? } else { text(&event, &site, function) };
             writeln!(self.out, "{line}").map_err(failed)?;

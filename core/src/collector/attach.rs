@@ -77,12 +77,12 @@ impl Collector {
             Err(e) => return tracing::debug!(pid = process.pid, "nothing attached: {e:#}"),
         };
         let code: Vec<(u64, u64)> = maps.iter().filter(|m| m.perms.execute).map(|m| (m.start, m.end)).collect();
-        if let Err(e) = self.tracker.set_code(instance, &code) {
+        if let Err(e) = self.tracker.get_mut().and_then(|t| Ok(t.set_code(instance, &code)?)) {
             tracing::debug!(pid = process.pid, "call stacks are not cut where they leave the code: {e}");
         }
-        if let Some(unwinder) = &mut self.unwinder {
+        if let (Some(unwinder), Some(tracker)) = (&mut self.unwinder, self.tracker.loaded_mut()) {
             unwinder.observe(instance, &maps, &dir);
-            unwinder.apply(&mut self.tracker);
+            unwinder.apply(tracker);
         }
         self.look_for_python(instance, &dir, &maps);
         if self.waits_for_tables(instance) {
@@ -122,7 +122,8 @@ impl Collector {
         }
         let found = Interpreter::find(dir, maps).transpose().map(|found| {
             let python = found.map_err(|e| format!("{e:#}"))?;
-            self.tracker.set_python(instance, python.layout()).map_err(|e| e.to_string())?;
+            let tracker = self.tracker.get_mut().map_err(|e| e.to_string())?;
+            tracker.set_python(instance, python.layout()).map_err(|e| e.to_string())?;
             Ok(python)
         });
         if let Some(found) = found {
@@ -180,7 +181,7 @@ impl Collector {
         let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
         let mut library = Library { path, name: name.to_owned(), debug: None };
         if is_dynamic_linker(name)
-            && let Err(e) = self.tracker.attach_loader(instance, &library)
+            && let Err(e) = self.tracker.get_mut().and_then(|t| Ok(t.attach_loader(instance, &library)?))
         {
             tracing::debug!(file = name, "loads of libraries will be noticed late: {e}");
         }
@@ -193,7 +194,7 @@ impl Collector {
         let may_be_libc = is_executable || is_glibc || is_dynamic_linker(name);
         if self.purpose == Purpose::Run
             && may_be_libc
-            && let Err(e) = self.tracker.attach_exit(instance, &library)
+            && let Err(e) = self.tracker.get_mut().and_then(|t| Ok(t.attach_exit(instance, &library)?))
         {
             tracing::debug!(file = name, "what exit handlers free will not be told apart: {e}");
         }
@@ -201,7 +202,7 @@ impl Collector {
         let note = if replaced { " (replaced or deleted on disk: the file that is mapped is probed)" } else { "" };
         let shown = format!("{name}{note}");
         for plugin in providers(&self.plugins, name, &facts.names) {
-            let state = match self.tracker.attach(instance, &plugin.spec, &library) {
+            let state = match self.tracker.get_mut().and_then(|t| Ok(t.attach(instance, &plugin.spec, &library)?)) {
                 Ok(functions) if functions.is_empty() => continue, // was attached before
                 Ok(functions) => PluginState::Attached { file: shown.clone(), functions },
                 Err(e) => PluginState::Failed { file: shown.clone(), reason: e.to_string() },

@@ -53,7 +53,7 @@ impl Collector {
             self.next_release_s = now_s + RELEASE_EVERY_S;
             // The younger ones are released with them.
             self.children.retain(|child| child.parent != parent);
-            if let Err(e) = self.tracker.release_children(parent) {
+            if let Err(e) = self.tracker.get_mut().and_then(|t| Ok(t.release_children(parent)?)) {
                 tracing::debug!(instance = parent, "children stay slowed down until the next detach: {e}");
             }
         }

@@ -112,7 +112,7 @@ impl Collector {
             let regions = self.watched.get(instance).and_then(|w| regions(&w.process));
             all.extend(regions.map(|regions| (*instance, regions)));
         }
-        self.tracker.for_each_block(|instance, block| {
+        self.tracker.get()?.for_each_block(|instance, block| {
             let Some(regions) = all.get_mut(&instance) else { return };
             let at = regions.partition_point(|r| r.end <= block.address);
             if let Some(region) = regions.get_mut(at).filter(|r| r.start <= block.address) {

@@ -52,7 +52,7 @@ impl Collector {
     pub(super) fn exiting(&mut self, pid: u32, instance: u32) -> Result<()> {
         // A handler that calls exit() again changes nothing: the first call is the one.
         if self.watched.get(&instance).is_some_and(|w| w.ended.before_handlers.is_none()) {
-            let mine = self.tracker.read_sites()?.into_iter().filter(|(key, _)| key.instance == instance);
+            let mine = self.tracker.get()?.read_sites()?.into_iter().filter(|(key, _)| key.instance == instance);
             let totals: HashMap<SiteKey, Totals> = mine
                 .map(|(key, totals)| {
                     let key = SiteKey { instance, probe_set: key.probe_set, stack: key.stack };

@@ -167,6 +167,14 @@ impl Kernel {
         self.plugins.iter().find(|p| p.spec.number == number).map(|p| p.spec.name.as_str())
     }
 
+    /// The ways in which its probe sets are attached.
+    pub(super) fn backends(&self) -> String {
+        let mut ways: Vec<_> = self.status.iter().filter_map(|s| Some(s.state.as_ref().ok()?.0)).collect();
+        ways.sort_unstable();
+        ways.dedup();
+        ways.iter().map(|way| way.as_str()).collect::<Vec<_>>().join(", ")
+    }
+
     /// What became of each probe set.
     pub(super) fn statuses(&self) -> Vec<PluginStatus> {
         self.status.iter().map(|status| self.status(status)).collect()

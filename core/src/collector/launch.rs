@@ -15,6 +15,8 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use memleak_probes::Tracker;
+
 use super::{Collector, Life, Purpose};
 use crate::{Error, ErrorKind, Result};
 
@@ -83,12 +85,12 @@ impl Collector {
         }
         let pid = u32::from_ne_bytes(pid);
         let pidfd = open_pidfd(pid).map_err(failed)?;
-        self.tracker.launch(pid)?;
+        self.tracker.get_mut()?.launch(pid)?;
         go_writer.write_all(&[1]).map_err(failed)?;
         match started.recv() {
             Ok(Ok(())) => {}
             Ok(Err(e)) => {
-                self.tracker.launch_done(pid);
+                self.launch_done(pid);
                 return Err(failed(e));
             }
             Err(_) => {
@@ -103,8 +105,9 @@ impl Collector {
     pub(super) fn go_on(&mut self, pid: u32) {
         let instance =
             self.watched.iter().find(|(_, w)| w.life == Life::Running && w.process.pid == pid).map(|(i, _)| *i);
-        if let (Some(unwinder), Some(instance)) = (&mut self.unwinder, instance) {
-            unwinder.wait(&mut self.tracker, instance, WAIT_FOR_TABLES);
+        let parts = (&mut self.unwinder, self.tracker.loaded_mut(), instance);
+        if let (Some(unwinder), Some(tracker), Some(instance)) = parts {
+            unwinder.wait(tracker, instance, WAIT_FOR_TABLES);
         }
         if let Some(launched) = self.launched.iter().find(|l| l.pid == pid) {
             send_signal(&launched.pidfd, libc::SIGCONT);
@@ -124,11 +127,18 @@ impl Collector {
         if self.launched.iter().any(|l| l.pid == pid) {
             if since_s > STOPS_FOR_S
                 && self.purpose != Purpose::Run
-                && let Err(e) = self.tracker.set_stop_on_load(instance, false)
+                && let Err(e) = self.tracker.get_mut().and_then(|t| Ok(t.set_stop_on_load(instance, false)?))
             {
                 tracing::warn!(pid, "the process will stop briefly at each load of a library: {e}");
             }
             self.go_on(pid);
+        }
+    }
+
+    /// The kernel side need not stop a process any more.
+    fn launch_done(&mut self, pid: u32) {
+        if let Some(tracker) = self.tracker.loaded_mut() {
+            tracker.launch_done(pid);
         }
     }
 
@@ -143,7 +153,7 @@ impl Collector {
             }
         });
         for (pid, name, is_command, status) in ended {
-            self.tracker.launch_done(pid);
+            self.launch_done(pid);
             if !is_command {
                 continue;
             }
@@ -164,11 +174,13 @@ impl Collector {
     /// The child of a followed process: it will stop after every exec.
     /// `followed` is the target that it belongs to by descent.
     pub(super) fn descends(&mut self, child: u32, followed: Option<usize>) {
-        let Some(target) = followed.filter(|_| self.tracker.stops_children()) else { return };
+        let Some(target) = followed.filter(|_| self.tracker.loaded().is_some_and(Tracker::stops_children)) else {
+            return;
+        };
         match open_pidfd(child) {
             Ok(pidfd) => self.launched.push(Launched { pid: child, target, name: String::new(), pidfd, ended: None }),
             // It has ended already; the kernel side need not stop whoever gets its number.
-            Err(_) => self.tracker.launch_done(child),
+            Err(_) => self.launch_done(child),
         }
     }
 
@@ -177,7 +189,7 @@ impl Collector {
         let before = self.launched.len();
         self.launched.retain(|l| l.pid != pid || l.ended.is_some());
         if self.launched.len() < before {
-            self.tracker.launch_done(pid);
+            self.launch_done(pid);
         }
     }
 

@@ -8,7 +8,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use memleak_probes::{ErrorKind as ProbeErrorKind, ProcessEvent, SiteTotals, Stack, StackEnd, Tracker};
+use memleak_probes::{ErrorKind as ProbeErrorKind, Prices, ProcessEvent, SiteTotals, Stack, StackEnd, Tracker};
 
 use crate::config::{Backend, BudgetSettings, Config, Placement, Stacks};
 use crate::governor::{Governor, StopReason};
@@ -38,6 +38,7 @@ mod kernel;
 mod kernel_budget;
 mod launch;
 mod scans;
+mod userspace;
 mod windows;
 
 pub use attach::{PluginState, PluginStatus};
@@ -45,6 +46,7 @@ use cohorts::{Generations, SiteCohorts};
 pub use end::{End, Ended};
 use kernel::Kernel;
 use launch::Launched;
+use userspace::Userspace;
 
 /// Most sites of a process that are symbolized when it ends, largest first: nobody can do it later.
 const NAMED_AT_END: usize = 200;
@@ -179,7 +181,7 @@ pub enum Notice {
 pub struct Collector {
     /// Only with a budget: without windows there is nothing to watch over.
     watchdog: Option<Watchdog>,
-    tracker: Tracker,
+    tracker: Userspace,
     /// The kernel, when it is a target.
     kernel: Option<Kernel>,
     plugins: Vec<Plugin>,
@@ -250,7 +252,7 @@ impl Collector {
             .map(|budget| BudgetSettings { share: budget.share.filter(|_| !trace_events), ..budget })
             .collect();
         let watchdog = budgets.iter().any(|b| b.share.is_some()).then(Watchdog::start).transpose()?;
-        let tracker = Tracker::load(memleak_probes::Settings {
+        let settings = memleak_probes::Settings {
             backend: match c.backend {
                 Backend::Auto => None,
                 Backend::Session => Some(memleak_probes::Backend::Session),
@@ -268,7 +270,9 @@ impl Collector {
             trace_events,
             at_entry: c.placement == Placement::Entry,
             stop_children: purpose == Purpose::Run,
-        })?;
+        };
+        // Targets stay what they are: nothing that needs it can come later.
+        let tracker = Userspace::load(!config.targets.is_empty() || !config.kernel.enabled, settings)?;
         let mut collector = Collector {
             watchdog,
             tracker,
@@ -326,14 +330,23 @@ impl Collector {
         Ok(collector)
     }
 
-    /// How uprobes are attached.
-    pub fn backend(&self) -> memleak_probes::Backend {
-        self.tracker.backend()
+    /// How uprobes are attached; without processes to watch, how the kernel's probe sets are.
+    pub fn backend(&self) -> String {
+        match (self.tracker.loaded(), &self.kernel) {
+            (Some(tracker), _) => tracker.backend().to_string(),
+            (None, Some(kernel)) => kernel.backends(),
+            (None, None) => String::new(),
+        }
     }
 
-    /// The kernel side, for `trace` and `doctor`.
-    pub fn tracker(&self) -> &Tracker {
-        &self.tracker
+    /// The kernel side of processes, for `trace` and `doctor`; `None` when only the kernel is watched.
+    pub fn tracker(&self) -> Option<&Tracker> {
+        self.tracker.loaded()
+    }
+
+    /// What hits cost a watched process.
+    pub fn prices(&self) -> Prices {
+        self.tracker.loaded().map(Tracker::prices).unwrap_or_default()
     }
 
     /// Name and unwind table of every mapped file of a process, and how many pieces of its code had no room; empty when
@@ -443,18 +456,22 @@ impl Collector {
         let timeout = if self.is_waiting() { timeout.min(TICK) } else { timeout };
         // Nobody tells us that a scan is over.
         let timeout = if self.exit_waits() { timeout.min(EXIT_TICK) } else { timeout };
-        self.tracker.poll(timeout.min(self.until_governed()))?;
+        let timeout = timeout.min(self.until_governed());
+        match self.tracker.loaded_mut() {
+            Some(tracker) => tracker.poll(timeout)?,
+            None => std::thread::sleep(timeout),
+        }
         self.end_exit_scans()?;
         let now_s = self.now_s();
         if let Some(kernel) = &mut self.kernel {
             self.notices.extend(kernel.follow(now_s, &mut self.next_instance)?);
         }
         self.govern()?;
-        if let Some(unwinder) = &mut self.unwinder {
-            unwinder.apply(&mut self.tracker);
+        if let (Some(unwinder), Some(tracker)) = (&mut self.unwinder, self.tracker.loaded_mut()) {
+            unwinder.apply(tracker);
         }
         self.attach_to_waiting();
-        while let Some(event) = self.tracker.next_process_event() {
+        while let Some(event) = self.tracker.loaded_mut().and_then(|t| t.next_process_event()) {
             match event {
                 ProcessEvent::Exit { pid, instance, status } => {
                     self.end_with(instance, End::of_status(status));
@@ -549,7 +566,7 @@ impl Collector {
             return;
         }
         let instance = self.next_instance;
-        if let Err(e) = self.tracker.add_target(pid, instance, starting) {
+        if let Err(e) = self.tracker.get_mut().and_then(|t| Ok(t.add_target(pid, instance, starting)?)) {
             self.known.insert((pid, stat.start_ticks));
             self.notices.push(fail(e.to_string()));
             return;
@@ -619,7 +636,9 @@ impl Collector {
         }
         watched.life = Life::Ended;
         self.known.remove(&(watched.process.pid, watched.process.start_ticks));
-        self.tracker.detach(instance);
+        if let Some(tracker) = self.tracker.loaded_mut() {
+            tracker.detach(instance);
+        }
         self.notices.push(Notice::Ended(Arc::clone(&watched.process)));
     }
 
@@ -632,7 +651,7 @@ impl Collector {
         self.take_scans()?;
         self.check_refutations()?;
         let read = Instant::now();
-        let mut raw = self.tracker.read_sites()?;
+        let mut raw = self.tracker.loaded().map_or_else(|| Ok(Vec::new()), Tracker::read_sites)?;
         let time_s = self.now_s();
         let wall_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
         // A site's process may have been forgotten between two reads.
@@ -668,7 +687,9 @@ impl Collector {
                 }
             }
             self.generations.advance(time_s);
-            self.tracker.next_cohort();
+            if let Some(tracker) = self.tracker.loaded_mut() {
+                tracker.next_cohort();
+            }
         }
         sites.sort_by_key(|s| (std::cmp::Reverse(s.totals.outstanding_bytes()), s.site.key));
         self.read_usage();
@@ -711,7 +732,8 @@ impl Collector {
 
     fn new_site(&mut self, key: SiteKey) -> Result<(Arc<Site>, Option<StackEnd>)> {
         let raw = memleak_probes::SiteKey { instance: key.instance, probe_set: key.probe_set, stack: key.stack };
-        let stack = self.tracker.take_stack(raw)?;
+        let tracker = self.tracker.get()?;
+        let stack = tracker.take_stack(raw)?;
         let process = self.watched.get(&key.instance).map(|w| Arc::clone(&w.process)).unwrap_or_default();
         let end = stack.as_ref().map(|stack| stack.end);
         let probe_set: Arc<str> = self.probe_set_name(key.probe_set).into();
@@ -720,7 +742,7 @@ impl Collector {
         let (truncated, function) = match &stack {
             Some(stack) => {
                 let why = self.why_it_ends(stack, key.instance, frames.last());
-                (why, self.tracker.function_name(stack.name).to_owned())
+                (why, tracker.function_name(stack.name).to_owned())
             }
             None => (Some("there was no room for the stack (collector.max_sites)"), String::new()),
         };
@@ -753,7 +775,7 @@ impl Collector {
     /// Python.
     fn python_calls(&mut self, key: memleak_probes::SiteKey) -> Result<(Vec<PythonCall>, bool)> {
         match self.pythons.get_mut(&key.instance) {
-            Some(Ok(python)) => python.calls(&self.tracker, key),
+            Some(Ok(python)) => python.calls(self.tracker.get()?, key),
             _ => Ok((Vec::new(), false)),
         }
     }
@@ -805,9 +827,10 @@ impl Collector {
 
     fn process_samples(&self) -> Result<Vec<ProcessSample>> {
         let mut samples = Vec::with_capacity(self.watched.len());
-        let sample_bytes = self.tracker.sample_bytes();
+        let Some(tracker) = self.tracker.loaded() else { return Ok(samples) };
+        let sample_bytes = tracker.sample_bytes();
         for (instance, watched) in &self.watched {
-            let counters = self.tracker.read_counters(*instance)?;
+            let counters = tracker.read_counters(*instance)?;
             let alive = watched.life == Life::Running;
             let budget = watched.governor.settings();
             samples.push(ProcessSample {
@@ -877,7 +900,7 @@ impl Collector {
             }
             self.pythons.remove(&instance);
             self.scans.forget(instance);
-            self.tracker.forget(instance)?;
+            self.tracker.get_mut()?.forget(instance)?;
             if let Some(watched) = self.watched.remove(&instance)
                 && self.purpose == Purpose::Run
             {

@@ -116,7 +116,7 @@ impl Collector {
             let process = Arc::clone(&watched.process);
             self.notices.push(Notice::Scanning { process, bytes, scans: s.limits.scans, about_s });
         }
-        self.scans.service.start(subject, self.tracker.block_reader()?, options)
+        self.scans.service.start(subject, self.tracker.get()?.block_reader()?, options)
     }
 
     /// Scans a process that has called exit() and is stopped, so that what was lost then is known: afterwards its memory is
@@ -139,7 +139,7 @@ impl Collector {
         let pid = watched.process.pid;
         let subject = self.subject(instance, &watched.process, Vec::new());
         self.scans.exits.insert(instance, (pid, self.now_s()));
-        self.scans.service.start(subject, self.tracker.block_reader()?, options)?;
+        self.scans.service.start(subject, self.tracker.get()?.block_reader()?, options)?;
         Ok(true)
     }
 
@@ -220,7 +220,7 @@ impl Collector {
         if self.scans.ended_s.is_empty() {
             return Ok(());
         }
-        let reader = self.tracker.block_reader()?;
+        let reader = self.tracker.get()?.block_reader()?;
         let limits = self.scans.settings.limits;
         let known = &mut self.scans.sites;
         let running = self.watched.iter().filter(|(_, w)| w.life == Life::Running).map(|(i, _)| *i);

@@ -35,11 +35,12 @@ impl Collector {
         let now_s = self.now_s();
         let running = self.watched.values().filter(|w| w.life == Life::Running);
         let scale = governor::scale(running.map(|w| w.governor.budget()), self.total_budget);
-        let prices = self.tracker.prices();
+        let Some(tracker) = self.tracker.loaded() else { return Ok(()) };
+        let prices = tracker.prices();
         let waited_s = process::waited_s();
         let mut actions = Vec::new();
         for (instance, watched) in self.watched.iter_mut().filter(|(_, w)| w.life == Life::Running) {
-            let counters = self.tracker.read_counters(*instance)?;
+            let counters = tracker.read_counters(*instance)?;
             let reading = Reading {
                 now_s,
                 hits: counters.hits,
@@ -68,12 +69,12 @@ impl Collector {
                     if let Some(watched) = self.watched.get_mut(&instance) {
                         watched.window_opened_ns = clock_ns(libc::CLOCK_MONOTONIC);
                     }
-                    if let Err(e) = self.tracker.open_window(instance, until_ns) {
+                    if let Err(e) = self.tracker.get_mut().and_then(|t| Ok(t.open_window(instance, until_ns)?)) {
                         tracing::debug!(instance, "window not opened: {e}");
                     }
                 }
                 Action::CloseWindow { counts } => {
-                    self.tracker.close_window(instance);
+                    self.tracker.get_mut()?.close_window(instance);
                     self.resolve_candidates(instance, counts)?;
                 }
                 Action::Stop { why, exact, cool_down_s } => self.stop_tracing(instance, why, exact, cool_down_s)?,
@@ -93,7 +94,7 @@ impl Collector {
             self.restart_books(instance, false);
             return Ok(());
         }
-        self.tracker.close_window(instance);
+        self.tracker.get_mut()?.close_window(instance);
         self.resolve_candidates(instance, false)
     }
 
@@ -124,15 +125,16 @@ impl Collector {
         watched.life = Life::Ended;
         let mut governor = watched.governor.clone();
         let (pid, followed) = (watched.process.pid, watched.followed);
-        self.tracker.detach(old);
+        let Some(tracker) = self.tracker.loaded_mut() else { return };
+        tracker.detach(old);
         let instance = self.next_instance;
-        if let Err(e) = self.tracker.add_target(pid, instance, false) {
+        if let Err(e) = tracker.add_target(pid, instance, false) {
             self.notices.push(Notice::Failed { pid, reason: e.to_string() });
             return;
         }
         self.next_instance += 1;
         if !exact {
-            self.tracker.close_window(instance);
+            tracker.close_window(instance);
         }
         let now_s = self.now_s();
         governor.restarted(Reading {
@@ -182,7 +184,7 @@ impl Collector {
         let mut previous: Option<Block> = None;
         let mut gone = Vec::new();
         let mut never = Vec::new();
-        let blocks = self.tracker.read_blocks(instance)?;
+        let blocks = self.tracker.get()?.read_blocks(instance)?;
         for block in &blocks {
             if !counts && block.birth_ns >= opened_ns {
                 never.push(*block);
@@ -204,8 +206,8 @@ impl Collector {
             }
             previous = Some(*block);
         }
-        self.tracker.remove_blocks(instance, &gone, true)?;
-        self.tracker.remove_blocks(instance, &never, false)?;
+        self.tracker.get_mut()?.remove_blocks(instance, &gone, true)?;
+        self.tracker.get_mut()?.remove_blocks(instance, &never, false)?;
         Ok(())
     }
 }

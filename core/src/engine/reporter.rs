@@ -39,9 +39,9 @@ impl<'a> Reporter<'a> {
         Reporter {
             config,
             templates,
-            backend: collector.backend().to_string(),
+            backend: collector.backend(),
             started_wall_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64()),
-            prices: collector.tracker().prices(),
+            prices: collector.prices(),
             statuses: Vec::new(),
             rule_errors: BTreeMap::new(),
             snapshots_cpu_s: 0.0,

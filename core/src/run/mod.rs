@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use globset::{Glob, GlobMatcher};
+use memleak_probes::Tracker;
 
 use crate::alert::AlertManager;
 use crate::collector::{Collector, End, Notice, Purpose};
@@ -365,7 +366,7 @@ impl Run<'_> {
             let exact = self.history.process(alert.site.key.instance).is_none_or(|p| p.mode == Mode::Exact);
             self.report.add(&finding, alert.totals, exact);
         }
-        if !self.collector.tracker().stops_children() {
+        if !self.collector.tracker().is_some_and(Tracker::stops_children) {
             let why =
                 "this kernel cannot stop new children (Linux 6.13 can): what they allocate at first may be missing";
             self.report.notes.push(why.to_owned());
