@@ -292,11 +292,13 @@ pub struct Losses {
     pub pointers_unreadable: u64,
     /// Events for user space that did not fit its ring buffer.
     pub events_dropped: u64,
+    /// Calls of the kernel that it kept from our programs, because the same program was running on that CPU.
+    pub missed_events: u64,
 }
 
 impl Losses {
     /// Name and count of every kind, in the order of the fields.
-    pub fn entries(&self) -> [(&'static str, u64); 10] {
+    pub fn entries(&self) -> [(&'static str, u64); 11] {
         [
             ("outstanding_full", self.outstanding_full),
             ("sites_full", self.sites_full),
@@ -308,6 +310,7 @@ impl Losses {
             ("partial_ranges", self.partial_ranges),
             ("pointers_unreadable", self.pointers_unreadable),
             ("events_dropped", self.events_dropped),
+            ("missed_events", self.missed_events),
         ]
     }
 
@@ -328,6 +331,7 @@ impl Losses {
         self.partial_ranges += other.partial_ranges;
         self.pointers_unreadable += other.pointers_unreadable;
         self.events_dropped += other.events_dropped;
+        self.missed_events += other.missed_events;
     }
 }
 

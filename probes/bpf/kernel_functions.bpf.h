@@ -92,7 +92,9 @@ static __always_inline void free_blocks(u32 role, u32 domain, u64 block, u64 siz
 
 			if (i >= count_of)
 				break;
-			if (!bpf_probe_read_kernel(&address, sizeof(address), (void *)(block + i * sizeof(u64))))
+			if (bpf_probe_read_kernel(&address, sizeof(address), (void *)(block + i * sizeof(u64))))
+				count(0, COUNTER_POINTERS_UNREADABLE);
+			else
 				kernel_free(domain, address);
 		}
 		if (count_of > KERNEL_BULK)
@@ -131,6 +133,9 @@ int kp_enter(struct pt_regs *ctx)
 	pending.probe_set = call.probe_set;
 	pending.name = call.name;
 	pending.domain = call.domain;
+	/* The kernel follows only so many returns at once. */
+	if (bpf_map_lookup_elem(&kernel_pending, &sp))
+		count(0, COUNTER_MISSED_RETURNS);
 	if (bpf_map_update_elem(&kernel_pending, &sp, &pending, BPF_ANY))
 		count(0, COUNTER_THREADS_FULL);
 	return 0;

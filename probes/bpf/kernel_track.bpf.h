@@ -21,13 +21,18 @@ const volatile int movable_type = -1; /* migrate type of pages that are not reco
 const volatile struct memleak_kernel_range inner[KERNEL_INNER] = {}; /* code whose allocations below count elsewhere */
 const volatile u32 inner_count = 0;
 
-/* What a program in the middle of something needs, per CPU; a stack for each level of interrupts. */
+/* What a program needs in the middle of something. */
+struct memleak_kernel_level {
+	u64 users; /* 1: taken */
+	struct memleak_stack stack;
+	struct memleak_kernel_origin origin;
+};
+
+/* Per CPU; a level for each program that others have interrupted. */
 struct memleak_kernel_cpu {
 	u64 until_sample; /* as in struct memleak_thread */
-	u32 depth;
-	u32 pad;
-	struct memleak_stack stacks[KERNEL_LEVELS];
-	struct memleak_kernel_origin origins[KERNEL_LEVELS];
+	u64 zero; /* what the verifier does not know */
+	struct memleak_kernel_level levels[KERNEL_LEVELS];
 };
 
 struct {
@@ -44,6 +49,35 @@ struct {
 	__type(key, struct memleak_site_key);
 	__type(value, struct memleak_kernel_origin);
 } origins SEC(".maps");
+
+/*
+ * A level that nobody uses, to be given back; NULL when there is none. Programs need not end in the opposite order of their
+ * beginning: tracepoints (since Linux 7.0) and trampolines leave preemption on. Whoever adds first has the level; of two that
+ * add at once neither has it, and both look further.
+ */
+static __always_inline struct memleak_kernel_level *take_level(struct memleak_kernel_cpu *cpu)
+{
+	struct memleak_kernel_level *level;
+	u32 got = KERNEL_LEVELS, i;
+
+#pragma unroll
+	for (i = 0; i < KERNEL_LEVELS; i++) {
+		__sync_fetch_and_add(&cpu->levels[i].users, 1);
+		if (*(volatile u64 *)&cpu->levels[i].users == 1) {
+			got = i;
+			break;
+		}
+		take_off((__s64 *)&cpu->levels[i].users, 1);
+	}
+	/* The verifier would go through everything that follows once for each level. */
+	got += (u32)cpu->zero;
+	barrier_var(got);
+	if (got >= KERNEL_LEVELS)
+		return 0;
+	level = &cpu->levels[got];
+	barrier_var(level);
+	return level;
+}
 
 static __always_inline bool is_wanted(const struct memleak_kernel_call *call)
 {
@@ -200,24 +234,14 @@ static __always_inline u64 kmalloc_bytes(u64 size)
 
 /*
  * Makes sure that the site of an allocation exists, and returns its stack's hash; 0 when the allocation is not recorded.
- * `level` is how deep interrupts are nested here.
  */
-static __always_inline u64 prepare_at(void *ctx, struct memleak_actor *actor, struct memleak_kernel_cpu *cpu, u32 level,
+static __always_inline u64 prepare_at(void *ctx, struct memleak_actor *actor, struct memleak_kernel_level *level,
 				      struct memleak_kernel_call *call)
 {
 	struct memleak_site_key key = { .probe_set = call->probe_set };
 	const struct kmem_cache *cache = (const void *)call->cache;
-	struct memleak_kernel_origin *origin;
-	struct memleak_stack *stack;
+	struct memleak_stack *stack = &level->stack;
 
-	if (level >= KERNEL_LEVELS) {
-		count(0, COUNTER_THREADS_FULL);
-		return 0;
-	}
-	stack = &cpu->stacks[level];
-	/* Here and not when it is needed: Linux 5.10 forgets the bounds of numbers that clang keeps on the stack. */
-	origin = &cpu->origins[level];
-	barrier_var(origin);
 	if (cache && !call->object_bytes)
 		call->object_bytes = BPF_CORE_READ(cache, size);
 	/* Functions do not tell. */
@@ -230,7 +254,7 @@ static __always_inline u64 prepare_at(void *ctx, struct memleak_actor *actor, st
 	key.stack = kernel_hash(stack, call);
 	if (!key.stack || bpf_map_lookup_elem(&sites, &key))
 		return key.stack;
-	note_origin(origin, &key, call);
+	note_origin(&level->origin, &key, call);
 	return site_of(actor, &key, stack) ? key.stack : 0;
 }
 
@@ -238,8 +262,9 @@ static __always_inline u64 prepare_at(void *ctx, struct memleak_actor *actor, st
 static __always_inline u64 prepare(void *ctx, struct memleak_actor *actor, struct memleak_kernel_call *call)
 {
 	const struct kmem_cache *cache = (const void *)call->cache;
+	struct memleak_kernel_level *level;
 	struct memleak_kernel_cpu *cpu;
-	u32 zero = 0, level;
+	u32 zero = 0;
 	u64 hash;
 
 	cpu = bpf_map_lookup_elem(&kernel_cpus, &zero);
@@ -252,12 +277,13 @@ static __always_inline u64 prepare(void *ctx, struct memleak_actor *actor, struc
 	count_allocation(0, call->size);
 	if (!is_sampled(cpu, call->size))
 		return 0;
-	level = cpu->depth;
-	cpu->depth = level + 1;
-	barrier();
-	hash = prepare_at(ctx, actor, cpu, level, call);
-	barrier();
-	cpu->depth = level;
+	level = take_level(cpu);
+	if (!level) {
+		count(0, COUNTER_THREADS_FULL);
+		return 0;
+	}
+	hash = prepare_at(ctx, actor, level, call);
+	take_off((__s64 *)&level->users, 1);
 	return hash;
 }
 
@@ -280,6 +306,8 @@ static __always_inline void commit(struct memleak_actor *actor, u64 address, u64
 	site = bpf_map_lookup_elem(&sites, &site_key);
 	if (site)
 		book_alloc(actor, &function, address, size, hash, site, now);
+	else
+		count(0, COUNTER_SITES_FULL);
 }
 
 /* NULL, or ZERO_SIZE_PTR: no memory. Errors in place of pointers are none either. */

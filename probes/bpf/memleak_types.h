@@ -413,7 +413,7 @@ enum memleak_kernel_probe {
 };
 
 enum memleak_kernel_limits {
-	KERNEL_LEVELS = 4, /* a task, a soft interrupt, an interrupt, an NMI */
+	KERNEL_LEVELS = 8, /* programs on one CPU that others have interrupted */
 	KERNEL_TGIDS = 16, /* processes whose allocations are recorded alone */
 	KERNEL_INNER = 32, /* functions below which pages count elsewhere */
 	KERNEL_INNER_FRAMES = 12, /* how far up such a function is looked for */

@@ -332,10 +332,15 @@ impl Kernel {
         let recently = self.past.front().map(|(_, earlier)| earlier);
         let mut summary = judge(new, &self.at_start, recently, &self.now, blind, &mut reclaimable);
         summary.probe_sets = self.status.iter().map(|s| self.set_state(s)).collect();
-        summary.missed_events = self.tracker.as_ref().and_then(|t| t.run_stats().ok()).map_or(0, |s| s.misses);
+        summary.missed_events = self.missed_events();
         let mut sample = self.process_sample(stacks)?;
         sample.kernel = Some(Arc::new(summary));
         Ok(self.closed.take().into_iter().chain([sample]).collect())
+    }
+
+    /// Events that the kernel kept from the programs.
+    fn missed_events(&self) -> u64 {
+        self.tracker.as_ref().and_then(|t| t.run_stats().ok()).map_or(0, |s| s.misses)
     }
 
     fn set_state(&self, status: &KernelSetStatus) -> SetState {
@@ -367,8 +372,12 @@ impl Kernel {
                 stacks_full: counters.stacks_full,
                 stacks_failed: counters.stacks_failed,
                 threads_full: counters.threads_full,
+                missed_returns: counters.missed_returns,
                 implicit_frees: counters.implicit_frees,
-                ..Losses::default()
+                partial_ranges: counters.partial_ranges,
+                pointers_unreadable: counters.pointers_unreadable,
+                events_dropped: 0,
+                missed_events: self.missed_events(),
             },
             stacks,
             rss_bytes: Some(self.now.kernel_bytes()),

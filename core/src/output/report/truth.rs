@@ -184,6 +184,11 @@ fn explained(losses: &Losses) -> Vec<Loss> {
             "events dropped because the reader was slow",
             "Ends of processes may be noticed late; totals are not affected.",
         ),
+        "missed_events" => (
+            "calls of the kernel not seen: the same program was running on that CPU",
+            "Such allocations are missing, and what such calls freed counts as outstanding until its address is handed out \
+             again.",
+        ),
         _ => ("events lost", "The effect on the totals is not known."),
     };
     let mut kinds: Vec<Loss> = (losses.entries().into_iter().filter(|(_, count)| *count > 0))
@@ -350,6 +355,7 @@ mod tests {
             partial_ranges: 1,
             pointers_unreadable: 1,
             events_dropped: 1,
+            missed_events: 1,
         };
         let explained = explained(&one_each);
         assert_eq!(explained.len(), Losses::default().entries().len());
