@@ -148,6 +148,23 @@ pub struct KernelFilter {
     pub gfp: u64,
     /// Smaller ones are not recorded, bytes.
     pub min_size: u64,
+    /// Only what comes from slab caches whose name is known. The caller chooses among them; a way in that does not tell the
+    /// cache is refused.
+    pub by_cache: bool,
+}
+
+impl KernelFilter {
+    /// Refuses what hands out blocks and does not tell what is asked for: nothing would be shown.
+    fn check(&self, what: &str, tells_cache: bool, tells_gfp: bool) -> Result<(), String> {
+        let untold = match (self.by_cache && !tells_cache, self.gfp != 0 && !tells_gfp) {
+            (true, _) => "the slab cache (kernel.caches)",
+            (_, true) => "the allocation flags (kernel.gfp)",
+            _ => return Ok(()),
+        };
+        Err(format!(
+            "{what} does not tell {untold} on this kernel; use another kernel.backend, or leave the filter out"
+        ))
+    }
 }
 
 /// Most processes in a [`KernelFilter`].

@@ -230,14 +230,6 @@ fn pages_are_counted_exactly_and_once() {
 fn objects_are_told_apart_by_cache() {
     needs!(Feature::Bpf);
     let module = Module::load(&[]);
-    let mut memleak = Memleak::kernel(&["--module", "leakmod", "--probe-set", "kernel-slab"]);
-    module.allocate("cache", 1);
-    let cache = |s: &Snapshot| s.site("leakmod_leak_cache").kernel.as_ref().and_then(|k| k.cache.clone());
-    if cache(&memleak.settled()).is_none() {
-        memleak_tests::skip("no probe here tells the cache (the tracepoint does since Linux 6.1)");
-        return;
-    }
-    drop(memleak);
     let mut memleak = Memleak::kernel(&["--cache", "leakmod_*", "--probe-set", "kernel-slab"]);
     module.allocate("kmalloc", 101);
     module.allocate("cache", 47);
@@ -317,10 +309,13 @@ fn churn_is_no_finding() {
     });
     assert_eq!(alerts_about_the_module(&outcome), [] as [String; 0]);
     let last = outcome.last();
+    let missed = last.process(0).losses.get("missed_events").copied().unwrap_or(0);
     let at = |function: &str, size: u64| {
         let counts = last.at(function);
-        assert_eq!(counts.allocated_count, 25 * 401, "{function}: {:#?}", last.callers());
-        assert_eq!(counts.allocated_bytes, 25 * 401 * size, "{function}");
+        // What the kernel kept from the programs, because they had been preempted there, it says.
+        let missing = (25 * 401_u64).checked_sub(counts.allocated_count).expect("no more than there were");
+        assert!(missing <= missed, "{function}: {missing} missing, {missed} missed: {:#?}", last.callers());
+        assert_eq!(counts.allocated_bytes, counts.allocated_count * size, "{function}");
         let sites = || last.sites.iter().filter(move |s| s.caller() == Some(function));
         let unverifiable = |s: &SiteView| s.kernel.as_ref().is_some_and(|k| k.unverifiable.is_some());
         (counts, sites().all(unverifiable))
@@ -331,12 +326,12 @@ fn churn_is_no_finding() {
         ("leakmod_churn_irq", KMALLOC_BYTES),
     ] {
         let (counts, _) = at(function, size);
-        assert_eq!(counts, Counts::freed(25 * 401, size), "{function}");
+        assert!(counts.outstanding_count <= missed, "{function}: {counts}");
     }
     // Nothing may be left, or it must be said that it cannot be known.
     for (function, size) in [("leakmod_churn_bulk", CACHE_BYTES), ("leakmod_churn_rcu", RCU_BYTES)] {
         let (counts, unverifiable) = at(function, size);
-        assert!(counts == Counts::freed(25 * 401, size) || unverifiable, "{function}: {counts}");
+        assert!(counts.outstanding_count <= missed || unverifiable, "{function}: {counts}");
     }
 }
 

@@ -10,7 +10,8 @@ use std::sync::Arc;
 
 use globset::{Glob, GlobSet, GlobSetBuilder};
 use memleak_probes::kernel::{
-    InnerCode, KernelFilter, KernelOrigin, KernelSetStatus, KernelSettings as ProbeSettings, KernelTracker, MAX_INNER,
+    InnerCode, KernelDomain, KernelFilter, KernelOrigin, KernelSetStatus, KernelSettings as ProbeSettings,
+    KernelTracker, MAX_INNER,
 };
 use memleak_probes::{Attached, Counters, StackEnd, placement::Placement};
 
@@ -112,6 +113,12 @@ impl Kernel {
                 "every probe set of the kernel is switched off ([plugins.NAME] enabled = false)",
             ));
         }
+        // Other memory comes from no cache: all of it would be left out.
+        let has_caches = |p: &Plugin| p.kernel.as_ref().is_some_and(|s| s.spec.domain == KernelDomain::Slab);
+        let plugins: Vec<Plugin> = plugins.into_iter().filter(|p| k.caches.is_empty() || has_caches(p)).collect();
+        if plugins.is_empty() {
+            return Err(Error::config("kernel.caches: no probe set for slab caches is switched on (kernel-slab)"));
+        }
         let flags = GfpFlags::read();
         let symbols = Kallsyms::read();
         let settings = ProbeSettings {
@@ -132,6 +139,9 @@ impl Kernel {
             movable_pages: k.movable_pages,
             cohort: 0,
         };
+        if let Some(why) = symbols.missing().filter(|_| !k.modules.is_empty()) {
+            return Err(Error::config(format!("kernel.modules: no site can be told to belong to a module: {why}")));
+        }
         let at_start = Statistics::read();
         let tracker = KernelTracker::start(&settings)?;
         Ok(Some(Kernel {
@@ -526,7 +536,7 @@ fn filter(k: &KernelSettings, flags: &GfpFlags) -> Result<KernelFilter> {
         })?;
     }
     let cgroup = k.cgroup.as_ref().map(|path| cgroup_id(path)).transpose()?;
-    Ok(KernelFilter { pids: k.pids.clone(), cgroup, gfp, min_size: k.min_size.0 })
+    Ok(KernelFilter { pids: k.pids.clone(), cgroup, gfp, min_size: k.min_size.0, by_cache: !k.caches.is_empty() })
 }
 
 /// Id of a cgroup, which is its folder's inode, and how deep it lies.
@@ -534,6 +544,10 @@ fn cgroup_id(path: &str) -> Result<(u64, u32)> {
     let folder = Path::new("/sys/fs/cgroup").join(path);
     let meta = std::fs::metadata(&folder)
         .map_err(|e| Error::io(format!("failed to find the cgroup {} (kernel.cgroup)", folder.display()), e))?;
+    if !folder.join("cgroup.controllers").exists() {
+        let what = format!("{} is not a cgroup of version 2, which alone the kernel tells apart", folder.display());
+        return Err(Error::config(format!("kernel.cgroup: {what}: name one, or filter by kernel.pids")));
+    }
     Ok((meta.ino(), path.split('/').count() as u32))
 }
 

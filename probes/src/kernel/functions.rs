@@ -4,7 +4,7 @@ use libbpf_rs::skel::OpenSkel;
 use libbpf_rs::{Link, MapCore, MapFlags};
 use std::os::fd::AsFd;
 
-use super::layout::{FunctionLayout, Layouts};
+use super::layout::{FunctionLayout, Layouts, NONE};
 use super::{KernelBackend, KernelFunction, KernelRole, KernelSetSpec, KernelSettings, open};
 use crate::skeleton::kernel_alloc::{KernelAllocSkel, OpenKernelAllocSkel};
 use crate::types::{
@@ -65,7 +65,12 @@ impl Attacher<'_> {
         let mut found = Vec::new();
         for function in set.functions.iter().filter(|f| wanted(f)) {
             match self.find(set, function) {
-                Ok(f) => found.push(f),
+                Ok(f) => {
+                    if f.allocates {
+                        self.settings.filter.check(&f.symbol, true, f.function.gfp != NONE)?;
+                    }
+                    found.push(f);
+                }
                 Err(_) if function.optional => {}
                 Err(why) => return Err(why),
             }

@@ -8,7 +8,7 @@ use super::KernelRole;
 use super::tracepoints::Known;
 use crate::types::{memleak_kernel_layout, memleak_kernel_limits, memleak_kernel_probe as probe};
 
-const NONE: u8 = memleak_kernel_limits::KERNEL_NO_ARGUMENT.0 as u8;
+pub(super) const NONE: u8 = memleak_kernel_limits::KERNEL_NO_ARGUMENT.0 as u8;
 
 /// What a parameter is, as far as it matters here.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -3,8 +3,8 @@
 use libbpf_rs::skel::OpenSkel;
 use libbpf_rs::{Link, ProgramMut};
 
-use super::layout::Layouts;
-use super::{KernelBackend, KernelSetSpec, KernelSettings};
+use super::layout::{Layouts, NONE};
+use super::{KernelBackend, KernelFilter, KernelSetSpec, KernelSettings};
 use crate::skeleton::kernel_alloc::{KernelAllocSkel, OpenKernelAllocSkel};
 use crate::types::{memleak_kernel_layout, memleak_kernel_probe as probe_kind};
 
@@ -20,6 +20,11 @@ pub(super) struct Known {
 impl Known {
     pub(super) fn number(&self) -> usize {
         self.probe.0 as usize
+    }
+
+    /// Its sizes tell the cache.
+    fn is_kmalloc(&self) -> bool {
+        matches!(self.probe, probe_kind::KERNEL_KMALLOC | probe_kind::KERNEL_KMALLOC_NODE)
     }
 
     fn program_in<'a>(&self, skel: &'a KernelAllocSkel<'static>) -> &'a ProgramMut<'a> {
@@ -91,7 +96,7 @@ impl Plan {
     /// Finds where each tracepoint has what.
     pub(super) fn new(settings: &KernelSettings, layouts: &Layouts) -> Self {
         let wanted = settings.backend.is_none_or(|b| b == KernelBackend::Tracepoint);
-        let found = |set| if wanted { plan(set, layouts) } else { Err("not wanted".to_owned()) };
+        let found = |set| if wanted { plan(set, layouts, &settings.filter) } else { Err("not wanted".to_owned()) };
         Plan { sets: settings.sets.iter().map(|set| (set.number, found(set))).collect() }
     }
 
@@ -129,12 +134,18 @@ impl Plan {
     }
 }
 
-fn plan(set: &KernelSetSpec, layouts: &Layouts) -> Result<Vec<Point>, String> {
+fn plan(set: &KernelSetSpec, layouts: &Layouts, filter: &KernelFilter) -> Result<Vec<Point>, String> {
     let mut points = Vec::new();
     for point in &set.tracepoints {
         let known = find(&point.name).ok_or_else(|| format!("there is no program for tracepoint {}", point.name))?;
         match layouts.of(known) {
-            Ok(layout) => points.push((known, layout)),
+            Ok(layout) => {
+                if known.allocates {
+                    let what = format!("tracepoint {}", known.name);
+                    filter.check(&what, known.is_kmalloc() || layout.cache != NONE, layout.gfp != NONE)?;
+                }
+                points.push((known, layout));
+            }
             Err(_) if point.optional => {}
             Err(why) => return Err(why),
         }
