@@ -122,6 +122,10 @@ impl Engine<'_> {
                 self.report_while_running();
             }
             let until = end.map_or(next, |e| e.min(next)) - self.collector.now_s();
+            // The step may have taken longer than what was left, and to follow the targets may take long, too.
+            if stop.is_requested() || end.is_some_and(|e| self.collector.now_s() >= e) {
+                continue;
+            }
             self.collector.poll(Duration::from_secs_f64(until.max(0.0)).min(TICK))?;
             self.follow_processes();
             self.reload_rules();

@@ -174,6 +174,13 @@ impl<'a> Reporter<'a> {
             share if share > 0.0 => format!("; tracing the kernel about {:.1} % of one core", share * 100.0),
             _ => String::new(),
         };
+        if self.config.targets.is_empty() {
+            let allowed = match self.config.kernel.budget {
+                None => "no budget: everything is recorded whatever it costs".to_owned(),
+                Some(part) => format!("budget: {:.0} % of the machine's CPU time", part * 100.0),
+            };
+            return format!("{allowed}{kernel}");
+        }
         let share = if history.time_s() > 0.0 { cost / history.time_s() * 100.0 } else { 0.0 };
         let budget = &self.config.collector.budget;
         let allowed = match budget.share {
