@@ -96,7 +96,10 @@ fn python_functions_are_known_after_the_end() {
 #[test]
 fn functions_of_node_are_named_by_its_growing_perf_map() {
     needs!(Feature::Bpf, Feature::Command("node"));
+    // It leaves a log in its folder.
+    let folder = tempfile::tempdir().expect("a folder can be made");
     let mut node = Command::new("node");
+    node.current_dir(folder.path());
     node.args(["--perf-basic-prof", "--interpreted-frames-native-stack"]).arg(script("shop.js"));
     let mut program = Program::start_command(&mut node);
     let mut memleak = Memleak::watch(program.pid());
