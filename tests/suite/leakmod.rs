@@ -114,7 +114,9 @@ fn assert_counted(snapshot: &Snapshot, expected: &[Expected]) {
         }
     }
     let losses = &snapshot.process(0).losses;
-    assert!(losses.iter().all(|(kind, &n)| n == 0 || kind == "implicit_frees"), "{losses:?}");
+    // Of the whole machine: the kernel keeps events from programs that are preempted (since Linux 7.0).
+    let of_others = ["implicit_frees", "missed_events"];
+    assert!(losses.iter().all(|(kind, &n)| n == 0 || of_others.contains(&kind.as_str())), "{losses:?}");
 }
 
 fn freed(expected: &[Expected]) -> Vec<Expected> {
