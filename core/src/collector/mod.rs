@@ -15,7 +15,7 @@ use crate::governor::{Governor, StopReason};
 use crate::live;
 use crate::plugin::{self, Plugin};
 use crate::process::{self, ProcessStat};
-use crate::python::{Interpreter, PythonCall};
+use crate::python::{Interpreter, PythonCall, Unread};
 use crate::reachability::scanner::Cost;
 use crate::recording::Location;
 use crate::snapshot::{
@@ -205,7 +205,7 @@ pub struct Collector {
     /// Without it stacks are walked by frame pointers.
     unwinder: Option<Unwinder>,
     /// Python interpreters of processes; or why their frames are not read.
-    pythons: HashMap<u32, std::result::Result<Interpreter, String>>,
+    pythons: HashMap<u32, std::result::Result<Interpreter, Unread>>,
     notices: Vec<Notice>,
     scans: scans::Scans,
     /// What tracing may cost, by target.
@@ -349,7 +349,7 @@ impl Collector {
 
     /// Version of the Python interpreter of a process, or why its frames are not read; `None` when it has none.
     pub fn python(&self, instance: u32) -> Option<std::result::Result<&str, &str>> {
-        self.pythons.get(&instance).map(|p| p.as_ref().map(|p| p.version.as_str()).map_err(String::as_str))
+        self.pythons.get(&instance).map(|p| p.as_ref().map(|p| p.version.as_str()).map_err(|e| e.why.as_str()))
     }
 
     /// Fills the site's frames, unless that has been done.
