@@ -476,7 +476,7 @@ impl Collector {
                         self.note_child(instance, child);
                     }
                 }
-                ProcessEvent::Exiting { pid, instance } => self.exiting(pid, instance)?,
+                ProcessEvent::Exiting { pid, instance } => self.exiting(pid, instance),
                 ProcessEvent::Load { instance, .. } => self.loaded(instance),
             }
         }
@@ -876,7 +876,10 @@ impl Collector {
                 unwinder.forget(instance);
             }
             self.pythons.remove(&instance);
-            self.scans.forget(instance);
+            // Its books were started anew while it waited with its exit.
+            if let Some(pid) = self.scans.forget(instance) {
+                self.go_on(pid);
+            }
             self.tracker.forget(instance)?;
             if let Some(watched) = self.watched.remove(&instance)
                 && self.purpose == Purpose::Run
