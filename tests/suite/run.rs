@@ -130,6 +130,16 @@ fn exec_chains_are_followed_and_only_the_end_is_judged() {
     assert_eq!(ends, ["exec", "exec", "exited"]);
 }
 
+// What is kept of a thread must go with it, also when it takes the process over: the table of threads would fill up.
+#[test]
+fn exec_leaves_no_threads_behind() {
+    needs!(Feature::Bpf);
+    let doings: Vec<&str> = std::iter::repeat_n("texec", 24).chain(["leak"]).collect();
+    let (code, report) = run(&["--set", "collector.max_threads=16"], &doings);
+    assert_eq!((code, found(&report, "leak_blocks")), (Some(1), Some((131 * 13, 131))), "{report}");
+    assert_eq!(report["losses"]["threads_full"], 0, "{report}");
+}
+
 // The command's own end is never hidden, and passed on when asked for.
 #[test]
 fn the_commands_own_exit_is_shown_and_can_be_passed_on() {
