@@ -140,6 +140,19 @@ fn exec_leaves_no_threads_behind() {
     assert_eq!(report["losses"]["threads_full"], 0, "{report}");
 }
 
+// A scan that cannot be made must not keep the process: it is stopped, and waits for nothing else.
+#[test]
+fn a_process_ends_when_its_scan_at_exit_fails() {
+    needs!(Feature::Bpf, Feature::Command("prlimit"));
+    // With no file left to memleak, which is the shell's parent, nothing more can be read.
+    let script = "prlimit --pid $PPID --nofile=3; exit 7";
+    let mut command = memleak_command();
+    command.args(["run", "--exit-code", "command", "--", "bash", "-c", script]);
+    let (code, stdout, stderr) = output_within(&mut command);
+    assert!(stderr.contains("what the process held at its exit is not known"), "{code:?} {stdout}{stderr}");
+    assert!(stderr.contains("the command exited with 7"), "{code:?} {stdout}{stderr}");
+}
+
 // The command's own end is never hidden, and passed on when asked for.
 #[test]
 fn the_commands_own_exit_is_shown_and_can_be_passed_on() {
