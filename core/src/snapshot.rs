@@ -292,11 +292,14 @@ pub struct Losses {
     pub pointers_unreadable: u64,
     /// Events for user space that did not fit its ring buffer.
     pub events_dropped: u64,
+    /// Call stacks whose Python functions, or those functions whose names, were not kept: a table was full, or the process
+    /// has too many threads.
+    pub python_lost: u64,
 }
 
 impl Losses {
     /// Name and count of every kind, in the order of the fields.
-    pub fn entries(&self) -> [(&'static str, u64); 10] {
+    pub fn entries(&self) -> [(&'static str, u64); 11] {
         [
             ("outstanding_full", self.outstanding_full),
             ("sites_full", self.sites_full),
@@ -308,6 +311,7 @@ impl Losses {
             ("partial_ranges", self.partial_ranges),
             ("pointers_unreadable", self.pointers_unreadable),
             ("events_dropped", self.events_dropped),
+            ("python_lost", self.python_lost),
         ]
     }
 
@@ -328,6 +332,7 @@ impl Losses {
         self.partial_ranges += other.partial_ranges;
         self.pointers_unreadable += other.pointers_unreadable;
         self.events_dropped += other.events_dropped;
+        self.python_lost += other.python_lost;
     }
 }
 

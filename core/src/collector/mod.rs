@@ -846,6 +846,7 @@ impl Collector {
                     partial_ranges: counters.partial_ranges,
                     pointers_unreadable: counters.pointers_unreadable,
                     events_dropped: counters.events_dropped,
+                    python_lost: counters.python_lost,
                 },
                 rss_bytes: alive.then_some(watched.usage.rss_bytes),
                 rss_anon_bytes: watched.usage.anon_bytes.filter(|_| alive),

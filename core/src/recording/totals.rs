@@ -26,7 +26,7 @@ const PROCESSES_GONE: u64 = 8;
 const KERNEL: u64 = 9;
 
 /// Numbers in a [`ProcessSample`]; a later version appends.
-const COLUMNS: usize = 38;
+const COLUMNS: usize = 39;
 /// Stands for a number that is not known.
 const UNKNOWN: u64 = u64::MAX;
 
@@ -66,6 +66,7 @@ fn columns(sample: &ProcessSample) -> [u64; COLUMNS] {
         partial_ranges,
         pointers_unreadable,
         events_dropped,
+        python_lost,
     } = losses;
     let grown = |of: fn(&Coverage) -> Option<u64>| coverage.as_ref().and_then(of).unwrap_or(UNKNOWN);
     [
@@ -115,6 +116,7 @@ fn columns(sample: &ProcessSample) -> [u64; COLUMNS] {
         *taken,
         *complete,
         u64::from(*by_tables),
+        *python_lost,
     ]
 }
 
@@ -155,6 +157,7 @@ fn process_sample(process: &Arc<Process>, c: &[u64; COLUMNS]) -> ProcessSample {
             partial_ranges: c[18],
             pointers_unreadable: c[19],
             events_dropped: c[20],
+            python_lost: c[38],
         },
         rss_anon_bytes: known(c[24]),
         window_s: known(c[25]).map(f64::from_bits),

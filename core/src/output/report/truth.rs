@@ -184,6 +184,10 @@ fn explained(losses: &Losses) -> Vec<Loss> {
             "events dropped because the reader was slow",
             "Ends of processes may be noticed late; totals are not affected.",
         ),
+        "python_lost" => (
+            "Python functions not recorded: a table was full, or there were more than 512 threads",
+            "Bytes are right, but some sites show the interpreter's C functions or functions without a name.",
+        ),
         _ => ("events lost", "The effect on the totals is not known."),
     };
     let mut kinds: Vec<Loss> = (losses.entries().into_iter().filter(|(_, count)| *count > 0))
@@ -350,6 +354,7 @@ mod tests {
             partial_ranges: 1,
             pointers_unreadable: 1,
             events_dropped: 1,
+            python_lost: 1,
         };
         let explained = explained(&one_each);
         assert_eq!(explained.len(), Losses::default().entries().len());
