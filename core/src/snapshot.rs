@@ -294,11 +294,14 @@ pub struct Losses {
     pub events_dropped: u64,
     /// Calls of the kernel that it kept from our programs, because the same program was running on that CPU.
     pub missed_events: u64,
+    /// Call stacks whose Python functions, or those functions whose names, were not kept: a table was full, or the process
+    /// has too many threads.
+    pub python_lost: u64,
 }
 
 impl Losses {
     /// Name and count of every kind, in the order of the fields.
-    pub fn entries(&self) -> [(&'static str, u64); 11] {
+    pub fn entries(&self) -> [(&'static str, u64); 12] {
         [
             ("outstanding_full", self.outstanding_full),
             ("sites_full", self.sites_full),
@@ -311,6 +314,7 @@ impl Losses {
             ("pointers_unreadable", self.pointers_unreadable),
             ("events_dropped", self.events_dropped),
             ("missed_events", self.missed_events),
+            ("python_lost", self.python_lost),
         ]
     }
 
@@ -332,6 +336,7 @@ impl Losses {
         self.pointers_unreadable += other.pointers_unreadable;
         self.events_dropped += other.events_dropped;
         self.missed_events += other.missed_events;
+        self.python_lost += other.python_lost;
     }
 }
 

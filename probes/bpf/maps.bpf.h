@@ -131,7 +131,7 @@ struct {
 	__type(value, struct memleak_python);
 } python_targets SEC(".maps");
 
-/* Python frames of threads; an entry stays until its thread exits. Full: frames of the interpreter are left out. */
+/* Python frames of threads; an entry stays until its thread exits. Full: COUNTER_PYTHON_LOST. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 1);
@@ -140,7 +140,7 @@ struct {
 	__type(value, struct memleak_python_stack);
 } python_threads SEC(".maps");
 
-/* As `stacks`, for those with Python frames. */
+/* As `stacks`, for those with Python frames. Full: COUNTER_PYTHON_LOST. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 1);
@@ -149,7 +149,7 @@ struct {
 	__type(value, struct memleak_python_stack);
 } python_stacks SEC(".maps");
 
-/* Python functions that were seen in a stack. Full: they have no names. */
+/* Python functions that were seen in a stack. Full: they have no names, COUNTER_PYTHON_LOST. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, MEMLEAK_PYTHON_CODES);

@@ -89,6 +89,8 @@ struct memleak_target {
 	__u32 slot; /* its row in `counters` */
 	__u32 stop_on_load; /* stop the process (SIGSTOP) when its dynamic linker has mapped something */
 	__u32 window; /* number of the period with probes attached: what was pending in an earlier one is stale */
+	__u32 runs_python; /* it is in `python_targets` */
+	__u32 pad;
 	__u64 record_until_ns; /* later allocations are not recorded; 0: all are */
 	struct memleak_range code[MEMLEAK_CODE_RANGES]; /* no first range: not known, everything may be code */
 };
@@ -343,6 +345,7 @@ enum memleak_counter {
 	COUNTER_PARTIAL_RANGES,
 	COUNTER_POINTERS_UNREADABLE,
 	COUNTER_EVENTS_DROPPED,
+	COUNTER_PYTHON_LOST, /* frames or names of Python functions without room, threads beyond PYTHON_THREADS */
 	COUNTER_ALLOCATED_COUNT, /* with sampling: blocks handed out, recorded or not */
 	COUNTER_ALLOCATED_BYTES, /* the same in bytes */
 	COUNTER_HITS_STEPPED, /* of the hits: entries whose instruction the kernel single-steps */

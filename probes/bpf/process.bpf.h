@@ -57,16 +57,39 @@ static __always_inline bool end_watch(u32 tgid, struct memleak_target *out)
 	return true;
 }
 
+/* Drops what is kept of a thread of a watched process. */
+static __always_inline void forget_thread(u64 pid_tgid)
+{
+	struct memleak_thread_key key = { .pid_tgid = pid_tgid };
+	int i;
+
+	for (i = 0; i < MEMLEAK_MAX_DOMAINS; i++) {
+		key.domain = i;
+		bpf_map_delete_elem(&threads, &key);
+	}
+	bpf_map_delete_elem(&python_threads, &pid_tgid);
+}
+
 SEC("raw_tp/sched_process_exec")
-int process_exec(void *ctx)
+int process_exec(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct memleak_target target = {};
-	u32 tgid = current_pid_tgid() >> 32;
+	u64 pid_tgid = current_pid_tgid();
+	u32 tgid = pid_tgid >> 32, old_tid = ctx->args[1];
 	bool watched;
 
 	if (!tgid)
 		return 0;
 	watched = end_watch(tgid, &target);
+	if (watched) {
+		forget_thread(pid_tgid);
+		/*
+		 * Another thread than the first one has taken that one's number over. (In a pid namespace its old number
+		 * there is not known.)
+		 */
+		if (!pidns_ino && old_tid != tgid)
+			forget_thread((u64)tgid << 32 | old_tid);
+	}
 	process_event(PROCESS_EXEC, tgid, watched ? &target : 0, 0, bpf_map_lookup_elem(&launched, &tgid));
 	return 0;
 }
@@ -75,18 +98,13 @@ SEC("raw_tp/sched_process_exit")
 int process_exit(void *ctx)
 {
 	struct task_struct *task = (void *)bpf_get_current_task();
-	struct memleak_thread_key key = { .pid_tgid = current_pid_tgid() };
 	struct memleak_target target = {};
-	u32 tgid = key.pid_tgid >> 32;
-	int i;
+	u64 pid_tgid = current_pid_tgid();
+	u32 tgid = pid_tgid >> 32;
 
 	if (!bpf_map_lookup_elem(&targets, &tgid))
 		return 0;
-	for (i = 0; i < MEMLEAK_MAX_DOMAINS; i++) {
-		key.domain = i;
-		bpf_map_delete_elem(&threads, &key);
-	}
-	bpf_map_delete_elem(&python_threads, &key.pid_tgid);
+	forget_thread(pid_tgid);
 	if (BPF_CORE_READ(task, signal, live.counter) > 0)
 		return 0; /* other threads go on */
 	if (end_watch(tgid, &target))

@@ -10,12 +10,13 @@
 
 #include "maps.bpf.h"
 #include "compat.bpf.h"
+#include "track.bpf.h"
 #include <bpf/bpf_core_read.h>
 
 #if defined(__TARGET_ARCH_x86)
 
-/* Most thread states that are looked at. */
-#define PYTHON_THREADS 64
+/* Most thread states that are looked at; the newest come first. */
+#define PYTHON_THREADS 512
 /* A thread without a state is looked for again after so many calls. */
 #define PYTHON_RETRY 256
 /* Frames that one call of python_some() reads, and calls of it; frames that stand for no function take part in this. */
@@ -31,8 +32,8 @@ static __always_inline u64 python_word(u64 address)
 	return word;
 }
 
-/* The state of the thread whose own data begins at `self`; 0: it has none. */
-__noinline u64 python_thread(u32 instance, u64 self)
+/* The state of the thread whose own data begins at `self`; 0: it has none, or (counted) there are too many. */
+__noinline u64 python_thread(u32 instance, u64 self, u32 slot)
 {
 	const struct memleak_python *python = bpf_map_lookup_elem(&python_targets, &instance);
 	u64 state;
@@ -46,6 +47,8 @@ __noinline u64 python_thread(u32 instance, u64 self)
 			return state;
 		state = python_word(state + python->thread_next);
 	}
+	if (state)
+		count(slot, COUNTER_PYTHON_LOST);
 	return 0;
 }
 
@@ -66,15 +69,21 @@ static __always_inline bool python_copy(void *to, u32 size, u64 from)
 }
 
 /* Takes note of a code object that was not seen before. */
-__noinline int python_code(u32 instance, u64 code, u64 lines)
+__noinline int python_code(u32 instance, u64 code, u64 lines, u32 slot)
 {
 	const struct memleak_python *python = bpf_map_lookup_elem(&python_targets, &instance);
 	struct memleak_python_code_key key = { .code = code, .lines = lines, .instance = instance };
 	struct memleak_python_code *info;
 	u32 got = 0;
 
-	if (!python || bpf_map_update_elem(&python_codes, &key, &empty_python_code, BPF_NOEXIST))
+	if (!python)
 		return 0;
+	if (bpf_map_update_elem(&python_codes, &key, &empty_python_code, BPF_NOEXIST)) {
+		/* Another thread may have come first. */
+		if (!bpf_map_lookup_elem(&python_codes, &key))
+			count(slot, COUNTER_PYTHON_LOST);
+		return 0;
+	}
 	info = bpf_map_lookup_elem(&python_codes, &key);
 	if (!info)
 		return 0;
@@ -91,7 +100,7 @@ __noinline int python_code(u32 instance, u64 code, u64 lines)
 }
 
 /* Reads a few frames; returns 0 when there are no more. */
-__noinline int python_some(u64 pid_tgid, u32 instance)
+__noinline int python_some(u64 pid_tgid, u32 instance, u32 slot)
 {
 	const struct memleak_python *python = bpf_map_lookup_elem(&python_targets, &instance);
 	struct memleak_python_stack *stack = bpf_map_lookup_elem(&python_threads, &pid_tgid);
@@ -137,28 +146,35 @@ __noinline int python_some(u64 pid_tgid, u32 instance)
 		stack->hash = (stack->hash ^ frame->code ^ frame->lines) * 0xff51afd7ed558ccdULL;
 		stack->hash = (stack->hash ^ stack->hash >> 32 ^ frame->instruction) * 0x9e3779b97f4a7c15ULL;
 		if (!bpf_map_lookup_elem(&python_codes, &key))
-			python_code(instance, key.code, key.lines);
+			python_code(instance, key.code, key.lines, slot);
 	}
 	return 1;
 }
 
 /* Reads the Python frames of the current thread into `python_threads`; returns a hash of them, 0 without any. */
-static __always_inline u64 python_walk(u64 pid_tgid, u32 instance)
+static __always_inline u64 python_walk(struct memleak_actor *actor)
 {
-	const struct memleak_python *python = bpf_map_lookup_elem(&python_targets, &instance);
+	u64 pid_tgid = actor->pid_tgid;
+	const struct memleak_python *python;
 	struct task_struct *task = (void *)bpf_get_current_task();
 	struct memleak_python_stack *stack;
 	u64 self, next;
 	u32 i;
 
+	/* Most processes run none, and a look into their own entry costs nothing. */
+	if (!actor->target->runs_python)
+		return 0;
+	python = bpf_map_lookup_elem(&python_targets, &actor->instance);
 	if (!python)
 		return 0;
 	stack = bpf_map_lookup_elem(&python_threads, &pid_tgid);
 	if (!stack) {
 		bpf_map_update_elem(&python_threads, &pid_tgid, &empty_python_stack, BPF_NOEXIST);
 		stack = bpf_map_lookup_elem(&python_threads, &pid_tgid);
-		if (!stack)
+		if (!stack) {
+			count(actor->slot, COUNTER_PYTHON_LOST);
 			return 0;
+		}
 	}
 	stack->count = 0;
 	stack->cut = 0;
@@ -169,7 +185,7 @@ static __always_inline u64 python_walk(u64 pid_tgid, u32 instance)
 			stack->retry--;
 			return 0;
 		}
-		stack->thread = python_thread(instance, self);
+		stack->thread = python_thread(actor->instance, self, actor->slot);
 		if (!stack->thread) {
 			stack->retry = PYTHON_RETRY;
 			return 0;
@@ -180,13 +196,13 @@ static __always_inline u64 python_walk(u64 pid_tgid, u32 instance)
 		next = python_word(next + python->frame_holder);
 	stack->next = next;
 	for (i = 0; i < PYTHON_CALLS; i++)
-		if (!python_some(pid_tgid, instance))
+		if (!python_some(pid_tgid, actor->instance, actor->slot))
 			break;
 	return stack->count ? stack->hash | 1 : 0;
 }
 
 /* Keeps the frames that python_walk() has read for the stack of a site, if that is new. */
-__noinline int python_keep(u64 pid_tgid, u64 hash, u32 instance, u32 probe_set)
+__noinline int python_keep(u64 pid_tgid, u64 hash, u32 instance, u32 probe_set, u32 slot)
 {
 	struct memleak_site_key key = { .stack = hash, .instance = instance, .probe_set = probe_set };
 	struct memleak_python_stack *stack;
@@ -194,19 +210,20 @@ __noinline int python_keep(u64 pid_tgid, u64 hash, u32 instance, u32 probe_set)
 	if (bpf_map_lookup_elem(&sites, &key))
 		return 0;
 	stack = bpf_map_lookup_elem(&python_threads, &pid_tgid);
-	if (stack)
-		bpf_map_update_elem(&python_stacks, &key, stack, BPF_NOEXIST);
+	if (stack && bpf_map_update_elem(&python_stacks, &key, stack, BPF_NOEXIST) &&
+	    !bpf_map_lookup_elem(&python_stacks, &key))
+		count(slot, COUNTER_PYTHON_LOST);
 	return 0;
 }
 
 #else
 
 /* Elsewhere a thread's own data is found in other ways. */
-static __always_inline u64 python_walk(u64 pid_tgid, u32 instance)
+static __always_inline u64 python_walk(struct memleak_actor *actor)
 {
 	return 0;
 }
-static __always_inline int python_keep(u64 pid_tgid, u64 hash, u32 instance, u32 probe_set)
+static __always_inline int python_keep(u64 pid_tgid, u64 hash, u32 instance, u32 probe_set, u32 slot)
 {
 	return 0;
 }

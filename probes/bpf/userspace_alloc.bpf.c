@@ -135,12 +135,12 @@ static __always_inline u64 take_stack(struct pt_regs *ctx, struct memleak_actor 
 {
 	bool by_tables = walk(ctx, actor, thread, sp, caller, function, loop);
 	u64 hash = hash_stack(actor->target, &thread->stack, !by_tables);
-	u64 python = python_walk(actor->pid_tgid, actor->instance);
+	u64 python = python_walk(actor);
 
 	if (!python)
 		return hash;
 	hash = (hash ^ python) * 0xff51afd7ed558ccdULL;
-	python_keep(actor->pid_tgid, hash, actor->instance, function->probe_set);
+	python_keep(actor->pid_tgid, hash, actor->instance, function->probe_set, actor->slot);
 	return hash;
 }
 

@@ -8,18 +8,27 @@ use std::fs::File;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use object::read::elf::{Dyn, FileHeader, ProgramHeader, SectionHeader, Sym};
-use object::read::{ReadCache, ReadRef, StringTable};
+use object::read::elf::{Dyn, FileHeader, ProgramHeader, SectionHeader, SectionTable, Sym};
+use object::read::{ReadCache, ReadRef, SectionIndex, StringTable};
 use object::{Endianness, elf};
 
 use crate::{Error, ErrorKind, Result};
 
 /// Symbol tables with more entries than this are refused (the largest known executables have some 5 million).
 const MAX_SYMBOLS: usize = 20_000_000;
+/// The same for tables that are searched for variables (a Python library has some 2,000 symbols).
+const MAX_VARIABLES: usize = 1_000_000;
+/// Tables of names are refused that are longer than so many bytes for each of the most symbols.
+const NAME_BYTES: usize = 64;
+/// More sections are none (programs have some 40).
+const MAX_SECTIONS: u32 = 65_536;
 /// Sections that only the Go linker makes.
 const GO_SECTIONS: [&[u8]; 2] = [b".note.go.buildid", b".gopclntab"];
 /// A function's code is read up to this size for placement.
 const MAX_CODE: u64 = 64 * 1024;
+
+type Header = elf::FileHeader64<Endianness>;
+type Sections<'a, R> = SectionTable<'a, Header, R>;
 
 /// A function in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,27 +100,65 @@ pub(crate) fn read_file<T>(path: &Path, read: impl FnOnce(&ReadCache<File>) -> o
 /// # Errors
 /// As [`read_symbols`].
 pub fn read_variables(path: &Path, names: &[&str]) -> Result<HashMap<String, u64>> {
-    read_file(path, |data| {
-        let header = elf::FileHeader64::<Endianness>::parse(data)?;
-        let endian = header.endian()?;
-        let table = header.sections(endian, data)?.symbols(endian, data, elf::SHT_DYNSYM)?;
-        let mut found = HashMap::new();
-        for symbol in table.iter().take(MAX_SYMBOLS) {
-            if symbol.st_type() == elf::STT_OBJECT
-                && !symbol.is_undefined(endian)
-                && let Some(name) = names.iter().find(|n| symbol.name(endian, table.strings()) == Ok(n.as_bytes()))
-            {
-                found.insert((*name).to_owned(), symbol.st_value(endian));
-            }
+    read_file(path, |data| find_variables(data, names))
+}
+
+fn find_variables<'a, R: ReadRef<'a>>(data: R, names: &[&str]) -> object::read::Result<HashMap<String, u64>> {
+    let header = elf::FileHeader64::<Endianness>::parse(data)?;
+    let endian = header.endian()?;
+    let mut found = HashMap::new();
+    let sections = sections_of(header, endian, data)?;
+    let Some((symbols, strings)) = symbols_of(&sections, endian, data, elf::SHT_DYNSYM, MAX_VARIABLES)? else {
+        return Ok(found);
+    };
+    for symbol in symbols.iter().filter(|s| s.st_type() == elf::STT_OBJECT && !s.is_undefined(endian)) {
+        let Ok(name) = symbol.name(endian, strings) else { continue };
+        if let Some(name) = names.iter().find(|n| n.as_bytes() == name) {
+            found.insert((*name).to_owned(), symbol.st_value(endian));
         }
-        Ok(found)
-    })
+    }
+    Ok(found)
+}
+
+/// The table of sections; as if there were none when it is larger than one can be.
+fn sections_of<'a, R: ReadRef<'a>>(
+    header: &Header,
+    endian: Endianness,
+    data: R,
+) -> object::read::Result<Sections<'a, R>> {
+    if header.shnum(endian, data)? > MAX_SECTIONS {
+        return Ok(Sections::default());
+    }
+    header.sections(endian, data)
+}
+
+/// A symbol table and its strings, each read at once: name by name, each would be read and kept for itself. `None` without
+/// symbols, and when it has more than `most` or longer names than so many could have.
+fn symbols_of<'a, R: ReadRef<'a>>(
+    sections: &Sections<'a, R>,
+    endian: Endianness,
+    data: R,
+    kind: elf::SectionType,
+    most: usize,
+) -> object::read::Result<Option<(&'a [elf::Sym64<Endianness>], StringTable<'a>)>> {
+    let Some(section) = sections.iter().find(|s| s.sh_type(endian) == kind) else { return Ok(None) };
+    let strings = sections.section(SectionIndex(section.sh_link(endian) as usize))?;
+    let is_long = |section: &elf::SectionHeader64<Endianness>, each: usize| {
+        section.sh_size(endian) > most.saturating_mul(each) as u64
+    };
+    // A sparse file may be larger than memory: what it says must be checked before it is read.
+    if is_long(section, size_of::<elf::Sym64<Endianness>>()) || is_long(strings, NAME_BYTES) {
+        return Ok(None);
+    }
+    let symbols: &[elf::Sym64<Endianness>] = section.data_as_array(endian, data)?;
+    let strings = strings.data(endian, data)?;
+    Ok((!symbols.is_empty()).then(|| (symbols, StringTable::new(strings, 0, strings.len() as u64))))
 }
 
 fn read_dynamic_name<'a, R: ReadRef<'a>>(data: R) -> object::read::Result<Option<String>> {
     let header = elf::FileHeader64::<Endianness>::parse(data)?;
     let endian = header.endian()?;
-    let sections = header.sections(endian, data)?;
+    let sections = sections_of(header, endian, data)?;
     for section in sections.iter() {
         let Some((dynamic, link)) = section.dynamic(endian, data)? else { continue };
         let strings = sections.strings(endian, data, link)?;
@@ -125,7 +172,7 @@ fn read_dynamic_name<'a, R: ReadRef<'a>>(data: R) -> object::read::Result<Option
 fn read_functions<'a, R: ReadRef<'a>>(data: R, names: &[&str]) -> object::read::Result<Symbols> {
     let header = elf::FileHeader64::<Endianness>::parse(data)?;
     let endian = header.endian()?;
-    let sections = header.sections(endian, data)?;
+    let sections = sections_of(header, endian, data)?;
     let go = sections.iter().any(|s| sections.section_name(endian, s).is_ok_and(|name| GO_SECTIONS.contains(&name)));
     let mut out = Symbols { stripped: true, go, ..Symbols::default() };
     add_functions(&mut out, data, data, names)?;
@@ -143,17 +190,11 @@ fn add_functions<'a, 'b, R: ReadRef<'a>, T: ReadRef<'b>>(
     let segments = code.program_headers(code.endian()?, data)?;
     let header = elf::FileHeader64::<Endianness>::parse(tables)?;
     let endian = header.endian()?;
-    let sections = header.sections(endian, tables)?;
+    let sections = sections_of(header, endian, tables)?;
     let wanted: HashSet<&[u8]> = names.iter().map(|n| n.as_bytes()).collect();
     for kind in [elf::SHT_DYNSYM, elf::SHT_SYMTAB] {
-        let table = sections.symbols(endian, tables, kind)?;
-        if table.is_empty() || table.len() > MAX_SYMBOLS {
-            continue;
-        }
-        // All names at once: one by one, each would be read and kept for itself.
-        let strings = sections.section(table.string_section())?.data(endian, tables)?;
-        let strings = StringTable::new(strings, 0, strings.len() as u64);
-        for symbol in table.iter() {
+        let Some((symbols, strings)) = symbols_of(&sections, endian, tables, kind, MAX_SYMBOLS)? else { continue };
+        for symbol in symbols {
             if symbol.is_undefined(endian) || symbol.st_type() != elf::STT_FUNC || symbol.st_value(endian) == 0 {
                 continue;
             }
@@ -234,6 +275,27 @@ mod tests {
         assert!(!own.go);
     }
 
+    /// A sparse file costs nothing and says that it has more symbols than there is memory.
+    #[test]
+    fn tables_beyond_all_reason_are_not_read() {
+        let mut file = std::fs::read("/proc/self/exe").unwrap();
+        let names = ["main"];
+        let before = read_functions(file.as_slice(), &names).unwrap();
+        assert!(!before.stripped && before.functions.contains_key("main"));
+        let word = |at: usize| u64::from_le_bytes(file[at..at + 8].try_into().unwrap()) as usize;
+        let (table, count) = (word(40), usize::from(u16::from_le_bytes([file[60], file[61]])));
+        for section in 0..count {
+            let at = table + section * 64;
+            let kind = u32::from_le_bytes(file[at + 4..at + 8].try_into().unwrap());
+            if kind == elf::SHT_SYMTAB.0 || kind == elf::SHT_DYNSYM.0 {
+                file[at + 32..at + 40].copy_from_slice(&(24 * 20_000_001_u64).to_le_bytes());
+            }
+        }
+        // Read, it would be an error: the file is not that large.
+        assert!(read_functions(file.as_slice(), &names).unwrap().stripped);
+        assert!(find_variables(file.as_slice(), &names).unwrap().is_empty());
+    }
+
     /// Truncated and scribbled ELF files are errors or empty results, never panics.
     #[test]
     fn damaged_files_do_not_panic() {
@@ -246,6 +308,7 @@ mod tests {
             scribbled[at] ^= 0xff;
             let _ = read_functions(scribbled.as_slice(), &["main"]);
             let _ = read_dynamic_name(scribbled.as_slice());
+            let _ = find_variables(scribbled.as_slice(), &["main"]);
             scribbled[at] ^= 0xff;
         }
     }

@@ -214,6 +214,7 @@ pub struct Counters {
     pub partial_ranges: u64,
     pub pointers_unreadable: u64,
     pub events_dropped: u64,
+    pub python_lost: u64,
     pub allocated_count: u64,
     pub allocated_bytes: u64,
 }
@@ -313,6 +314,7 @@ pub(crate) fn read_counters(map: &dyn MapCore, slot: u32) -> Result<Counters> {
         partial_ranges: get(counter::COUNTER_PARTIAL_RANGES),
         pointers_unreadable: get(counter::COUNTER_POINTERS_UNREADABLE),
         events_dropped: get(counter::COUNTER_EVENTS_DROPPED),
+        python_lost: get(counter::COUNTER_PYTHON_LOST),
         allocated_count: get(counter::COUNTER_ALLOCATED_COUNT),
         allocated_bytes: get(counter::COUNTER_ALLOCATED_BYTES),
     })

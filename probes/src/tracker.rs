@@ -71,6 +71,7 @@ struct Target {
     /// Probes are attached; else they wait for a window.
     attached: bool,
     window: u32,
+    runs_python: bool,
     record_until_ns: u64,
     code: [memleak_range; CODE_RANGES],
 }
@@ -219,6 +220,7 @@ impl Tracker {
             plans: HashMap::new(),
             attached: true,
             window: 0,
+            runs_python: false,
             record_until_ns: 0,
             code: [memleak_range::default(); CODE_RANGES],
         };
@@ -291,7 +293,11 @@ impl Tracker {
     pub fn set_python(&mut self, instance: u32, layout: &python::Layout) -> Result<()> {
         (self.skel.maps.python_targets)
             .update(&instance.to_ne_bytes(), bytes_of(&layout.to_raw()), MapFlags::ANY)
-            .map_err(|e| Error::bpf("say where Python keeps its frames", &e))
+            .map_err(|e| Error::bpf("say where Python keeps its frames", &e))?;
+        if let Some(target) = self.targets.get_mut(&instance) {
+            target.runs_python = true;
+        }
+        self.write_target(instance)
     }
 
     /// The Python frames of a stack, innermost first, and whether there were more; `None` when it has none. As
@@ -322,6 +328,8 @@ impl Tracker {
             slot: target.slot,
             stop_on_load: target.stop_on_load.into(),
             window: target.window,
+            runs_python: target.runs_python.into(),
+            pad: 0,
             record_until_ns: target.record_until_ns,
             code: target.code,
         };

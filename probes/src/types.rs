@@ -60,7 +60,7 @@ macro_rules! plain {
 plain! {
     memleak_block: 3 * 8,
     memleak_block_key: 8 + 2 * 4,
-    memleak_counters: 17 * 8 + 8,
+    memleak_counters: 18 * 8 + 8,
     memleak_event: 5 * 8 + 6 * 4 + 16,
     memleak_function: 2 * 4 + 8 + 4 * 16 + 2 * 8 + 2 * 4,
     memleak_kernel_function: 2 * 4 + 8,
@@ -77,7 +77,7 @@ plain! {
     memleak_site: 10 * 8 + 16 * COHORTS + 8 * LIFETIME_CLASSES,
     memleak_site_key: 8 + 2 * 4,
     memleak_stack: 4 * 4 + 8 * (MAX_FRAMES + 1),
-    memleak_target: 4 * 4 + 8 + 16 * CODE_RANGES,
+    memleak_target: 6 * 4 + 8 + 16 * CODE_RANGES,
     memleak_unwind_row: 4 + 2 + 2,
     memleak_unwind_segment: 8 + 2 * 4 + 2 * 2 + 4,
     memleak_unwind_map: 8 + 1024 * 24,

@@ -8,6 +8,7 @@
  *   fork        three children that lose 11 blocks of 37 bytes each and end at once
  *   vfork       /bin/true by vfork and exec
  *   exec        runs itself again with the remaining arguments
+ *   texec       the same from another thread, which allocates before
  *   daemon      a grandchild that detaches itself, loses 17 blocks of 71 bytes and stays for a minute
  *   short       a grandchild that detaches itself, loses 17 blocks of 71 bytes and ends after half a second
  *   exit3       exit code 3;  _exit: no handlers;  crash: SIGSEGV
@@ -117,6 +118,23 @@ static void daemonize(unsigned int stays_ms)
 	_exit(0);
 }
 
+static void *run_again(void *arguments)
+{
+	free(keep(malloc(43)));
+	execv("/proc/self/exe", arguments);
+	abort();
+}
+
+static void exec_from_thread(char **arguments)
+{
+	pthread_t thread;
+
+	if (pthread_create(&thread, NULL, run_again, arguments))
+		abort();
+	pthread_join(thread, NULL);
+	abort();
+}
+
 int main(int argc, char **argv)
 {
 	for (int i = 1; i < argc; i++) {
@@ -139,6 +157,9 @@ int main(int argc, char **argv)
 			argv[i] = argv[0];
 			execv("/proc/self/exe", argv + i);
 			abort();
+		} else if (!strcmp(what, "texec")) {
+			argv[i] = argv[0];
+			exec_from_thread(argv + i);
 		} else if (!strcmp(what, "daemon")) {
 			daemonize(60 * 1000);
 		} else if (!strcmp(what, "short")) {

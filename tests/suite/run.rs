@@ -130,6 +130,29 @@ fn exec_chains_are_followed_and_only_the_end_is_judged() {
     assert_eq!(ends, ["exec", "exec", "exited"]);
 }
 
+// What is kept of a thread must go with it, also when it takes the process over: the table of threads would fill up.
+#[test]
+fn exec_leaves_no_threads_behind() {
+    needs!(Feature::Bpf);
+    let doings: Vec<&str> = std::iter::repeat_n("texec", 24).chain(["leak"]).collect();
+    let (code, report) = run(&["--set", "collector.max_threads=16"], &doings);
+    assert_eq!((code, found(&report, "leak_blocks")), (Some(1), Some((131 * 13, 131))), "{report}");
+    assert_eq!(report["losses"]["threads_full"], 0, "{report}");
+}
+
+// A scan that cannot be made must not keep the process: it is stopped, and waits for nothing else.
+#[test]
+fn a_process_ends_when_its_scan_at_exit_fails() {
+    needs!(Feature::Bpf, Feature::Command("prlimit"));
+    // With no file left to memleak, which is the shell's parent, nothing more can be read.
+    let script = "prlimit --pid $PPID --nofile=3; exit 7";
+    let mut command = memleak_command();
+    command.args(["run", "--exit-code", "command", "--", "bash", "-c", script]);
+    let (code, stdout, stderr) = output_within(&mut command);
+    assert!(stderr.contains("what the process held at its exit is not known"), "{code:?} {stdout}{stderr}");
+    assert!(stderr.contains("the command exited with 7"), "{code:?} {stdout}{stderr}");
+}
+
 // The command's own end is never hidden, and passed on when asked for.
 #[test]
 fn the_commands_own_exit_is_shown_and_can_be_passed_on() {

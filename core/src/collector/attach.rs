@@ -12,7 +12,7 @@ use super::{Collector, Life, Purpose, Watched};
 use crate::maps::{Backing, FileId, Mapping, Maps, open_mapped};
 use crate::plugin::{Facts, Plugin};
 use crate::process::ProcDir;
-use crate::python::Interpreter;
+use crate::python::{Interpreter, Unread};
 use crate::symbolize::{self, debug_file};
 use crate::{Error, Result};
 
@@ -62,6 +62,9 @@ struct Known {
 
 /// How long probes wait for the unwind tables of a process, seconds. Chromium's take two.
 pub(super) const WAIT_FOR_TABLES_S: f64 = 5.0;
+
+/// How often a Python interpreter is looked for whose frames cannot be read: each time reads its symbols.
+const PYTHON_TRIES: u32 = 4;
 
 /// Most files that are remembered; beyond it the caches start anew.
 const MAX_FILES: usize = 16_384;
@@ -117,9 +120,11 @@ impl Collector {
 
     /// Has the frames of a Python interpreter read, if the process has mapped one.
     fn look_for_python(&mut self, instance: u32, dir: &ProcDir, maps: &Maps) {
-        if matches!(self.pythons.get(&instance), Some(Ok(_))) {
-            return;
-        }
+        let tries = match self.pythons.get(&instance) {
+            None => 0,
+            Some(Err(unread)) if unread.tries < PYTHON_TRIES => unread.tries,
+            _ => return,
+        };
         let found = Interpreter::find(dir, maps).transpose().map(|found| {
             let python = found.map_err(|e| format!("{e:#}"))?;
             let tracker = self.tracker.get_mut().map_err(|e| e.to_string())?;
@@ -127,10 +132,10 @@ impl Collector {
             Ok(python)
         });
         if let Some(found) = found {
-            if let Err(e) = &found {
-                tracing::debug!(pid = dir.pid(), "no Python functions in call stacks: {e}");
+            if let Err(why) = &found {
+                tracing::debug!(pid = dir.pid(), "no Python functions in call stacks: {why}");
             }
-            self.pythons.insert(instance, found);
+            self.pythons.insert(instance, found.map_err(|why| Unread { why, tries: tries + 1 }));
         }
     }
 

@@ -48,28 +48,36 @@ impl Collector {
         self.ended.remove(&instance)
     }
 
-    /// A process has called `exit()` and is stopped.
-    pub(super) fn exiting(&mut self, pid: u32, instance: u32) -> Result<()> {
-        // A handler that calls exit() again changes nothing: the first call is the one.
-        if self.watched.get(&instance).is_some_and(|w| w.ended.before_handlers.is_none()) {
-            let mine = self.tracker.get()?.read_sites()?.into_iter().filter(|(key, _)| key.instance == instance);
-            let totals: HashMap<SiteKey, Totals> = mine
-                .map(|(key, totals)| {
-                    let key = SiteKey { instance, probe_set: key.probe_set, stack: key.stack };
-                    (key, to_totals(&totals))
-                })
-                .filter(|(_, totals)| totals.outstanding_count() > 0)
-                .collect();
-            let holds = !totals.is_empty();
-            if let Some(watched) = self.watched.get_mut(&instance) {
-                watched.ended.before_handlers = Some(totals);
-            }
-            if holds && self.scan_exiting(instance)? {
-                return Ok(());
-            }
+    /// A process has called `exit()` and is stopped. Whatever goes wrong, it must not stay so.
+    pub(super) fn exiting(&mut self, pid: u32, instance: u32) {
+        let waits = self.look_at_exit(instance).unwrap_or_else(|e| {
+            tracing::warn!(pid, "what the process held at its exit is not known in full: {e:#}");
+            false
+        });
+        if !waits {
+            self.go_on(pid);
         }
-        self.go_on(pid);
-        Ok(())
+    }
+
+    /// Takes note of what a process holds that has called `exit()`; true when it must wait for a scan.
+    fn look_at_exit(&mut self, instance: u32) -> Result<bool> {
+        // A handler that calls exit() again changes nothing: the first call is the one.
+        if self.watched.get(&instance).is_none_or(|w| w.ended.before_handlers.is_some()) {
+            return Ok(false);
+        }
+        let mine = self.tracker.get()?.read_sites()?.into_iter().filter(|(key, _)| key.instance == instance);
+        let totals: HashMap<SiteKey, Totals> = mine
+            .map(|(key, totals)| {
+                let key = SiteKey { instance, probe_set: key.probe_set, stack: key.stack };
+                (key, to_totals(&totals))
+            })
+            .filter(|(_, totals)| totals.outstanding_count() > 0)
+            .collect();
+        let holds = !totals.is_empty();
+        if let Some(watched) = self.watched.get_mut(&instance) {
+            watched.ended.before_handlers = Some(totals);
+        }
+        if holds { self.scan_exiting(instance) } else { Ok(false) }
     }
 }
 

@@ -388,6 +388,7 @@ impl Kernel {
                 pointers_unreadable: counters.pointers_unreadable,
                 events_dropped: 0,
                 missed_events: self.missed_events(),
+                python_lost: 0,
             },
             stacks,
             rss_bytes: Some(self.now.kernel_bytes()),

@@ -15,7 +15,7 @@ use crate::governor::{Governor, StopReason};
 use crate::live;
 use crate::plugin::{self, Plugin};
 use crate::process::{self, ProcessStat};
-use crate::python::{Interpreter, PythonCall};
+use crate::python::{Interpreter, PythonCall, Unread};
 use crate::reachability::scanner::Cost;
 use crate::recording::Location;
 use crate::snapshot::{
@@ -207,7 +207,7 @@ pub struct Collector {
     /// Without it stacks are walked by frame pointers.
     unwinder: Option<Unwinder>,
     /// Python interpreters of processes; or why their frames are not read.
-    pythons: HashMap<u32, std::result::Result<Interpreter, String>>,
+    pythons: HashMap<u32, std::result::Result<Interpreter, Unread>>,
     notices: Vec<Notice>,
     scans: scans::Scans,
     /// What tracing may cost, by target.
@@ -362,7 +362,7 @@ impl Collector {
 
     /// Version of the Python interpreter of a process, or why its frames are not read; `None` when it has none.
     pub fn python(&self, instance: u32) -> Option<std::result::Result<&str, &str>> {
-        self.pythons.get(&instance).map(|p| p.as_ref().map(|p| p.version.as_str()).map_err(String::as_str))
+        self.pythons.get(&instance).map(|p| p.as_ref().map(|p| p.version.as_str()).map_err(|e| e.why.as_str()))
     }
 
     /// Fills the site's frames, unless that has been done.
@@ -493,7 +493,7 @@ impl Collector {
                         self.note_child(instance, child);
                     }
                 }
-                ProcessEvent::Exiting { pid, instance } => self.exiting(pid, instance)?,
+                ProcessEvent::Exiting { pid, instance } => self.exiting(pid, instance),
                 ProcessEvent::Load { instance, .. } => self.loaded(instance),
             }
         }
@@ -870,6 +870,7 @@ impl Collector {
                     pointers_unreadable: counters.pointers_unreadable,
                     events_dropped: counters.events_dropped,
                     missed_events: 0,
+                    python_lost: counters.python_lost,
                 },
                 rss_bytes: alive.then_some(watched.usage.rss_bytes),
                 rss_anon_bytes: watched.usage.anon_bytes.filter(|_| alive),
@@ -900,7 +901,10 @@ impl Collector {
                 unwinder.forget(instance);
             }
             self.pythons.remove(&instance);
-            self.scans.forget(instance);
+            // Its books were started anew while it waited with its exit.
+            if let Some(pid) = self.scans.forget(instance) {
+                self.go_on(pid);
+            }
             self.tracker.get_mut()?.forget(instance)?;
             if let Some(watched) = self.watched.remove(&instance)
                 && self.purpose == Purpose::Run

@@ -46,12 +46,17 @@ impl Scans {
         self.sites.get(&key).map(Arc::clone)
     }
 
-    /// Forgets an instance.
-    pub(super) fn forget(&mut self, instance: u32) {
+    /// Forgets an instance; the process id when it waits with its exit and must be let go on.
+    pub(super) fn forget(&mut self, instance: u32) -> Option<u32> {
         self.service.forget(instance);
-        self.exits.remove(&instance);
         self.sites.retain(|key, _| key.instance != instance);
         self.ended_s.remove(&instance);
+        self.exits.remove(&instance).map(|(pid, _)| pid)
+    }
+
+    /// Whether a process waits with its exit.
+    pub(super) fn is_exiting(&self, instance: u32) -> bool {
+        self.exits.contains_key(&instance)
     }
 }
 
@@ -138,17 +143,17 @@ impl Collector {
         };
         let pid = watched.process.pid;
         let subject = self.subject(instance, &watched.process, Vec::new());
-        self.scans.exits.insert(instance, (pid, self.now_s()));
         self.scans.service.start(subject, self.tracker.get()?.block_reader()?, options)?;
+        self.scans.exits.insert(instance, (pid, self.now_s()));
         Ok(true)
     }
 
-    /// Whether a process waits with its exit.
+    /// Whether any process waits with its exit.
     pub(super) fn exit_waits(&self) -> bool {
         !self.scans.exits.is_empty()
     }
 
-    /// Lets processes whose scan has ended exit.
+    /// Lets processes whose scan has ended exit, also when its results cannot be taken in.
     pub(super) fn end_exit_scans(&mut self) -> Result<()> {
         if self.scans.exits.is_empty() {
             return Ok(());
@@ -159,14 +164,14 @@ impl Collector {
                 self.scans.service.cancel(*instance);
             }
         }
-        self.take_scans()?;
+        let taken = self.take_scans();
         let running: HashSet<u32> =
             self.scans.exits.keys().copied().filter(|i| self.scans.service.is_running(*i)).collect();
         let over: Vec<u32> =
             self.scans.exits.iter().filter(|(i, _)| !running.contains(*i)).map(|(_, (pid, _))| *pid).collect();
         self.scans.exits.retain(|instance, _| running.contains(instance));
         over.into_iter().for_each(|pid| self.go_on(pid));
-        Ok(())
+        taken
     }
 
     fn subject(&self, instance: u32, process: &Process, suspects: Vec<SiteKey>) -> Subject {
@@ -236,5 +241,19 @@ impl Collector {
             });
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// When the books of a process are started anew while it waits, nobody else remembers that it is stopped.
+    #[test]
+    fn who_waits_with_its_exit_is_told_when_forgotten() {
+        let mut scans = Scans::new(ReachabilitySettings::default());
+        scans.exits.insert(7, (4711, 0.0));
+        assert!(scans.is_exiting(7) && !scans.is_exiting(8));
+        assert_eq!((scans.forget(8), scans.forget(7), scans.forget(7)), (None, Some(4711), None));
     }
 }

@@ -40,6 +40,10 @@ impl Collector {
         let waited_s = process::waited_s();
         let mut actions = Vec::new();
         for (instance, watched) in self.watched.iter_mut().filter(|(_, w)| w.life == Life::Running) {
+            // It is stopped, and another mode would throw away what its scan is about. A window must be closed all the same.
+            if watched.governor.is_exact() && self.scans.is_exiting(*instance) {
+                continue;
+            }
             let counters = tracker.read_counters(*instance)?;
             let reading = Reading {
                 now_s,

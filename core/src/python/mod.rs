@@ -31,8 +31,10 @@ use objects::Strings;
 
 /// Most functions of a process that are remembered.
 const MAX_CODES: usize = 65_536;
-/// Longest line table that is read of a process, bytes.
-const MAX_LINES: usize = 1 << 20;
+/// Longest line table that is read of a process, bytes: that of a function of some 10,000 lines.
+const MAX_LINES: usize = 64 << 10;
+/// Bytes of line tables of a process that are remembered.
+const MAX_ALL_LINES: usize = 16 << 20;
 /// Words of `_Py_DebugOffsets` that are read.
 const DEBUG_OFFSETS: usize = 72;
 
@@ -80,6 +82,17 @@ pub struct Interpreter {
     instructions: u64,
     strings: Strings,
     codes: HashMap<(u64, u64), Arc<Code>>,
+    /// Bytes of their line tables.
+    line_bytes: usize,
+}
+
+/// Why the frames of a process's Python are not read.
+#[derive(Clone, Debug)]
+pub struct Unread {
+    /// For people.
+    pub why: String,
+    /// How often it was tried: a process that is just starting may not be there in full.
+    pub tries: u32,
 }
 
 /// What is known of a Python function.
@@ -137,6 +150,7 @@ impl Interpreter {
             instructions: known.instructions,
             strings: known.strings,
             codes: HashMap::new(),
+            line_bytes: 0,
         })
     }
 
@@ -175,11 +189,18 @@ impl Interpreter {
         }
         let found = tracker.python_code(instance, frame)?.unwrap_or_default();
         let code = Arc::new(self.decode(&found, frame));
-        if self.codes.len() >= MAX_CODES {
-            self.codes.clear();
-        }
-        self.codes.insert(key, Arc::clone(&code));
+        self.remember(key, &code);
         Ok(code)
+    }
+
+    fn remember(&mut self, key: (u64, u64), code: &Arc<Code>) {
+        let bytes = code.lines.len();
+        if self.codes.len() >= MAX_CODES || self.line_bytes + bytes > MAX_ALL_LINES {
+            self.codes.clear();
+            self.line_bytes = 0;
+        }
+        self.codes.insert(key, Arc::clone(code));
+        self.line_bytes += bytes;
     }
 
     fn decode(&self, found: &PythonCode, frame: &PythonFrame) -> Code {
@@ -359,6 +380,21 @@ mod tests {
             assert!(error.to_string().contains("are not read"), "{error}");
         }
         assert!(Interpreter::at(std::process::id(), 8, 8).is_err());
+    }
+
+    /// A process can have line tables of any number and length.
+    #[test]
+    fn line_tables_are_bounded_in_all() {
+        let numbers = [0x030b_0000_u64];
+        let mut python = Interpreter::at(std::process::id(), 8, std::ptr::from_ref(&numbers[0]) as u64).unwrap();
+        let lines = vec![0; MAX_LINES];
+        let code = Arc::new(Code { function: "f".into(), file: "f".into(), first_line: 1, lines });
+        for n in 0..2 * (MAX_ALL_LINES / MAX_LINES) as u64 + 1 {
+            python.remember((n, 0), &code);
+            assert_eq!(python.line_bytes, python.codes.len() * MAX_LINES);
+            assert!(python.line_bytes <= MAX_ALL_LINES);
+        }
+        assert_eq!(python.codes.len(), 1);
     }
 
     /// A process that is no Python has none.

@@ -137,7 +137,12 @@ impl Run {
                 }),
                 hits: self.number * 1000,
                 unmatched_frees: self.number / 2,
-                losses: Losses { events_dropped: self.number / 50, missed_returns: 3, ..Losses::default() },
+                losses: Losses {
+                    events_dropped: self.number / 50,
+                    missed_returns: 3,
+                    python_lost: 2,
+                    ..Losses::default()
+                },
                 rss_bytes: (!self.number.is_multiple_of(7)).then_some(self.number << 20),
                 cpu_s: (!self.number.is_multiple_of(5)).then_some(self.number as f64 * 0.01),
                 overhead_s: self.number as f64 * 1e-4,

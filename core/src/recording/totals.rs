@@ -26,7 +26,7 @@ const PROCESSES_GONE: u64 = 8;
 const KERNEL: u64 = 9;
 
 /// Numbers in a [`ProcessSample`]; a later version appends.
-const COLUMNS: usize = 39;
+const COLUMNS: usize = 40;
 /// Stands for a number that is not known.
 const UNKNOWN: u64 = u64::MAX;
 
@@ -67,6 +67,7 @@ fn columns(sample: &ProcessSample) -> [u64; COLUMNS] {
         pointers_unreadable,
         events_dropped,
         missed_events,
+        python_lost,
     } = losses;
     let grown = |of: fn(&Coverage) -> Option<u64>| coverage.as_ref().and_then(of).unwrap_or(UNKNOWN);
     [
@@ -117,6 +118,7 @@ fn columns(sample: &ProcessSample) -> [u64; COLUMNS] {
         *complete,
         u64::from(*by_tables),
         *missed_events,
+        *python_lost,
     ]
 }
 
@@ -158,6 +160,7 @@ fn process_sample(process: &Arc<Process>, c: &[u64; COLUMNS]) -> ProcessSample {
             pointers_unreadable: c[19],
             events_dropped: c[20],
             missed_events: c[38],
+            python_lost: c[39],
         },
         rss_anon_bytes: known(c[24]),
         window_s: known(c[25]).map(f64::from_bits),

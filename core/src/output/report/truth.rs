@@ -189,6 +189,10 @@ fn explained(losses: &Losses) -> Vec<Loss> {
             "Such allocations are missing, and what such calls freed counts as outstanding until its address is handed out \
              again.",
         ),
+        "python_lost" => (
+            "Python functions not recorded: a table was full, or there were more than 512 threads",
+            "Bytes are right, but some sites show the interpreter's C functions or functions without a name.",
+        ),
         _ => ("events lost", "The effect on the totals is not known."),
     };
     let mut kinds: Vec<Loss> = (losses.entries().into_iter().filter(|(_, count)| *count > 0))
@@ -356,6 +360,7 @@ mod tests {
             pointers_unreadable: 1,
             events_dropped: 1,
             missed_events: 1,
+            python_lost: 1,
         };
         let explained = explained(&one_each);
         assert_eq!(explained.len(), Losses::default().entries().len());
