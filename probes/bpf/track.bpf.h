@@ -201,15 +201,15 @@ static __always_inline struct memleak_site *site_of_block(const struct memleak_b
 	return bpf_map_lookup_elem(&sites, &key);
 }
 
-/* Takes a block that is no longer in `blocks` off its site. */
-static __always_inline void settle(const struct memleak_block *block, u32 instance, u64 now)
+/* Takes a block that is no longer in `blocks` off its site, and returns for how many blocks it stood there. */
+static __always_inline u64 settle(const struct memleak_block *block, u32 instance, u64 now)
 {
 	struct memleak_site *site = site_of_block(block, instance);
 	u32 class = lifetime_class(block_age(block, now));
 	struct memleak_share share;
 
 	if (!site)
-		return;
+		return 0;
 	share_of(block, &share);
 	take_off_site(site, block_cohort(block), share.bytes, share.count);
 	if (block_is_sampled(block)) {
@@ -218,6 +218,7 @@ static __always_inline void settle(const struct memleak_block *block, u32 instan
 	}
 	if (class < MEMLEAK_LIFETIME_CLASSES)
 		__sync_fetch_and_add(&site->lifetimes[class], share.count);
+	return share.count;
 }
 
 /* Takes the first `bytes` of a block that is not sampled off its site; the rest of it stays alive. */
@@ -323,14 +324,16 @@ static __always_inline void end_missed(struct memleak_actor *actor, u64 address,
 {
 	struct memleak_block missed;
 	struct memleak_site *site;
+	u64 blocks_of;
 
 	if (!take(actor, address, &missed))
 		return;
 	count(actor->slot, COUNTER_IMPLICIT_FREES);
+	/* In the same measure as the frees of the site. */
+	blocks_of = settle(&missed, actor->instance, now);
 	site = site_of_block(&missed, actor->instance);
-	if (site)
-		__sync_fetch_and_add(&site->unseen_frees, 1);
-	settle(&missed, actor->instance, now);
+	if (site && blocks_of)
+		__sync_fetch_and_add(&site->unseen_frees, blocks_of);
 	emit(actor, EVENT_IMPLICIT_FREE, address, block_size(&missed), now, block_age(&missed, now), missed.stack,
 	     block_probe_set(&missed), 0);
 }
