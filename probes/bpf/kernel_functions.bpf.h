@@ -82,6 +82,7 @@ static __always_inline void free_blocks(u32 role, u32 domain, u64 block, u64 siz
 {
 	u32 i;
 
+	count(0, COUNTER_HITS);
 	if (role == KERNEL_ROLE_FREE) {
 		kernel_free(domain, block);
 	} else if (role == KERNEL_ROLE_FREE_AT) {
@@ -160,6 +161,7 @@ int kp_return(struct pt_regs *ctx)
 	struct memleak_kernel_pending *found, pending;
 	struct memleak_actor actor = {};
 
+	count(0, COUNTER_HITS);
 	found = bpf_map_lookup_elem(&kernel_pending, &sp);
 	if (!found)
 		return 0;

@@ -381,8 +381,11 @@ static __always_inline void track_alloc(struct memleak_actor *actor, const struc
 		book_alloc(actor, function, address, size, stack_hash, site, now);
 }
 
-/* The block at `address` is given back. With FUNCTION_RANGE only `length` bytes from its start are. */
-static __always_inline void track_free(struct memleak_actor *actor, const struct memleak_function *function,
+/*
+ * The block at `address` is given back. With FUNCTION_RANGE only `length` bytes from its start are. True when it was in the
+ * table.
+ */
+static __always_inline bool track_free(struct memleak_actor *actor, const struct memleak_function *function,
 				       u64 address, u64 length, u64 stack_hash)
 {
 	struct memleak_block block;
@@ -392,7 +395,7 @@ static __always_inline void track_free(struct memleak_actor *actor, const struct
 		/* With sampling nothing follows from it: most blocks are not in the table. */
 		if (!sample_bytes)
 			count(actor->slot, COUNTER_UNMATCHED_FREES);
-		return;
+		return false;
 	}
 	now = bpf_ktime_get_ns();
 	if (function->flags & FUNCTION_RANGE) {
@@ -408,12 +411,13 @@ static __always_inline void track_free(struct memleak_actor *actor, const struct
 			settle_part(&block, actor->instance, old_size - (size - length));
 			set_block_size(&block, size - length);
 			put_back(actor, address + length, &block, now);
-			return;
+			return true;
 		}
 	}
 	settle(&block, actor->instance, now);
 	emit(actor, EVENT_FREE, address, block_size(&block), now, block_age(&block, now),
 	     stack_hash ? stack_hash : block.stack, function->probe_set, function->name);
+	return true;
 }
 
 #endif
