@@ -24,8 +24,7 @@ const volatile u32 inner_count = 0;
 /* What a program in the middle of something needs, per CPU; a stack for each level of interrupts. */
 struct memleak_kernel_cpu {
 	u64 until_sample; /* as in struct memleak_thread */
-	u32 depth;
-	u32 pad;
+	u32 busy[KERNEL_LEVELS]; /* which of the following are in use */
 	struct memleak_stack stacks[KERNEL_LEVELS];
 	struct memleak_kernel_origin origins[KERNEL_LEVELS];
 };
@@ -199,8 +198,40 @@ static __always_inline u64 kmalloc_bytes(u64 size)
 }
 
 /*
+ * Takes one of what a CPU has for programs in the middle of something; KERNEL_LEVELS when all are in use. Not a count of
+ * how deep interrupts are nested: programs at entries and returns of functions can be preempted by others, which may end
+ * after them. A global function: the verifier follows the caller once, and not once for each number.
+ */
+__noinline u32 take_level(void)
+{
+	struct memleak_kernel_cpu *cpu;
+	u32 zero = 0, i;
+
+	cpu = bpf_map_lookup_elem(&kernel_cpus, &zero);
+	if (!cpu)
+		return KERNEL_LEVELS;
+#pragma unroll
+	for (i = 0; i < KERNEL_LEVELS; i++) {
+		if (!cpu->busy[i]) {
+			cpu->busy[i] = 1;
+			barrier();
+			return i;
+		}
+	}
+	return KERNEL_LEVELS;
+}
+
+/* Gives back what take_level() has returned. */
+static __always_inline void release_level(struct memleak_kernel_cpu *cpu, u32 level)
+{
+	barrier();
+	if (level < KERNEL_LEVELS)
+		cpu->busy[level] = 0;
+}
+
+/*
  * Makes sure that the site of an allocation exists, and returns its stack's hash; 0 when the allocation is not recorded.
- * `level` is how deep interrupts are nested here.
+ * `level` is that of take_level().
  */
 static __always_inline u64 prepare_at(void *ctx, struct memleak_actor *actor, struct memleak_kernel_cpu *cpu, u32 level,
 				      struct memleak_kernel_call *call)
@@ -252,12 +283,9 @@ static __always_inline u64 prepare(void *ctx, struct memleak_actor *actor, struc
 	count_allocation(0, call->size);
 	if (!is_sampled(cpu, call->size))
 		return 0;
-	level = cpu->depth;
-	cpu->depth = level + 1;
-	barrier();
+	level = take_level();
 	hash = prepare_at(ctx, actor, cpu, level, call);
-	barrier();
-	cpu->depth = level;
+	release_level(cpu, level);
 	return hash;
 }
 
