@@ -80,7 +80,7 @@ static __always_inline u64 register_argument(const struct memleak_arguments *arg
 /* Blocks are freed: one, several, or one whose head is known. */
 static __always_inline void free_blocks(u32 role, u32 domain, u64 block, u64 size, u64 count_of)
 {
-	u32 i;
+	u32 known = 0, i;
 
 	count(0, COUNTER_HITS);
 	if (role == KERNEL_ROLE_FREE) {
@@ -94,9 +94,10 @@ static __always_inline void free_blocks(u32 role, u32 domain, u64 block, u64 siz
 			if (i >= count_of)
 				break;
 			if (!bpf_probe_read_kernel(&address, sizeof(address), (void *)(block + i * sizeof(u64))))
-				kernel_free(domain, address);
+				known |= kernel_free(domain, address);
 		}
-		if (count_of > KERNEL_BULK)
+		/* The rest goes the same way as these, most likely: of no interest when none of them was recorded. */
+		if (count_of > KERNEL_BULK && known)
 			count(0, COUNTER_PARTIAL_RANGES);
 	}
 }

@@ -308,7 +308,8 @@ impl Kernel {
                 tracker.next_cohort();
             }
         }
-        let blind = self.status.iter().any(|s| s.blind.is_some());
+        let mut sample = self.process_sample(stacks)?;
+        let blind = self.status.iter().any(|s| s.blind.is_some()) || sample.losses.partial_ranges > 0;
         let known = &mut self.reclaimable;
         let mut reclaimable = |cache: &str| match known.get(cache) {
             Some(known) => *known,
@@ -360,6 +361,7 @@ impl Kernel {
                 stacks_failed: counters.stacks_failed,
                 threads_full: counters.threads_full,
                 implicit_frees: counters.implicit_frees,
+                partial_ranges: counters.partial_ranges,
                 ..Losses::default()
             },
             stacks,
