@@ -360,6 +360,7 @@ impl Kernel {
                 stacks_full: counters.stacks_full,
                 stacks_failed: counters.stacks_failed,
                 threads_full: counters.threads_full,
+                missed_returns: counters.missed_returns,
                 implicit_frees: counters.implicit_frees,
                 partial_ranges: counters.partial_ranges,
                 ..Losses::default()
