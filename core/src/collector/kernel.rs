@@ -23,7 +23,7 @@ use crate::kallsyms::Kallsyms;
 use crate::kernel::gfp::GfpFlags;
 use crate::kernel::judge::{Earlier, claims, judge};
 use crate::kernel::statistics::{Statistics, is_reclaimable, kmalloc_cache};
-use crate::kernel::{COMM, KernelSample, Origin, SetState};
+use crate::kernel::{COMM, KernelSample, KernelSummary, Origin, SetState};
 use crate::plugin::Plugin;
 use crate::snapshot::{
     Losses, Mode, Process, ProcessSample, Sampling, Site, SiteKey, SiteSample, StackCounts, StandardErrors,
@@ -53,6 +53,11 @@ const COARSEST: u64 = 4 << 20;
 /// When not even that is within the budget, nothing is traced for so long, seconds.
 const COOL_DOWN_S: f64 = 60.0;
 
+/// Loading programs takes its time: with the window of a process open, it waits for so long, seconds.
+const PATIENCE_S: f64 = 2.0;
+/// How often it is looked for modules that have come or gone, seconds.
+const MODULES_EVERY_S: f64 = 1.0;
+
 /// How far back the growth of caches is compared with that of their sites, and in which steps, seconds.
 const PAST_S: f64 = 60.0;
 /// See [`PAST_S`].
@@ -79,8 +84,11 @@ pub(super) struct Kernel {
     reclaimable: HashMap<String, bool>,
     settings: ProbeSettings,
     purse: Purse,
-    /// What there was to say last of books that were closed.
-    closed: Option<ProcessSample>,
+    /// What there was to say last of books that were closed since the last snapshot.
+    closed: Vec<ProcessSample>,
+    /// What the last snapshot said of the kernel as a whole.
+    summary: Arc<KernelSummary>,
+    next_modules_s: f64,
     /// Nothing is attached until then, because the budget could not be kept.
     stopped_until_s: Option<f64>,
     cpu_at_start_s: f64,
@@ -151,7 +159,9 @@ impl Kernel {
             reclaimable: HashMap::new(),
             settings,
             purse: Purse::new(k.budget),
-            closed: None,
+            closed: Vec::new(),
+            summary: Arc::default(),
+            next_modules_s: 0.0,
             stopped_until_s: None,
             cpu_at_start_s: machine_cpu_s(),
         }))
@@ -200,37 +210,37 @@ impl Kernel {
         PluginStatus { probe_set: self.probe_set_name(status.number).unwrap_or("?").into(), state }
     }
 
-    /// Notices modules that have come or gone, and keeps the budget: what there is to tell of that.
+    /// Notices modules that have come or gone, and keeps the budget: what there is to tell of that. While a window of a
+    /// process is open (`hurried`), what takes long is put off.
     ///
     /// # Errors
-    /// The programs cannot be loaded again.
-    pub(super) fn follow(&mut self, now_s: f64, next_instance: &mut u32) -> Result<Option<Notice>> {
-        if self.symbols.refresh() {
-            tracing::debug!("modules have come or gone; names read again");
+    /// The programs' counters cannot be read.
+    pub(super) fn follow(&mut self, now_s: f64, hurried: bool, next_instance: &mut u32) -> Result<Option<Notice>> {
+        if !hurried && now_s >= self.next_modules_s {
+            self.next_modules_s = now_s + MODULES_EVERY_S;
+            if self.symbols.refresh() {
+                tracing::debug!("modules have come or gone; names read again");
+            }
         }
         if let Some(until_s) = self.stopped_until_s {
-            if now_s < until_s {
+            let until_s = if hurried { until_s + PATIENCE_S } else { until_s };
+            if now_s < until_s || !self.load_again(now_s) {
                 return Ok(None);
             }
-            self.stopped_until_s = None;
-            self.purse.start_anew(now_s);
-            self.tracker = Some(KernelTracker::start(&self.settings)?);
         }
         let Some(tracker) = &self.tracker else { return Ok(None) };
         match self.purse.tick(now_s, tracker)? {
             Verdict::Within => Ok(None),
+            Verdict::Above if hurried && !self.purse.is_deep_in_debt() => Ok(None),
             Verdict::Above if self.settings.sample_bytes < COARSEST => {
                 self.settings.sample_bytes = match self.settings.sample_bytes {
                     0 => FIRST_SAMPLE,
                     n => (n * COARSER).min(COARSEST),
                 };
                 self.close_books(next_instance)?;
-                // One at a time: the tables are large.
-                self.tracker = None;
-                self.tracker = Some(KernelTracker::start(&self.settings)?);
-                self.purse.start_anew(now_s);
                 let process = Arc::clone(&self.process);
-                Ok(Some(Notice::Sampled { process, mean_bytes: self.settings.sample_bytes }))
+                let mean_bytes = self.settings.sample_bytes;
+                Ok(self.load_again(now_s).then_some(Notice::Sampled { process, mean_bytes }))
             }
             Verdict::Above => {
                 self.close_books(next_instance)?;
@@ -243,10 +253,35 @@ impl Kernel {
         }
     }
 
+    /// Loads and attaches the programs again, for what is outstanding to be counted from now on; true when that went well.
+    /// When it did not, which ends nothing else, it is tried again after a cool-down.
+    fn load_again(&mut self, now_s: f64) -> bool {
+        // One at a time: the tables are large.
+        self.tracker = None;
+        self.at_start = Statistics::read();
+        self.past.clear();
+        match KernelTracker::start(&self.settings) {
+            Ok(tracker) => {
+                self.status = tracker.status().to_vec();
+                self.tracker = Some(tracker);
+                self.stopped_until_s = None;
+                self.purse.start_anew(now_s);
+                true
+            }
+            Err(e) => {
+                tracing::warn!("the kernel is not traced now; tried again in {COOL_DOWN_S} s: {e}");
+                self.stopped_until_s = Some(now_s + COOL_DOWN_S);
+                false
+            }
+        }
+    }
+
     /// Numbers from before and after a change cannot be compared: the kernel becomes another instance.
     fn close_books(&mut self, next_instance: &mut u32) -> Result<()> {
         let last = self.process_sample(StackCounts::default())?;
-        self.closed = Some(ProcessSample { alive: false, ..last });
+        self.closed.push(ProcessSample { alive: false, kernel: Some(Arc::clone(&self.summary)), ..last });
+        self.purse.close_books();
+        self.cpu_at_start_s = machine_cpu_s();
         self.process = Arc::new(Process { instance: *next_instance, ..Process::clone(&self.process) });
         *next_instance += 1;
         self.sites.clear();
@@ -326,9 +361,11 @@ impl Kernel {
         let mut summary = judge(new, &self.at_start, recently, &self.now, blind, &mut reclaimable);
         summary.probe_sets = self.status.iter().map(|s| self.set_state(s)).collect();
         summary.missed_events = self.tracker.as_ref().and_then(|t| t.run_stats().ok()).map_or(0, |s| s.misses);
-        let mut sample = self.process_sample(stacks)?;
-        sample.kernel = Some(Arc::new(summary));
-        Ok(self.closed.take().into_iter().chain([sample]).collect())
+        self.summary = Arc::new(summary);
+        sample.kernel = Some(Arc::clone(&self.summary));
+        let mut samples = std::mem::take(&mut self.closed);
+        samples.push(sample);
+        Ok(samples)
     }
 
     fn set_state(&self, status: &KernelSetStatus) -> SetState {

@@ -445,11 +445,13 @@ impl Collector {
         let timeout = if self.exit_waits() { timeout.min(EXIT_TICK) } else { timeout };
         self.tracker.poll(timeout.min(self.until_governed()))?;
         self.end_exit_scans()?;
-        let now_s = self.now_s();
+        // First the windows: they are short.
+        let closed = self.govern()?;
+        let (now_s, hurried) = (self.now_s(), self.has_open_window());
         if let Some(kernel) = &mut self.kernel {
-            self.notices.extend(kernel.follow(now_s, &mut self.next_instance)?);
+            self.notices.extend(kernel.follow(now_s, hurried, &mut self.next_instance)?);
         }
-        self.govern()?;
+        self.guard(closed);
         if let Some(unwinder) = &mut self.unwinder {
             unwinder.apply(&mut self.tracker);
         }
