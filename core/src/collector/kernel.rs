@@ -188,6 +188,11 @@ impl Kernel {
         self.status.iter().filter_map(|s| Some((name(s), s.blind.clone()?))).collect()
     }
 
+    /// Whether it is traced within a budget, which must be looked after.
+    pub(super) fn is_budgeted(&self) -> bool {
+        self.tracker.is_some() && self.purse.budget().is_some()
+    }
+
     /// Why functions or allocation flags have no names, and what to do.
     pub(super) fn missing_names(&self) -> Vec<String> {
         let symbols = self.symbols.missing().map(str::to_owned);

@@ -177,7 +177,7 @@ pub enum Notice {
 
 /// See the module.
 pub struct Collector {
-    /// Only with a budget: without windows there is nothing to watch over.
+    /// Only with a budget: without one there is nothing to watch over.
     watchdog: Option<Watchdog>,
     tracker: Tracker,
     /// The kernel, when it is a target.
@@ -249,7 +249,9 @@ impl Collector {
             // A trace is asked for in order to see everything.
             .map(|budget| BudgetSettings { share: budget.share.filter(|_| !trace_events), ..budget })
             .collect();
-        let watchdog = budgets.iter().any(|b| b.share.is_some()).then(Watchdog::start).transpose()?;
+        let of_kernel = config.kernel.enabled && config.kernel.budget.is_some();
+        let watched_over = of_kernel || budgets.iter().any(|b| b.share.is_some());
+        let watchdog = watched_over.then(Watchdog::start).transpose()?;
         let tracker = Tracker::load(memleak_probes::Settings {
             backend: match c.backend {
                 Backend::Auto => None,

@@ -111,7 +111,7 @@ impl Collector {
         if attached().any(|w| !w.governor.is_exact()) {
             return;
         }
-        let exact = attached().next().is_some();
+        let exact = attached().next().is_some() || self.kernel.as_ref().is_some_and(super::Kernel::is_budgeted);
         let Some(watchdog) = self.watchdog.as_mut() else { return };
         watchdog.expect_looks(exact.then_some(LOOK));
         if watchdog.has_woken_us() {
