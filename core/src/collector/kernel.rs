@@ -88,6 +88,8 @@ pub(super) struct Kernel {
     closed: Vec<ProcessSample>,
     /// What the last snapshot said of the kernel as a whole.
     summary: Arc<KernelSummary>,
+    /// Why allocations may be counted by two probe sets.
+    counted_twice: Option<String>,
     next_modules_s: f64,
     /// Nothing is attached until then, because the budget could not be kept.
     stopped_until_s: Option<f64>,
@@ -121,7 +123,8 @@ impl Kernel {
             ));
         }
         let flags = GfpFlags::read();
-        let symbols = Kallsyms::read();
+        let mut symbols = Kallsyms::read();
+        let (inner, counted_twice) = inner(&plugins, &symbols);
         let settings = ProbeSettings {
             backend: match k.backend {
                 KernelBackend::Auto => None,
@@ -136,12 +139,14 @@ impl Kernel {
             max_frames: config.collector.max_frames,
             sample_bytes: k.sample_bytes.0,
             filter: filter(k, &flags)?,
-            inner: inner(&plugins, &symbols),
+            inner,
             movable_pages: k.movable_pages,
             cohort: 0,
         };
         let at_start = Statistics::read();
         let tracker = KernelTracker::start(&settings)?;
+        // Stacks begin in our own programs.
+        symbols.reread();
         Ok(Some(Kernel {
             status: tracker.status().to_vec(),
             tracker: Some(tracker),
@@ -161,6 +166,7 @@ impl Kernel {
             purse: Purse::new(k.budget),
             closed: Vec::new(),
             summary: Arc::default(),
+            counted_twice,
             next_modules_s: 0.0,
             stopped_until_s: None,
             cpu_at_start_s: machine_cpu_s(),
@@ -193,13 +199,13 @@ impl Kernel {
         self.tracker.is_some() && self.purse.budget().is_some()
     }
 
-    /// Why functions or allocation flags have no names, and what to do.
+    /// Why functions or allocation flags have no names, or allocations count twice, and what to do.
     pub(super) fn missing_names(&self) -> Vec<String> {
         let symbols = self.symbols.missing().map(str::to_owned);
         let flags = self.flags.known().is_empty().then(|| {
             "allocation flags have no names: mount tracefs (mount -t tracefs tracefs /sys/kernel/tracing)".to_owned()
         });
-        symbols.into_iter().chain(flags).collect()
+        symbols.into_iter().chain(flags).chain(self.counted_twice.clone()).collect()
     }
 
     fn status(&self, status: &KernelSetStatus) -> PluginStatus {
@@ -269,6 +275,7 @@ impl Kernel {
             Ok(tracker) => {
                 self.status = tracker.status().to_vec();
                 self.tracker = Some(tracker);
+                self.symbols.reread();
                 self.stopped_until_s = None;
                 self.purse.start_anew(now_s);
                 true
@@ -305,6 +312,8 @@ impl Kernel {
         started_ns: u64,
         sites: &mut Vec<SiteSample>,
     ) -> Result<Vec<ProcessSample>> {
+        // New sites may lie in new modules.
+        self.symbols.refresh();
         self.now = Statistics::read();
         let first = sites.len();
         let raw = self.tracker.as_ref().map_or_else(|| Ok(Vec::new()), KernelTracker::read_sites)?;
@@ -467,7 +476,12 @@ impl Kernel {
         let is_leading = |address: &u64, globs: &GlobSet| {
             self.symbols.find(address.saturating_sub(1)).is_some_and(|place| globs.is_match(place.function))
         };
-        let tracer = addresses.iter().take_while(|a| is_leading(a, &self.tracer)).count();
+        // Where the kernel does not list BPF programs (net.core.bpf_jit_kallsyms), ours have no name. They lie above what
+        // ran them.
+        let is_tracer = |a: &u64| is_leading(a, &self.tracer);
+        let is_unknown = |a: &u64| self.symbols.find(a.saturating_sub(1)).is_none();
+        let top = addresses.iter().take_while(|a| is_unknown(a) || is_tracer(a)).count();
+        let tracer = addresses[..top].iter().rposition(is_tracer).map_or(0, |at| at + 1);
         let rest = &addresses[tracer..];
         let passing = rest.iter().take_while(|a| wrappers.is_some_and(|w| is_leading(a, &w.wrappers))).count();
         // A stack of nothing else is better than none.
@@ -570,16 +584,27 @@ fn functions(plugins: &[Plugin]) -> impl Iterator<Item = &String> {
     plugins.iter().filter_map(|p| p.kernel.as_ref()).flat_map(|k| k.spec.functions.iter().flat_map(|f| &f.symbols))
 }
 
-/// Code whose allocations belong to other probe sets.
-fn inner(plugins: &[Plugin], symbols: &Kallsyms) -> Vec<InnerCode> {
+/// Code whose allocations belong to other probe sets; and why some may be counted twice, if not all of it is known.
+fn inner(plugins: &[Plugin], symbols: &Kallsyms) -> (Vec<InnerCode>, Option<String>) {
     let mut code = Vec::new();
+    let mut left_out = 0;
     for plugin in plugins {
         let Some(kernel) = plugin.kernel.as_ref().filter(|k| !k.inner.is_empty()) else { continue };
         let room = MAX_INNER.saturating_sub(code.len());
-        let ranges = symbols.ranges(&kernel.inner, room);
+        let (ranges, more) = symbols.ranges(&kernel.inner, room);
+        left_out += more;
         code.extend(ranges.into_iter().map(|(start, end)| InnerCode { start, end, probe_set: plugin.spec.number }));
     }
-    code
+    let is_any = plugins.iter().filter_map(|p| p.kernel.as_ref()).any(|k| !k.inner.is_empty());
+    let why = match symbols.missing() {
+        Some(_) if is_any => Some("without the kernel's symbols it cannot be told by whom they are taken".to_owned()),
+        None if left_out > 0 => Some(format!("{left_out} functions of inner have no room, at most {MAX_INNER} have")),
+        _ => None,
+    };
+    let why = why.map(|why| {
+        format!("memory that one probe set takes from another, such as pages of slab caches, may count in both: {why}")
+    });
+    (code, why)
 }
 
 /// CPU time that the machine has used since it was started, seconds.
