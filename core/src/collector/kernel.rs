@@ -244,11 +244,12 @@ impl Kernel {
             Verdict::Within => Ok(None),
             Verdict::Above if hurried && !self.purse.is_deep_in_debt() => Ok(None),
             Verdict::Above if self.settings.sample_bytes < COARSEST => {
+                // They were kept with the sample so far.
+                self.close_books(next_instance)?;
                 self.settings.sample_bytes = match self.settings.sample_bytes {
                     0 => FIRST_SAMPLE,
                     n => (n * COARSER).min(COARSEST),
                 };
-                self.close_books(next_instance)?;
                 let process = Arc::clone(&self.process);
                 let mean_bytes = self.settings.sample_bytes;
                 Ok(self.load_again(now_s).then_some(Notice::Sampled { process, mean_bytes }))
