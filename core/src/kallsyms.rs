@@ -1,8 +1,10 @@
 //! Names of the kernel's code, its modules included.
 //!
-//! Read from `/proc/kallsyms` when modules come or go. What a module was called is kept after it was unloaded, until
-//! another one takes its place: its blocks may outlive it.
+//! Read from `/proc/kallsyms` when modules come or go, and when programs of ours have been loaded, which are
+//! listed there, too. What a module was called is kept after it was unloaded, until another one takes its place: its blocks
+//! may outlive it.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 
@@ -14,6 +16,8 @@ const PATH: &str = "/proc/kallsyms";
 const MODULES: &str = "/proc/modules";
 /// A kernel has some hundred thousand symbols, of some 50 bytes each.
 const MAX_BYTES: u64 = 256 << 20;
+/// No function is larger: what lies further behind the start of one is something else.
+const MAX_FUNCTION: u64 = 1 << 20;
 /// What the kernel itself is called where modules have a name.
 pub const KERNEL: &str = "vmlinux";
 
@@ -34,6 +38,8 @@ pub struct Kallsyms {
     names: String,
     /// The first is the kernel itself.
     modules: Vec<String>,
+    /// Where loaded modules begin and end, by name.
+    spans: HashMap<String, (u64, u64)>,
     /// What `/proc/modules` said when the symbols were read.
     loaded: Vec<u8>,
     /// Why there are no names; `None` when there are.
@@ -67,23 +73,33 @@ impl Kallsyms {
 
     /// Reads the symbols again if modules have come or gone; true when that was so.
     pub fn refresh(&mut self) -> bool {
-        let loaded = read_some(MODULES).unwrap_or_default();
-        // Memory use and state in it change without any code coming or going.
-        let loaded = names_and_places(&loaded);
-        if !self.symbols.is_empty() && loaded == self.loaded {
+        let modules = read_some(MODULES).unwrap_or_default();
+        // Symbols that could not be read are not tried again each time: they are many.
+        let has_tried = self.missing.is_some() || !self.symbols.is_empty();
+        if has_tried && names_and_places(&modules) == self.loaded {
             return false;
         }
-        self.loaded = loaded;
+        self.load(&modules);
+        true
+    }
+
+    /// Reads the symbols again, because code has come that is in no module.
+    pub fn reread(&mut self) {
+        self.load(&read_some(MODULES).unwrap_or_default());
+    }
+
+    fn load(&mut self, modules: &[u8]) {
+        // Memory use and state in it change without any code coming or going.
+        self.loaded = names_and_places(modules);
         match File::open(PATH).map_err(|e| Error::io(format!("failed to read {PATH}"), e)).and_then(parse) {
             Ok(fresh) => {
                 let loaded = std::mem::take(&mut self.loaded);
-                let gone = std::mem::replace(self, Kallsyms { loaded, ..fresh });
+                let gone = std::mem::replace(self, Kallsyms { loaded, spans: spans(modules), ..fresh });
                 self.keep_gone(&gone);
                 self.missing = None;
             }
             Err(e) => self.missing = Some(format!("{e:#}")),
         }
-        true
     }
 
     /// Takes over symbols of modules that are gone, where nothing new has been put.
@@ -131,16 +147,19 @@ impl Kallsyms {
         // Of several names of one function the first one that was listed.
         let first = self.symbols[..at].iter().rev().take_while(|s| s.address == last.address).last().copied();
         let symbol = first.unwrap_or(last);
-        Some(Place {
-            function: self.name(symbol),
-            offset: address - symbol.address,
-            module: self.modules.get(symbol.module as usize).map_or(KERNEL, String::as_str),
-        })
+        let offset = address - symbol.address;
+        let module = self.modules.get(symbol.module as usize).map_or(KERNEL, String::as_str);
+        let is_behind =
+            |(start, end): &(u64, u64)| symbol.address >= *start && symbol.address < *end && address >= *end;
+        if offset >= MAX_FUNCTION || self.spans.get(module).is_some_and(is_behind) {
+            return None;
+        }
+        Some(Place { function: self.name(symbol), offset, module })
     }
 
     /// Addresses of functions of the kernel itself, those that it has.
     pub fn addresses<'a>(&self, names: impl Iterator<Item = &'a String>) -> Vec<(String, u64)> {
-        let mut wanted: std::collections::HashMap<&str, Option<u64>> = names.map(|n| (n.as_str(), None)).collect();
+        let mut wanted: HashMap<&str, Option<u64>> = names.map(|n| (n.as_str(), None)).collect();
         for symbol in self.symbols.iter().filter(|s| s.module == 0) {
             if let Some(found) = wanted.get_mut(self.name(*symbol)) {
                 *found = Some(symbol.address);
@@ -149,9 +168,10 @@ impl Kallsyms {
         wanted.into_iter().filter_map(|(name, address)| Some((name.to_owned(), address?))).collect()
     }
 
-    /// Start and end of every function whose name matches, at most `most` of them.
-    pub fn ranges(&self, names: &GlobSet, most: usize) -> Vec<(u64, u64)> {
+    /// Start and end of every function whose name matches, at most `most` of them; and how many more there are.
+    pub fn ranges(&self, names: &GlobSet, most: usize) -> (Vec<(u64, u64)>, usize) {
         let mut ranges: Vec<(u64, u64)> = Vec::new();
+        let mut left_out = 0;
         for (at, symbol) in self.symbols.iter().enumerate() {
             if symbol.module > 0 || !names.is_match(self.name(*symbol)) {
                 continue;
@@ -162,10 +182,10 @@ impl Kallsyms {
             } else if ranges.len() < most {
                 ranges.push((symbol.address, end.address));
             } else {
-                tracing::debug!("no room for {}", self.name(*symbol));
+                left_out += 1;
             }
         }
-        ranges
+        (ranges, left_out)
     }
 }
 
@@ -195,6 +215,18 @@ fn names_and_places(modules: &[u8]) -> Vec<u8> {
         out.push(b'\n');
     }
     out
+}
+
+/// Where each module of `/proc/modules` begins and ends: name, bytes, four more fields.
+fn spans(modules: &[u8]) -> HashMap<String, (u64, u64)> {
+    let text = String::from_utf8_lossy(modules);
+    let span = |line: &str| {
+        let mut fields = line.split_ascii_whitespace();
+        let (name, bytes) = (fields.next()?, fields.next()?.parse::<u64>().ok()?);
+        let start = u64::from_str_radix(fields.find_map(|f| f.strip_prefix("0x"))?, 16).ok()?;
+        Some((name.to_owned(), (start, start.checked_add(bytes)?)))
+    };
+    text.lines().filter_map(span).collect()
 }
 
 /// Symbols of code, by address.
@@ -265,6 +297,29 @@ mod tests {
         assert_eq!(after.find(0xffff_ffff_c000_1010).expect("loaded").module, "net");
     }
 
+    /// Code that came after the symbols were read, as a BPF program does, is not what happens to lie before it.
+    #[test]
+    fn code_far_behind_a_function_or_behind_its_module_has_no_name() {
+        let mut symbols = symbols(TEXT);
+        assert!(symbols.find(0xffff_ffff_8120_0000).is_none());
+        let behind = 0xffff_ffff_c000_1000 + 0x800;
+        assert_eq!(symbols.find(behind).expect("in reach").function, "net_poll");
+        symbols.spans =
+            spans(b"net 1024 0 - Live 0xffffffffc0001000\nleakmod 256 1 net, Live 0xffffffffc0000000 (O)\n");
+        assert_eq!(symbols.spans.len(), 2);
+        assert!(symbols.find(behind).is_none());
+        assert_eq!(symbols.find(0xffff_ffff_c000_1010).expect("inside").function, "net_poll");
+    }
+
+    /// Symbols that are hidden are hundreds of thousands of lines that say nothing: not to be read in every tick.
+    #[test]
+    fn hidden_symbols_are_not_read_again_and_again() {
+        let loaded = names_and_places(&read_some(MODULES).unwrap_or_default());
+        let mut hidden = Kallsyms { missing: Some("hidden".into()), loaded, ..Kallsyms::default() };
+        assert!(!hidden.refresh());
+        assert!(Kallsyms::default().refresh());
+    }
+
     /// Zeros in place of addresses name nothing, and the message says what to do.
     #[test]
     fn hidden_addresses_are_named_with_the_fix() {
@@ -276,7 +331,9 @@ mod tests {
     #[test]
     fn ranges_of_functions_end_where_the_next_begins() {
         let names = globset::GlobSetBuilder::new().add(globset::Glob::new("allocate_slab*").expect("glob")).build();
-        let ranges = symbols(TEXT).ranges(&names.expect("set"), 8);
-        assert_eq!(ranges, [(0xffff_ffff_8100_0100, 0xffff_ffff_8100_0300)]);
+        let names = names.expect("set");
+        let (ranges, left_out) = symbols(TEXT).ranges(&names, 8);
+        assert_eq!((ranges.as_slice(), left_out), (&[(0xffff_ffff_8100_0100, 0xffff_ffff_8100_0300)][..], 0));
+        assert_eq!(symbols(TEXT).ranges(&names, 0), (Vec::new(), 1));
     }
 }

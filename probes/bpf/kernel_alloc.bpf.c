@@ -85,6 +85,7 @@ static __always_inline int on_tracepoint_alloc(struct bpf_raw_tracepoint_args *c
 
 static __always_inline int on_tracepoint_free(struct bpf_raw_tracepoint_args *ctx, enum memleak_kernel_probe probe)
 {
+	count(0, COUNTER_HITS);
 	kernel_free(domain_of(probe), argument(ctx, layouts[probe].block));
 	return 0;
 }
@@ -144,6 +145,8 @@ int tp_mm_page_alloc(struct bpf_raw_tracepoint_args *ctx)
 	/* A failed allocation is reported, too. */
 	if (call.address && !(movable_type >= 0 && call.migrate_type == (u32)movable_type))
 		kernel_alloc(ctx, &call);
+	else
+		count(0, COUNTER_HITS);
 	return 0;
 }
 
@@ -196,6 +199,8 @@ int tp_vmap_alloc(struct bpf_raw_tracepoint_args *ctx)
 		call.size -= page_bytes;
 	if (!(u32)argument(ctx, at->failed))
 		kernel_alloc(ctx, &call);
+	else
+		count(0, COUNTER_HITS);
 	return 0;
 }
 

@@ -80,8 +80,9 @@ static __always_inline u64 register_argument(const struct memleak_arguments *arg
 /* Blocks are freed: one, several, or one whose head is known. */
 static __always_inline void free_blocks(u32 role, u32 domain, u64 block, u64 size, u64 count_of)
 {
-	u32 i;
+	u32 known = 0, i;
 
+	count(0, COUNTER_HITS);
 	if (role == KERNEL_ROLE_FREE) {
 		kernel_free(domain, block);
 	} else if (role == KERNEL_ROLE_FREE_AT) {
@@ -95,9 +96,10 @@ static __always_inline void free_blocks(u32 role, u32 domain, u64 block, u64 siz
 			if (bpf_probe_read_kernel(&address, sizeof(address), (void *)(block + i * sizeof(u64))))
 				count(0, COUNTER_POINTERS_UNREADABLE);
 			else
-				kernel_free(domain, address);
+				known |= kernel_free(domain, address);
 		}
-		if (count_of > KERNEL_BULK)
+		/* The rest goes the same way as these, most likely: of no interest when none of them was recorded. */
+		if (count_of > KERNEL_BULK && known)
 			count(0, COUNTER_PARTIAL_RANGES);
 	}
 }
@@ -127,13 +129,16 @@ int kp_enter(struct pt_regs *ctx)
 		call.size *= cpus;
 	if (bpf_probe_read_kernel(&call.caller, sizeof(call.caller), (void *)sp))
 		call.caller = 0;
+	/* A probed function passes the block on, which counts there: kmalloc_order below __kmalloc, up to 5.19. */
+	if (!call.domain && is_inner(call.caller, 0))
+		return 0;
 	actor.domain = call.domain;
 	pending.stack = prepare(ctx, &actor, &call);
 	pending.size = call.size;
 	pending.probe_set = call.probe_set;
 	pending.name = call.name;
 	pending.domain = call.domain;
-	/* The kernel follows only so many returns at once. */
+	/* Nobody has seen the call return that was here before. */
 	if (bpf_map_lookup_elem(&kernel_pending, &sp))
 		count(0, COUNTER_MISSED_RETURNS);
 	if (bpf_map_update_elem(&kernel_pending, &sp, &pending, BPF_ANY))
@@ -165,6 +170,7 @@ int kp_return(struct pt_regs *ctx)
 	struct memleak_kernel_pending *found, pending;
 	struct memleak_actor actor = {};
 
+	count(0, COUNTER_HITS);
 	found = bpf_map_lookup_elem(&kernel_pending, &sp);
 	if (!found)
 		return 0;

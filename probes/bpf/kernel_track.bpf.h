@@ -322,14 +322,18 @@ static __always_inline void kernel_alloc(void *ctx, struct memleak_kernel_call *
 	struct memleak_actor actor = { .domain = call->domain };
 	u64 hash;
 
+	/* Every run has its price, whatever comes of it. */
+	count(0, COUNTER_HITS);
 	if (!is_block(call->address))
 		return;
-	count(0, COUNTER_HITS);
 	hash = prepare(ctx, &actor, call);
 	commit(&actor, call->address, call->size, hash, call->probe_set, call->name);
 }
 
-/* The kernel has taken a block back. A global function: the verifier looks at it once, and not at each of many calls. */
+/*
+ * The kernel has taken a block back; true when it was in the table. A global function: the verifier looks at it once, and
+ * not at each of many calls.
+ */
 __noinline int kernel_free(u32 domain, u64 address)
 {
 	struct memleak_function function = {};
@@ -337,9 +341,7 @@ __noinline int kernel_free(u32 domain, u64 address)
 
 	if (!is_block(address))
 		return 0;
-	count(0, COUNTER_HITS);
-	track_free(&actor, &function, address, 0, 0);
-	return 0;
+	return track_free(&actor, &function, address, 0, 0);
 }
 
 #endif

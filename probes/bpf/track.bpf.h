@@ -201,15 +201,15 @@ static __always_inline struct memleak_site *site_of_block(const struct memleak_b
 	return bpf_map_lookup_elem(&sites, &key);
 }
 
-/* Takes a block that is no longer in `blocks` off its site. */
-static __always_inline void settle(const struct memleak_block *block, u32 instance, u64 now)
+/* Takes a block that is no longer in `blocks` off its site, and returns for how many blocks it stood there. */
+static __always_inline u64 settle(const struct memleak_block *block, u32 instance, u64 now)
 {
 	struct memleak_site *site = site_of_block(block, instance);
 	u32 class = lifetime_class(block_age(block, now));
 	struct memleak_share share;
 
 	if (!site)
-		return;
+		return 0;
 	share_of(block, &share);
 	take_off_site(site, block_cohort(block), share.bytes, share.count);
 	if (block_is_sampled(block)) {
@@ -218,6 +218,7 @@ static __always_inline void settle(const struct memleak_block *block, u32 instan
 	}
 	if (class < MEMLEAK_LIFETIME_CLASSES)
 		__sync_fetch_and_add(&site->lifetimes[class], share.count);
+	return share.count;
 }
 
 /* Takes the first `bytes` of a block that is not sampled off its site; the rest of it stays alive. */
@@ -323,14 +324,16 @@ static __always_inline void end_missed(struct memleak_actor *actor, u64 address,
 {
 	struct memleak_block missed;
 	struct memleak_site *site;
+	u64 blocks_of;
 
 	if (!take(actor, address, &missed))
 		return;
 	count(actor->slot, COUNTER_IMPLICIT_FREES);
+	/* In the same measure as the frees of the site. */
+	blocks_of = settle(&missed, actor->instance, now);
 	site = site_of_block(&missed, actor->instance);
-	if (site)
-		__sync_fetch_and_add(&site->unseen_frees, 1);
-	settle(&missed, actor->instance, now);
+	if (site && blocks_of)
+		__sync_fetch_and_add(&site->unseen_frees, blocks_of);
 	emit(actor, EVENT_IMPLICIT_FREE, address, block_size(&missed), now, block_age(&missed, now), missed.stack,
 	     block_probe_set(&missed), 0);
 }
@@ -378,8 +381,11 @@ static __always_inline void track_alloc(struct memleak_actor *actor, const struc
 		book_alloc(actor, function, address, size, stack_hash, site, now);
 }
 
-/* The block at `address` is given back. With FUNCTION_RANGE only `length` bytes from its start are. */
-static __always_inline void track_free(struct memleak_actor *actor, const struct memleak_function *function,
+/*
+ * The block at `address` is given back. With FUNCTION_RANGE only `length` bytes from its start are. True when it was in the
+ * table.
+ */
+static __always_inline bool track_free(struct memleak_actor *actor, const struct memleak_function *function,
 				       u64 address, u64 length, u64 stack_hash)
 {
 	struct memleak_block block;
@@ -389,7 +395,7 @@ static __always_inline void track_free(struct memleak_actor *actor, const struct
 		/* With sampling nothing follows from it: most blocks are not in the table. */
 		if (!sample_bytes)
 			count(actor->slot, COUNTER_UNMATCHED_FREES);
-		return;
+		return false;
 	}
 	now = bpf_ktime_get_ns();
 	if (function->flags & FUNCTION_RANGE) {
@@ -405,12 +411,13 @@ static __always_inline void track_free(struct memleak_actor *actor, const struct
 			settle_part(&block, actor->instance, old_size - (size - length));
 			set_block_size(&block, size - length);
 			put_back(actor, address + length, &block, now);
-			return;
+			return true;
 		}
 	}
 	settle(&block, actor->instance, now);
 	emit(actor, EVENT_FREE, address, block_size(&block), now, block_age(&block, now),
 	     stack_hash ? stack_hash : block.stack, function->probe_set, function->name);
+	return true;
 }
 
 #endif

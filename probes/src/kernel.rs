@@ -235,9 +235,9 @@ pub struct KernelOrigin {
 
 /// Programs that follow the kernel's allocations, and their books.
 pub struct KernelTracker {
-    skel: KernelAllocSkel<'static>,
     /// Before `skel` is dropped nothing may be attached any more; order of fields is order of dropping.
     _links: Vec<Link>,
+    skel: KernelAllocSkel<'static>,
     /// Copies of the programs for single functions.
     copies: Vec<KernelAllocSkel<'static>>,
     names: Names,
@@ -282,7 +282,7 @@ impl KernelTracker {
             return Err(Error::new(ErrorKind::Kernel, message));
         }
         let sample_bytes = settings.sample_bytes;
-        Ok(KernelTracker { skel, _links: links, copies, names, status, sample_bytes, cohort: settings.cohort })
+        Ok(KernelTracker { _links: links, skel, copies, names, status, sample_bytes, cohort: settings.cohort })
     }
 
     /// What became of each probe set.
@@ -499,6 +499,10 @@ fn open(settings: &KernelSettings) -> Result<OpenKernelAllocSkel<'static>> {
         &mut maps.unwind_maps,
         &mut maps.unwind_pages,
         &mut maps.unwind_memos,
+        &mut maps.python_targets,
+        &mut maps.python_threads,
+        &mut maps.python_stacks,
+        &mut maps.python_codes,
         &mut maps.process_events,
     ] {
         map.set_autocreate(false).map_err(|e| bound(&e))?;

@@ -245,7 +245,12 @@ impl memleak_site {
             lifetimes: self.lifetimes,
         };
         if sample_bytes > 0 {
-            for count in [&mut totals.allocated_count, &mut totals.freed_count, &mut totals.older_freed_count] {
+            for count in [
+                &mut totals.allocated_count,
+                &mut totals.freed_count,
+                &mut totals.older_freed_count,
+                &mut totals.unseen_frees,
+            ] {
                 *count = sampler::blocks(*count);
             }
             totals.lifetimes.iter_mut().for_each(|count| *count = sampler::blocks(*count));

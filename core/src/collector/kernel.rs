@@ -24,7 +24,7 @@ use crate::kallsyms::Kallsyms;
 use crate::kernel::gfp::GfpFlags;
 use crate::kernel::judge::{Earlier, claims, judge};
 use crate::kernel::statistics::{Statistics, is_reclaimable, kmalloc_cache};
-use crate::kernel::{COMM, KernelSample, Origin, SetState};
+use crate::kernel::{COMM, KernelSample, KernelSummary, Origin, SetState};
 use crate::plugin::Plugin;
 use crate::snapshot::{
     Losses, Mode, Process, ProcessSample, Sampling, Site, SiteKey, SiteSample, StackCounts, StandardErrors,
@@ -54,6 +54,11 @@ const COARSEST: u64 = 4 << 20;
 /// When not even that is within the budget, nothing is traced for so long, seconds.
 const COOL_DOWN_S: f64 = 60.0;
 
+/// Loading programs takes its time: with the window of a process open, it waits for so long, seconds.
+const PATIENCE_S: f64 = 2.0;
+/// How often it is looked for modules that have come or gone, seconds.
+const MODULES_EVERY_S: f64 = 1.0;
+
 /// How far back the growth of caches is compared with that of their sites, and in which steps, seconds.
 const PAST_S: f64 = 60.0;
 /// See [`PAST_S`].
@@ -80,8 +85,13 @@ pub(super) struct Kernel {
     reclaimable: HashMap<String, bool>,
     settings: ProbeSettings,
     purse: Purse,
-    /// What there was to say last of books that were closed.
-    closed: Option<ProcessSample>,
+    /// What there was to say last of books that were closed since the last snapshot.
+    closed: Vec<ProcessSample>,
+    /// What the last snapshot said of the kernel as a whole.
+    summary: Arc<KernelSummary>,
+    /// Why allocations may be counted by two probe sets.
+    counted_twice: Option<String>,
+    next_modules_s: f64,
     /// Nothing is attached until then, because the budget could not be kept.
     stopped_until_s: Option<f64>,
     cpu_at_start_s: f64,
@@ -120,7 +130,8 @@ impl Kernel {
             return Err(Error::config("kernel.caches: no probe set for slab caches is switched on (kernel-slab)"));
         }
         let flags = GfpFlags::read();
-        let symbols = Kallsyms::read();
+        let mut symbols = Kallsyms::read();
+        let (inner, counted_twice) = inner(&plugins, &symbols);
         let settings = ProbeSettings {
             backend: match k.backend {
                 KernelBackend::Auto => None,
@@ -135,7 +146,7 @@ impl Kernel {
             max_frames: config.collector.max_frames,
             sample_bytes: k.sample_bytes.0,
             filter: filter(k, &flags)?,
-            inner: inner(&plugins, &symbols),
+            inner,
             movable_pages: k.movable_pages,
             cohort: 0,
         };
@@ -144,6 +155,8 @@ impl Kernel {
         }
         let at_start = Statistics::read();
         let tracker = KernelTracker::start(&settings)?;
+        // Stacks begin in our own programs.
+        symbols.reread();
         Ok(Some(Kernel {
             status: tracker.status().to_vec(),
             tracker: Some(tracker),
@@ -161,7 +174,10 @@ impl Kernel {
             reclaimable: HashMap::new(),
             settings,
             purse: Purse::new(k.budget),
-            closed: None,
+            closed: Vec::new(),
+            summary: Arc::default(),
+            counted_twice,
+            next_modules_s: 0.0,
             stopped_until_s: None,
             cpu_at_start_s: machine_cpu_s(),
         }))
@@ -196,13 +212,18 @@ impl Kernel {
         self.status.iter().filter_map(|s| Some((name(s), s.blind.clone()?))).collect()
     }
 
-    /// Why functions or allocation flags have no names, and what to do.
+    /// Whether it is traced within a budget, which must be looked after.
+    pub(super) fn is_budgeted(&self) -> bool {
+        self.tracker.is_some() && self.purse.budget().is_some()
+    }
+
+    /// Why functions or allocation flags have no names, or allocations count twice, and what to do.
     pub(super) fn missing_names(&self) -> Vec<String> {
         let symbols = self.symbols.missing().map(str::to_owned);
         let flags = self.flags.known().is_empty().then(|| {
             "allocation flags have no names: mount tracefs (mount -t tracefs tracefs /sys/kernel/tracing)".to_owned()
         });
-        symbols.into_iter().chain(flags).collect()
+        symbols.into_iter().chain(flags).chain(self.counted_twice.clone()).collect()
     }
 
     fn status(&self, status: &KernelSetStatus) -> PluginStatus {
@@ -218,37 +239,38 @@ impl Kernel {
         PluginStatus { probe_set: self.probe_set_name(status.number).unwrap_or("?").into(), state }
     }
 
-    /// Notices modules that have come or gone, and keeps the budget: what there is to tell of that.
+    /// Notices modules that have come or gone, and keeps the budget: what there is to tell of that. While a window of a
+    /// process is open (`hurried`), what takes long is put off.
     ///
     /// # Errors
-    /// The programs cannot be loaded again.
-    pub(super) fn follow(&mut self, now_s: f64, next_instance: &mut u32) -> Result<Option<Notice>> {
-        if self.symbols.refresh() {
-            tracing::debug!("modules have come or gone; names read again");
+    /// The programs' counters cannot be read.
+    pub(super) fn follow(&mut self, now_s: f64, hurried: bool, next_instance: &mut u32) -> Result<Option<Notice>> {
+        if !hurried && now_s >= self.next_modules_s {
+            self.next_modules_s = now_s + MODULES_EVERY_S;
+            if self.symbols.refresh() {
+                tracing::debug!("modules have come or gone; names read again");
+            }
         }
         if let Some(until_s) = self.stopped_until_s {
-            if now_s < until_s {
+            let until_s = if hurried { until_s + PATIENCE_S } else { until_s };
+            if now_s < until_s || !self.load_again(now_s) {
                 return Ok(None);
             }
-            self.stopped_until_s = None;
-            self.purse.start_anew(now_s);
-            self.tracker = Some(KernelTracker::start(&self.settings)?);
         }
         let Some(tracker) = &self.tracker else { return Ok(None) };
         match self.purse.tick(now_s, tracker)? {
             Verdict::Within => Ok(None),
+            Verdict::Above if hurried && !self.purse.is_deep_in_debt() => Ok(None),
             Verdict::Above if self.settings.sample_bytes < COARSEST => {
+                // They were kept with the sample so far.
+                self.close_books(next_instance)?;
                 self.settings.sample_bytes = match self.settings.sample_bytes {
                     0 => FIRST_SAMPLE,
                     n => (n * COARSER).min(COARSEST),
                 };
-                self.close_books(next_instance)?;
-                // One at a time: the tables are large.
-                self.tracker = None;
-                self.tracker = Some(KernelTracker::start(&self.settings)?);
-                self.purse.start_anew(now_s);
                 let process = Arc::clone(&self.process);
-                Ok(Some(Notice::Sampled { process, mean_bytes: self.settings.sample_bytes }))
+                let mean_bytes = self.settings.sample_bytes;
+                Ok(self.load_again(now_s).then_some(Notice::Sampled { process, mean_bytes }))
             }
             Verdict::Above => {
                 self.close_books(next_instance)?;
@@ -261,10 +283,36 @@ impl Kernel {
         }
     }
 
+    /// Loads and attaches the programs again, for what is outstanding to be counted from now on; true when that went well.
+    /// When it did not, which ends nothing else, it is tried again after a cool-down.
+    fn load_again(&mut self, now_s: f64) -> bool {
+        // One at a time: the tables are large.
+        self.tracker = None;
+        self.at_start = Statistics::read();
+        self.past.clear();
+        match KernelTracker::start(&self.settings) {
+            Ok(tracker) => {
+                self.status = tracker.status().to_vec();
+                self.tracker = Some(tracker);
+                self.symbols.reread();
+                self.stopped_until_s = None;
+                self.purse.start_anew(now_s);
+                true
+            }
+            Err(e) => {
+                tracing::warn!("the kernel is not traced now; tried again in {COOL_DOWN_S} s: {e}");
+                self.stopped_until_s = Some(now_s + COOL_DOWN_S);
+                false
+            }
+        }
+    }
+
     /// Numbers from before and after a change cannot be compared: the kernel becomes another instance.
     fn close_books(&mut self, next_instance: &mut u32) -> Result<()> {
         let last = self.process_sample(StackCounts::default())?;
-        self.closed = Some(ProcessSample { alive: false, ..last });
+        self.closed.push(ProcessSample { alive: false, kernel: Some(Arc::clone(&self.summary)), ..last });
+        self.purse.close_books();
+        self.cpu_at_start_s = machine_cpu_s();
         self.process = Arc::new(Process { instance: *next_instance, ..Process::clone(&self.process) });
         *next_instance += 1;
         self.sites.clear();
@@ -283,6 +331,8 @@ impl Kernel {
         started_ns: u64,
         sites: &mut Vec<SiteSample>,
     ) -> Result<Vec<ProcessSample>> {
+        // New sites may lie in new modules.
+        self.symbols.refresh();
         self.now = Statistics::read();
         let first = sites.len();
         let raw = self.tracker.as_ref().map_or_else(|| Ok(Vec::new()), KernelTracker::read_sites)?;
@@ -326,7 +376,8 @@ impl Kernel {
                 tracker.next_cohort();
             }
         }
-        let blind = self.status.iter().any(|s| s.blind.is_some());
+        let mut sample = self.process_sample(stacks)?;
+        let blind = self.status.iter().any(|s| s.blind.is_some()) || sample.losses.partial_ranges > 0;
         let known = &mut self.reclaimable;
         let mut reclaimable = |cache: &str| match known.get(cache) {
             Some(known) => *known,
@@ -342,10 +393,12 @@ impl Kernel {
         let recently = self.past.front().map(|(_, earlier)| earlier);
         let mut summary = judge(new, &self.at_start, recently, &self.now, blind, &mut reclaimable);
         summary.probe_sets = self.status.iter().map(|s| self.set_state(s)).collect();
-        summary.missed_events = self.missed_events();
-        let mut sample = self.process_sample(stacks)?;
-        sample.kernel = Some(Arc::new(summary));
-        Ok(self.closed.take().into_iter().chain([sample]).collect())
+        summary.missed_events = sample.losses.missed_events;
+        self.summary = Arc::new(summary);
+        sample.kernel = Some(Arc::clone(&self.summary));
+        let mut samples = std::mem::take(&mut self.closed);
+        samples.push(sample);
+        Ok(samples)
     }
 
     /// Events that the kernel kept from the programs.
@@ -386,9 +439,8 @@ impl Kernel {
                 implicit_frees: counters.implicit_frees,
                 partial_ranges: counters.partial_ranges,
                 pointers_unreadable: counters.pointers_unreadable,
-                events_dropped: 0,
                 missed_events: self.missed_events(),
-                python_lost: 0,
+                ..Losses::default()
             },
             stacks,
             rss_bytes: Some(self.now.kernel_bytes()),
@@ -450,7 +502,12 @@ impl Kernel {
         let is_leading = |address: &u64, globs: &GlobSet| {
             self.symbols.find(address.saturating_sub(1)).is_some_and(|place| globs.is_match(place.function))
         };
-        let tracer = addresses.iter().take_while(|a| is_leading(a, &self.tracer)).count();
+        // Where the kernel does not list BPF programs (net.core.bpf_jit_kallsyms), ours have no name. They lie above what
+        // ran them.
+        let is_tracer = |a: &u64| is_leading(a, &self.tracer);
+        let is_unknown = |a: &u64| self.symbols.find(a.saturating_sub(1)).is_none();
+        let top = addresses.iter().take_while(|a| is_unknown(a) || is_tracer(a)).count();
+        let tracer = addresses[..top].iter().rposition(is_tracer).map_or(0, |at| at + 1);
         let rest = &addresses[tracer..];
         let passing = rest.iter().take_while(|a| wrappers.is_some_and(|w| is_leading(a, &w.wrappers))).count();
         // A stack of nothing else is better than none.
@@ -557,16 +614,27 @@ fn functions(plugins: &[Plugin]) -> impl Iterator<Item = &String> {
     plugins.iter().filter_map(|p| p.kernel.as_ref()).flat_map(|k| k.spec.functions.iter().flat_map(|f| &f.symbols))
 }
 
-/// Code whose allocations belong to other probe sets.
-fn inner(plugins: &[Plugin], symbols: &Kallsyms) -> Vec<InnerCode> {
+/// Code whose allocations belong to other probe sets; and why some may be counted twice, if not all of it is known.
+fn inner(plugins: &[Plugin], symbols: &Kallsyms) -> (Vec<InnerCode>, Option<String>) {
     let mut code = Vec::new();
+    let mut left_out = 0;
     for plugin in plugins {
         let Some(kernel) = plugin.kernel.as_ref().filter(|k| !k.inner.is_empty()) else { continue };
         let room = MAX_INNER.saturating_sub(code.len());
-        let ranges = symbols.ranges(&kernel.inner, room);
+        let (ranges, more) = symbols.ranges(&kernel.inner, room);
+        left_out += more;
         code.extend(ranges.into_iter().map(|(start, end)| InnerCode { start, end, probe_set: plugin.spec.number }));
     }
-    code
+    let is_any = plugins.iter().filter_map(|p| p.kernel.as_ref()).any(|k| !k.inner.is_empty());
+    let why = match symbols.missing() {
+        Some(_) if is_any => Some("without the kernel's symbols it cannot be told by whom they are taken".to_owned()),
+        None if left_out > 0 => Some(format!("{left_out} functions of inner have no room, at most {MAX_INNER} have")),
+        _ => None,
+    };
+    let why = why.map(|why| {
+        format!("memory that one probe set takes from another, such as pages of slab caches, may count in both: {why}")
+    });
+    (code, why)
 }
 
 /// CPU time that the machine has used since it was started, seconds.

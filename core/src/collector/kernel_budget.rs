@@ -71,6 +71,16 @@ impl Purse {
         self.stops
     }
 
+    /// The books are closed: what is spent from now on belongs to others.
+    pub(super) fn close_books(&mut self) {
+        self.spent_s = 0.0;
+    }
+
+    /// True when more is owed than the whole purse holds: nothing that takes the cost away can wait.
+    pub(super) fn is_deep_in_debt(&self) -> bool {
+        self.budget.is_some_and(|budget| self.held_s < -budget * PURSE_S)
+    }
+
     pub(super) fn note_stop(&mut self) {
         self.stops += 1;
         self.measuring = None;
@@ -151,5 +161,12 @@ mod tests {
             purse.charge(f64::from(tick) / 10.0, hits) == Verdict::Above
         });
         assert!(above);
+        assert!(!purse.is_deep_in_debt());
+        purse.charge(23.0, hits + per_s(1.0));
+        assert!(purse.is_deep_in_debt());
+        // The next books begin at nothing: added up, each second counts once.
+        assert!(purse.spent_s() > 0.0);
+        purse.close_books();
+        assert_eq!(purse.spent_s(), 0.0);
     }
 }

@@ -179,7 +179,7 @@ pub enum Notice {
 
 /// See the module.
 pub struct Collector {
-    /// Only with a budget: without windows there is nothing to watch over.
+    /// Only with a budget: without one there is nothing to watch over.
     watchdog: Option<Watchdog>,
     tracker: Userspace,
     /// The kernel, when it is a target.
@@ -251,7 +251,9 @@ impl Collector {
             // A trace is asked for in order to see everything.
             .map(|budget| BudgetSettings { share: budget.share.filter(|_| !trace_events), ..budget })
             .collect();
-        let watchdog = budgets.iter().any(|b| b.share.is_some()).then(Watchdog::start).transpose()?;
+        let of_kernel = config.kernel.enabled && config.kernel.budget.is_some();
+        let watched_over = of_kernel || budgets.iter().any(|b| b.share.is_some());
+        let watchdog = watched_over.then(Watchdog::start).transpose()?;
         let settings = memleak_probes::Settings {
             backend: match c.backend {
                 Backend::Auto => None,
@@ -462,11 +464,13 @@ impl Collector {
             None => std::thread::sleep(timeout),
         }
         self.end_exit_scans()?;
-        let now_s = self.now_s();
+        // First the windows: they are short.
+        let closed = self.govern()?;
+        let (now_s, hurried) = (self.now_s(), self.has_open_window());
         if let Some(kernel) = &mut self.kernel {
-            self.notices.extend(kernel.follow(now_s, &mut self.next_instance)?);
+            self.notices.extend(kernel.follow(now_s, hurried, &mut self.next_instance)?);
         }
-        self.govern()?;
+        self.guard(closed);
         if let (Some(unwinder), Some(tracker)) = (&mut self.unwinder, self.tracker.loaded_mut()) {
             unwinder.apply(tracker);
         }

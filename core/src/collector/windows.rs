@@ -30,12 +30,12 @@ impl Collector {
         Duration::from_secs_f64(wakeups.fold(tick, f64::min).clamp(0.001, 1.0))
     }
 
-    /// Charges every target for its hits and acts.
-    pub(super) fn govern(&mut self) -> Result<()> {
+    /// Charges every target for its hits and acts; true when that was to end a window or all tracing of a target.
+    pub(super) fn govern(&mut self) -> Result<bool> {
         let now_s = self.now_s();
         let running = self.watched.values().filter(|w| w.life == Life::Running);
         let scale = governor::scale(running.map(|w| w.governor.budget()), self.total_budget);
-        let Some(tracker) = self.tracker.loaded() else { return Ok(()) };
+        let Some(tracker) = self.tracker.loaded() else { return Ok(false) };
         let prices = tracker.prices();
         let waited_s = process::waited_s();
         let mut actions = Vec::new();
@@ -84,8 +84,13 @@ impl Collector {
                 Action::Stop { why, exact, cool_down_s } => self.stop_tracing(instance, why, exact, cool_down_s)?,
             }
         }
-        self.guard(closed);
-        Ok(())
+        Ok(closed)
+    }
+
+    /// Whether a target is being traced through a window.
+    pub(super) fn has_open_window(&self) -> bool {
+        let mut running = self.watched.values().filter(|w| w.life == Life::Running);
+        running.any(|w| w.governor.is_attached() && !w.governor.is_exact())
     }
 
     /// Takes all probes off a target.
@@ -104,14 +109,14 @@ impl Collector {
 
     /// While no window is open: tells the watchdog what to expect next. A collector that somebody had stopped and the
     /// watchdog had to wake has done what had to be done by now, and stops again. `closed`: that was to close windows.
-    fn guard(&mut self, closed: bool) {
+    pub(super) fn guard(&mut self, closed: bool) {
         let budgeted =
             self.watched.values().filter(|w| w.life == Life::Running && w.governor.settings().share.is_some());
         let attached = || budgeted.clone().filter(|w| w.governor.is_attached());
         if attached().any(|w| !w.governor.is_exact()) {
             return;
         }
-        let exact = attached().next().is_some();
+        let exact = attached().next().is_some() || self.kernel.as_ref().is_some_and(super::Kernel::is_budgeted);
         let Some(watchdog) = self.watchdog.as_mut() else { return };
         watchdog.expect_looks(exact.then_some(LOOK));
         if watchdog.has_woken_us() {

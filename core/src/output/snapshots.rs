@@ -165,7 +165,8 @@ impl<'a> SnapshotLine<'a> {
             calibration: prices.map(CalibrationLine::from),
             totals: TotalsLine::new(snapshot.totals(), snapshot.stderr()),
             sites_total: snapshot.sites.len(),
-            kernel: snapshot.processes.iter().find_map(|p| p.kernel.as_deref()),
+            // Of several instances the newest: the others' books are closed.
+            kernel: snapshot.processes.iter().rev().find_map(|p| p.kernel.as_deref()),
             sites: (snapshot.sites.iter().take(sites))
                 .map(|s| SiteLine {
                     id: format!("{:016x}", s.site.id),

@@ -268,7 +268,9 @@ fn coverage(history: &History) -> Vec<String> {
     let mut grown: Vec<(&ProcessSample, Coverage)> =
         history.processes().filter_map(|p| p.coverage.map(|c| (p, c))).collect();
     grown.sort_by_key(|(p, c)| (std::cmp::Reverse(c.growth_bytes), p.process.instance));
-    let of_kernel = history.processes().filter_map(|p| p.kernel.as_deref()).flat_map(KernelSummary::sentences);
+    // Of several instances the newest: the others' books are closed.
+    let kernel = history.processes().filter(|p| p.kernel.is_some()).max_by_key(|p| p.process.instance);
+    let of_kernel = kernel.and_then(|p| p.kernel.as_deref()).into_iter().flat_map(KernelSummary::sentences);
     let of_processes = summed_up(grown.into_iter().map(|(p, c)| coverage_sentence(p, &c)).collect());
     of_kernel.chain(of_processes).collect()
 }
