@@ -29,6 +29,8 @@ const MAX_CODE: u64 = 64 * 1024;
 
 type Header = elf::FileHeader64<Endianness>;
 type Sections<'a, R> = SectionTable<'a, Header, R>;
+/// Symbols and their names.
+type SymbolTable<'a> = (&'a [elf::Sym64<Endianness>], StringTable<'a>);
 
 /// A function in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -140,7 +142,7 @@ fn symbols_of<'a, R: ReadRef<'a>>(
     data: R,
     kind: elf::SectionType,
     most: usize,
-) -> object::read::Result<Option<(&'a [elf::Sym64<Endianness>], StringTable<'a>)>> {
+) -> object::read::Result<Option<SymbolTable<'a>>> {
     let Some(section) = sections.iter().find(|s| s.sh_type(endian) == kind) else { return Ok(None) };
     let strings = sections.section(SectionIndex(section.sh_link(endian) as usize))?;
     let is_long = |section: &elf::SectionHeader64<Endianness>, each: usize| {
