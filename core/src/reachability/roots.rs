@@ -263,8 +263,8 @@ impl ByClass for Symbols {
 /// The name at a place of a file, which ends within `most` bytes; read by itself, for a file may have far more names of
 /// functions than of variables.
 fn name_at(file: &File, offset: u64, most: u64) -> Option<String> {
-    // One more shows that there is more.
-    let most = most.min(MAX_NAME as u64 + 1);
+    // One character more shows that there is more.
+    let most = most.min(MAX_NAME as u64 + 4);
     let bytes = elf_file::read_at(file, offset, most, most).ok()?;
     let end = bytes.iter().position(|b| *b == 0);
     if end.is_none() && bytes.len() <= MAX_NAME {
