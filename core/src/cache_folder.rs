@@ -1,8 +1,8 @@
 //! A folder of ours on disk, bounded in size, for what can be made or fetched again.
 
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -40,6 +40,21 @@ impl CacheFolder {
     /// Path under which a file is written before it is renamed.
     pub(crate) fn draft(&self, name: &str) -> PathBuf {
         self.path.join(format!("{name}.{}{DRAFT}", std::process::id()))
+    }
+
+    /// Makes the file that [`CacheFolder::draft`] names, for us alone, in place of one that a killed run of this process id has
+    /// left.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub(crate) fn new_draft(&self, name: &str) -> io::Result<File> {
+        let draft = self.draft(name);
+        match fs::remove_file(&draft) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        let mut options = File::options();
+        options.read(true).write(true).create_new(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(draft)
     }
 
     /// Makes the folder if need be, and room for `size` more bytes.
@@ -80,8 +95,11 @@ impl CacheFolder {
             if total.saturating_add(size) <= self.max_bytes {
                 break;
             }
-            fs::remove_file(path)?;
-            total -= len;
+            match fs::remove_file(path) {
+                // Another run was faster.
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => total -= len,
+            }
         }
         Ok(())
     }
@@ -91,4 +109,24 @@ impl CacheFolder {
 pub(crate) fn is_ours(meta: &fs::Metadata) -> bool {
     // SAFETY: the call has no preconditions.
     meta.uid() == unsafe { libc::geteuid() } && meta.mode() & 0o022 == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Process ids come again, in containers above all: a draft of a killed run must not block a file for ever.
+    #[test]
+    fn a_draft_that_was_left_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = CacheFolder { path: dir.path().to_owned(), suffix: ".x", max_bytes: 1 };
+        fs::write(folder.draft("a"), "left").unwrap();
+        assert_eq!(folder.new_draft("a").unwrap().metadata().unwrap().len(), 0);
+        // Nor is anything written where a link leads.
+        let aim = dir.path().join("aim");
+        fs::write(&aim, "kept").unwrap();
+        std::os::unix::fs::symlink(&aim, folder.draft("b")).unwrap();
+        assert_eq!(folder.new_draft("b").unwrap().metadata().unwrap().len(), 0);
+        assert_eq!(fs::read(&aim).unwrap(), b"kept");
+    }
 }

@@ -471,6 +471,15 @@ impl Tracker {
         self.rings.next_process_event()
     }
 
+    /// Stops no process any more that forks, calls exec or exit(), or loads a library. Events of those that were stopped
+    /// before can still be had.
+    pub fn detach_stops(&mut self) {
+        self.skel.links.process_exec = None;
+        self.skel.links.process_fork = None;
+        self.skel.links.process_fork_stop = None;
+        self.targets.values_mut().for_each(|t| t.hooks.clear());
+    }
+
     /// The next allocation or free that [`Tracker::poll`] has brought; only with [`Settings::trace_events`].
     pub fn next_event(&self) -> Option<Event> {
         self.rings.next_event()

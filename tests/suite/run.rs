@@ -184,6 +184,47 @@ fn descendants_that_outlive_the_command_are_waited_for() {
     assert_eq!(unsafe { libc::kill(i32::try_from(pid).expect("a pid"), libc::SIGKILL) }, 0);
 }
 
+// A process that calls exit() is stopped there. It must go on also where the kernel has not stopped it before: then it
+// has been joined while it ran.
+#[test]
+fn descendants_that_exit_are_let_go() {
+    needs!(Feature::Bpf);
+    let script = "(sleep 0.5; \"$0\" static; true) & wait";
+    let program = program_path("run").expect("the program was built");
+    let mut command = memleak_command();
+    command.args(["run", "--format", "json", "-o", "-", "--fail-on", "never", "--", "sh", "-c", script]).arg(program);
+    let (code, stdout, stderr) = output_within(&mut command);
+    let report: Value = serde_json::from_str(&stdout).unwrap_or_else(|e| panic!("no report ({e}): {stderr}"));
+    assert_eq!(code, Some(0), "{report}");
+    let processes = report["processes"].as_array().expect("a list");
+    assert!(processes.iter().any(|p| p["comm"] == "run"), "{report}");
+    assert!(processes.iter().all(|p| p["end"] != "running"), "{report}");
+}
+
+// A run that does not wait any longer, or fails, leaves nobody stopped whom it was about to attach to.
+#[test]
+fn descendants_that_are_not_waited_for_go_on() {
+    needs!(Feature::Bpf);
+    let mark = format!("33.0{}", std::process::id());
+    let script = format!("i=0; while [ $i -lt 20 ]; do sleep {mark} >/dev/null 2>&1 & i=$((i+1)); done");
+    let mut command = memleak_command();
+    command.args(["run", "--fail-on", "never", "--wait", "0s", "--", "sh", "-c", &script]);
+    let (code, _, stderr) = output_within(&mut command);
+    assert_eq!(code, Some(0), "{stderr}");
+    let names = |pid: u32| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let state = |pid: u32| std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let stopped = |pid: &u32| state(*pid).rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'));
+    let pids = std::fs::read_dir("/proc").expect("processes").flatten();
+    let pids: Vec<u32> = pids.filter_map(|p| p.file_name().to_str()?.parse().ok()).collect();
+    let ours: Vec<u32> = pids.into_iter().filter(|pid| names(*pid).contains(&mark)).collect();
+    let still: Vec<u32> = ours.iter().copied().filter(stopped).collect();
+    for pid in &ours {
+        // SAFETY: kill takes plain numbers.
+        unsafe { libc::kill(pid.cast_signed(), libc::SIGKILL) };
+    }
+    assert!(!ours.is_empty() && still.is_empty(), "{} of {} are stopped", still.len(), ours.len());
+}
+
 // What fails the run is for the user to say.
 #[test]
 fn fail_on_decides_the_exit_code() {

@@ -143,11 +143,11 @@ impl Collector {
     /// made. A launched command is stopped meanwhile; one that is traced already goes on being traced.
     fn waits_for_tables(&mut self, instance: u32) -> bool {
         let now_s = self.now_s();
+        let is_held = self.watched.get(&instance).is_some_and(|w| self.is_held(w.process.pid));
         let Some(watched) = self.watched.get_mut(&instance) else { return false };
-        let pid = watched.process.pid;
         watched.waits = now_s - watched.since_s < WAIT_FOR_TABLES_S
             && !watched.status.iter().any(|s| matches!(s.state, PluginState::Attached { .. }))
-            && !self.launched.iter().any(|l| l.pid == pid)
+            && !is_held
             && self.unwinder.as_ref().is_some_and(|u| u.is_pending(instance));
         watched.waits
     }
@@ -194,10 +194,13 @@ impl Collector {
         let debug = facts.debug.as_ref();
         library.debug = debug.map(|debug| PathBuf::from(format!("/proc/self/fd/{}", debug.as_raw_fd())));
         // musl's dynamic linker is its C library; a static program defines exit() itself.
-        let is_executable = self.watched.get(&instance).is_some_and(|w| w.process.exe == name);
+        let watched = self.watched.get(&instance);
+        let is_executable = watched.is_some_and(|w| w.process.exe == name);
         let is_glibc = facts.names.soname.as_deref() == Some("libc.so.6");
         let may_be_libc = is_executable || is_glibc || is_dynamic_linker(name);
-        if self.purpose == Purpose::Run
+        // Only who can be let go on is stopped.
+        let may_stop = self.purpose == Purpose::Run && watched.is_some_and(|w| self.can_go_on(w.process.pid));
+        if may_stop
             && may_be_libc
             && let Err(e) = self.tracker.get_mut().and_then(|t| Ok(t.attach_exit(instance, &library)?))
         {

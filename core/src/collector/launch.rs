@@ -5,7 +5,9 @@
 //! constructors run. No debugger interface is involved. Should the collector die meanwhile, the kernel lets the child
 //! go on (parent-death signal SIGCONT).
 //!
-//! With [`super::Purpose::Run`] all descendants are handled the same way: the kernel side stops them as they are forked.
+//! With [`super::Purpose::Run`] all descendants are handled the same way: the kernel side stops them as they are forked,
+//! where it can, and when they call exit(). A collector that ends, by an error too, lets all of them go on. One that is
+//! killed (SIGKILL) cannot: a descendant that is stopped at that moment stays so until somebody sends it SIGCONT.
 
 use std::io::{PipeReader, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -15,7 +17,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use memleak_probes::Tracker;
+use memleak_probes::{ProcessEvent, Tracker};
 
 use super::{Collector, Life, Purpose};
 use crate::{Error, ErrorKind, Result};
@@ -27,9 +29,11 @@ const STOPS_FOR_S: f64 = 10.0;
 /// How long a command waits for the tables by which its stacks are unwound.
 const WAIT_FOR_TABLES: Duration = Duration::from_secs(2);
 
-/// A command that runs.
+/// A command that runs, or a descendant of it. Once nobody has this any more, nobody would let the process go on.
 pub(super) struct Launched {
     pub(super) pid: u32,
+    /// It stops before its first instruction and for libraries; else, if at all, when it calls exit() only.
+    held: bool,
     /// Number of the target that names it, from 0.
     pub(super) target: usize,
     name: String,
@@ -49,6 +53,30 @@ impl Launched {
             },
             None => has_ended(&self.pidfd).then_some(None),
         }
+    }
+}
+
+/// At the end nobody stays stopped: neither who was launched (see [`Launched`]) nor children of which was not yet taken note.
+impl Drop for Collector {
+    fn drop(&mut self) {
+        self.tracker.detach_stops();
+        if !self.tracker.stops_children() {
+            return;
+        }
+        if let Err(e) = self.tracker.poll(Duration::ZERO) {
+            tracing::warn!("children of the command may stay stopped: {e}");
+        }
+        while let Some(event) = self.tracker.next_process_event() {
+            if let ProcessEvent::Fork { child, .. } = event {
+                let_go(child);
+            }
+        }
+    }
+}
+
+impl Drop for Launched {
+    fn drop(&mut self) {
+        send_signal(&self.pidfd, libc::SIGCONT);
     }
 }
 
@@ -97,8 +125,18 @@ impl Collector {
                 return Err(Error::new(ErrorKind::Target, format!("failed to start {name}: its thread has gone")));
             }
         }
-        self.launched.push(Launched { pid, target, name, pidfd, ended: Some(ended) });
+        self.launched.push(Launched { pid, held: true, target, name, pidfd, ended: Some(ended) });
         Ok(())
+    }
+
+    /// Whether a process is stopped before its first instruction and for libraries.
+    pub(super) fn is_held(&self, pid: u32) -> bool {
+        self.launched.iter().any(|l| l.pid == pid && l.held)
+    }
+
+    /// Whether a process can be let go on after a stop.
+    pub(super) fn can_go_on(&self, pid: u32) -> bool {
+        self.launched.iter().any(|l| l.pid == pid)
     }
 
     /// Lets a launched process go on after a stop, when the tables for its stacks are there.
@@ -124,7 +162,7 @@ impl Collector {
         }
         self.attach_to(instance);
         self.announce(instance, false);
-        if self.launched.iter().any(|l| l.pid == pid) {
+        if self.is_held(pid) {
             if since_s > STOPS_FOR_S
                 && self.purpose != Purpose::Run
                 && let Err(e) = self.tracker.get_mut().and_then(|t| Ok(t.set_stop_on_load(instance, false)?))
@@ -171,16 +209,24 @@ impl Collector {
         self.command_ended.then_some(self.command_status)
     }
 
-    /// The child of a followed process: it will stop after every exec.
+    /// The child of a followed process: it will stop after every exec, where the kernel can do that.
     /// `followed` is the target that it belongs to by descent.
     pub(super) fn descends(&mut self, child: u32, followed: Option<usize>) {
-        let Some(target) = followed.filter(|_| self.tracker.loaded().is_some_and(Tracker::stops_children)) else {
+        if self.purpose != Purpose::Run {
             return;
-        };
-        match open_pidfd(child) {
-            Ok(pidfd) => self.launched.push(Launched { pid: child, target, name: String::new(), pidfd, ended: None }),
-            // It has ended already; the kernel side need not stop whoever gets its number.
-            Err(_) => self.launch_done(child),
+        }
+        let held = self.tracker.loaded().is_some_and(Tracker::stops_children);
+        match followed.map(|target| (target, open_pidfd(child))) {
+            Some((target, Ok(pidfd))) => {
+                self.launched.push(Launched { pid: child, held, target, name: String::new(), pidfd, ended: None });
+            }
+            // It has ended already; or there are no descriptors left, and it would be stopped for ever.
+            _ if held => {
+                // The kernel side need not stop whoever gets its number.
+                self.launch_done(child);
+                let_go(child);
+            }
+            _ => {}
         }
     }
 
@@ -200,6 +246,12 @@ impl Collector {
             send_signal(&launched.pidfd, libc::SIGCONT);
         }
     }
+}
+
+/// Lets a process go on of which there is no descriptor.
+fn let_go(pid: u32) {
+    // SAFETY: the call takes no pointers.
+    unsafe { libc::kill(pid.cast_signed(), libc::SIGCONT) };
 }
 
 /// The command, set up to report its pid and to wait before exec.

@@ -191,6 +191,7 @@ pub struct Collector {
     watched: HashMap<u32, Watched>,
     /// Pid and start of every process that is watched or has been refused.
     known: HashSet<(u32, u64)>,
+    /// Behind the tracker, which is thus dropped first: whoever is let go on at the end is not stopped once more.
     launched: Vec<Launched>,
     /// Forked by watched processes and not watched, as far as they may have breakpoints.
     children: Vec<children::Child>,
@@ -542,13 +543,13 @@ impl Collector {
     fn started_program(&mut self, pid: u32, followed: Option<usize>, by_exec: bool) {
         let launched = self.launched.iter().find(|l| l.pid == pid).map(|l| l.target);
         if let Some(target) = launched.or(followed) {
-            self.watch(pid, target, true, launched.is_some() && by_exec);
+            self.watch(pid, target, true, by_exec && self.is_held(pid));
         } else if let Ok(stat) = ProcessStat::read(pid)
             && let Some(target) = self.matcher.matches(&stat)
         {
             self.watch(pid, target, false, false);
         }
-        if launched.is_some() {
+        if self.is_held(pid) {
             self.go_on(pid);
         }
     }

@@ -52,6 +52,15 @@ pub fn clip(text: &str, max: usize) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
+/// At most `max` bytes: the end is replaced by `…` when there are more.
+pub fn clip_bytes(text: &str, max: usize) -> Cow<'_, str> {
+    const MARK: &str = "…";
+    if text.len() <= max {
+        return Cow::Borrowed(text);
+    }
+    Cow::Owned(format!("{}{MARK}", &text[..text.floor_char_boundary(max.saturating_sub(MARK.len()))]))
+}
+
 /// Lines of at most `width` characters, broken at spaces; a word that is longer is cut into pieces.
 ///
 /// Empty for text without words.
@@ -109,6 +118,16 @@ mod tests {
     fn writing_out_twice_changes_nothing_more() {
         let once = visible("a\nb\u{202e}").into_owned();
         assert_eq!(visible(&once), once);
+    }
+
+    /// Clipping to bytes leaves what fits.
+    #[test]
+    fn clip_bytes_keeps_at_most_max_bytes() {
+        assert_eq!(clip_bytes("four", 4), "four");
+        assert_eq!(clip_bytes("fives", 4), "f…");
+        // Never within a character.
+        assert_eq!(clip_bytes("aéé.", 5), "a…");
+        assert_eq!(clip_bytes(&"é".repeat(1000), 600).len(), 599);
     }
 
     /// Clipping counts characters, never splits one, and leaves what fits.

@@ -4,17 +4,30 @@ use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
 
-use object::{Object, ObjectSymbol, ReadCache, SymbolKind};
+use object::elf;
+use object::endian::Endianness;
+use object::pod::{Pod, slice_from_all_bytes};
+use object::read::elf::{FileHeader, SectionHeader, Sym};
 use serde::{Deserialize, Serialize};
 
-use crate::maps::elf::ElfInfo;
+use crate::error::Result;
+use crate::maps::elf::{self as elf_file, ByClass, ElfInfo, Sections, malformed};
 use crate::maps::{Backing, Mapping, Maps, open_mapped};
+use crate::output::text::clip_bytes;
 use crate::process::ProcDir;
 
 /// Largest file whose symbols are read, bytes.
 const MAX_FILE: u64 = 1 << 30;
 /// Most symbols of variables that are kept of a file.
 const MAX_SYMBOLS: usize = 1_000_000;
+/// Most symbols that are looked at in a table.
+const MAX_SEEN: usize = 4_000_000;
+/// Symbols that are read at once.
+const CHUNK: usize = 4096;
+/// Most bytes of all names that are kept of a file.
+const MAX_NAMES: usize = 32 << 20;
+/// Longest name of a variable or file in a [`Root`], bytes.
+pub const MAX_NAME: usize = 512;
 /// Most threads whose stacks are told apart.
 const MAX_THREADS: usize = 4096;
 
@@ -134,7 +147,7 @@ impl RootNames {
             Backing::Special(name) if name.starts_with("[stack") => return Root::Stack { tid: Some(self.dir.pid()) },
             Backing::File { .. } if !mapping.perms.shared => return self.global(at, address),
             _ if mapping.perms.shared => {
-                return Root::Shared { name: mapping.name().unwrap_or_else(|| "(anonymous)".to_owned()) };
+                return Root::Shared { name: mapping.name().map_or_else(|| "(anonymous)".to_owned(), clip_path) };
             }
             Backing::Anonymous if self.is_bss(at) => return self.global(at - 1, address),
             _ => {}
@@ -157,7 +170,7 @@ impl RootNames {
     fn global(&mut self, at: usize, address: u64) -> Root {
         let all = self.maps.iter().as_slice();
         let mapping = &all[at];
-        let module = mapping.name().unwrap_or_default();
+        let module = mapping.name().map(clip_path).unwrap_or_default();
         let first = all[..=at].iter().rev().take_while(|m| same_file(m, mapping) || m.name().is_none());
         let first = first.filter(|m| same_file(m, mapping)).last().unwrap_or(mapping);
         let variables = self.files.entry(first.start).or_insert_with(|| read_variables(&self.dir, first)).as_ref();
@@ -191,14 +204,88 @@ fn read_variables(dir: &ProcDir, first: &Mapping) -> Option<Variables> {
     }
     let info = ElfInfo::read(&file).ok()?;
     let bias = first.start.wrapping_sub(info.address_of(first.offset)?);
-    let cache = ReadCache::new(&file as &File);
-    let elf = object::File::parse(&cache).ok()?;
-    let variables = elf.symbols().chain(elf.dynamic_symbols()).filter(|s| s.kind() == SymbolKind::Data && s.size() > 0);
-    let named = variables.filter_map(|s| Some((s.address(), s.size(), s.name().ok()?.to_owned())));
-    let mut symbols: Vec<_> = named.take(MAX_SYMBOLS).collect();
+    let mut symbols = elf_file::with_class(&file, Symbols { names: MAX_NAMES }).ok()?;
     symbols.sort_unstable();
     symbols.dedup_by_key(|(start, ..)| *start);
     Some(Variables { bias, symbols })
+}
+
+/// Reads the symbols of a file's variables, with names of so many bytes in all: many may share one long name.
+struct Symbols {
+    names: usize,
+}
+
+impl ByClass for Symbols {
+    type Output = Vec<(u64, u64, String)>;
+
+    fn read<H: FileHeader<Endian = Endianness> + Pod>(self, file: &File, header: &H) -> Result<Self::Output> {
+        let endian = header.endian().map_err(|_| malformed("byte order"))?;
+        let sections = Sections::<H::SectionHeader>::read(file, header)?.headers;
+        let (mut found, mut room) = (Vec::new(), self.names);
+        for kind in [elf::SHT_SYMTAB, elf::SHT_DYNSYM] {
+            let Some(table) = sections.iter().find(|s| s.sh_type(endian) == kind) else { continue };
+            let Some(strings) = sections.get(table.sh_link(endian) as usize) else { continue };
+            let (start, len): (u64, u64) = (strings.sh_offset(endian).into(), strings.sh_size(endian).into());
+            let (mut offset, size): (u64, u64) = (table.sh_offset(endian).into(), table.sh_size(endian).into());
+            let mut left = (size / size_of::<H::Sym>() as u64).min(MAX_SEEN as u64) as usize;
+            while left > 0 {
+                let bytes = left.min(CHUNK) * size_of::<H::Sym>();
+                let chunk = elf_file::read_at(file, offset, bytes as u64, bytes as u64)?;
+                let whole = chunk.len() - chunk.len() % size_of::<H::Sym>();
+                let symbols =
+                    slice_from_all_bytes::<H::Sym>(&chunk[..whole]).map_err(|()| malformed("symbol table"))?;
+                for symbol in symbols {
+                    let (address, size): (u64, u64) = (symbol.st_value(endian).into(), symbol.st_size(endian).into());
+                    let is_variable = matches!(symbol.st_type(), elf::STT_OBJECT | elf::STT_COMMON);
+                    let at = u64::from(symbol.st_name(endian));
+                    if !is_variable || size == 0 || symbol.is_undefined(endian) || at >= len {
+                        continue;
+                    }
+                    let Some(name) = name_at(file, start.saturating_add(at), len - at) else { continue };
+                    let Some(rest) = room.checked_sub(name.len()).filter(|_| found.len() < MAX_SYMBOLS) else {
+                        return Ok(found);
+                    };
+                    room = rest;
+                    found.push((address, size, name));
+                }
+                // Cut off by the end of the file.
+                if whole < bytes {
+                    break;
+                }
+                offset = offset.saturating_add(bytes as u64);
+                left -= symbols.len();
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// The name at a place of a file, which ends within `most` bytes; read by itself, for a file may have far more names of
+/// functions than of variables.
+fn name_at(file: &File, offset: u64, most: u64) -> Option<String> {
+    // One character more shows that there is more.
+    let most = most.min(MAX_NAME as u64 + 4);
+    let bytes = elf_file::read_at(file, offset, most, most).ok()?;
+    let end = bytes.iter().position(|b| *b == 0);
+    if end.is_none() && bytes.len() <= MAX_NAME {
+        return None;
+    }
+    let text = match std::str::from_utf8(&bytes[..end.unwrap_or(bytes.len())]) {
+        Ok(text) => text,
+        // The last character goes on behind what was read.
+        Err(e) if end.is_none() && e.error_len().is_none() => std::str::from_utf8(&bytes[..e.valid_up_to()]).ok()?,
+        Err(_) => return None,
+    };
+    Some(clip_bytes(text, MAX_NAME).into_owned())
+}
+
+/// A path of at most [`MAX_NAME`] bytes: its end says most.
+fn clip_path(path: String) -> String {
+    const MARK: &str = "…";
+    if path.len() <= MAX_NAME {
+        return path;
+    }
+    format!("{MARK}{}", &path[path.ceil_char_boundary(path.len() - (MAX_NAME - MARK.len()))..])
 }
 
 /// Stack pointers of a process's threads that do not run at the moment (`/proc/PID/task/TID/syscall`).
@@ -242,6 +329,35 @@ mod tests {
         expect(names.name((&raw const MEMLEAK_TEST_ZEROES) as u64), "MEMLEAK_TEST_ZEROES", 0);
         let shown = names.name((&raw const MEMLEAK_TEST_VARIABLE) as u64 + 16).to_string();
         assert!(shown.starts_with("global MEMLEAK_TEST_VARIABLE+0x10 (memleak_core-"), "{shown}");
+    }
+
+    // Many symbols may share one long name, and a file may have millions of them.
+    #[test]
+    fn names_of_variables_are_bounded() {
+        let file = File::open("/proc/self/exe").expect("ours");
+        let read = |names| elf_file::with_class(&file, Symbols { names }).expect("read");
+        let (all, few) = (read(MAX_NAMES), read(1000));
+        let bytes = |symbols: &[(u64, u64, String)]| symbols.iter().map(|(.., name)| name.len()).sum::<usize>();
+        assert!(bytes(&all) > 1000 && all.iter().all(|(.., name)| name.len() <= MAX_NAME));
+        assert!((1..=1000).contains(&bytes(&few)) && all.starts_with(&few));
+
+        let file = tempfile::tempfile().expect("a file");
+        let text = format!("short\0{}\0no end", "é".repeat(4000));
+        std::os::unix::fs::FileExt::write_all_at(&file, text.as_bytes(), 0).expect("written");
+        assert_eq!(name_at(&file, 0, 5000).as_deref(), Some("short"));
+        assert_eq!(name_at(&file, 0, 5), None);
+        let long = name_at(&file, 6, 9000).expect("clipped");
+        assert!(long.len() <= MAX_NAME && long.starts_with("éé") && long.ends_with('…'), "{long}");
+        assert_eq!(name_at(&file, 6 + 8001, 9000), None);
+        assert_eq!(name_at(&file, u64::MAX - 3, 9000), None);
+    }
+
+    // What a scan says goes into a recording, where it must fit.
+    #[test]
+    fn paths_keep_their_end() {
+        assert_eq!(clip_path("/srv/app".to_owned()), "/srv/app");
+        let clipped = clip_path(format!("/{}/app", "ü".repeat(3000)));
+        assert!(clipped.len() <= MAX_NAME && clipped.starts_with("…ü") && clipped.ends_with("ü/app"), "{clipped}");
     }
 
     // A thread that waits shows where its stack is.

@@ -9,6 +9,10 @@ use crate::{Error, ErrorKind, Result};
 /// Level of compression: the fastest that still halves the size.
 const LEVEL: i32 = 1;
 
+/// Bytes that one block of a compressed frame stands for at most, and bytes that it takes at least (RFC 8878).
+const MAX_BLOCK: usize = 128 << 10;
+const MIN_BLOCK: usize = 4;
+
 /// Appends an unsigned number, seven bits per byte, lowest first.
 pub(super) fn put(out: &mut Vec<u8>, mut n: u64) {
     while n >= 0x80 {
@@ -222,9 +226,11 @@ impl Decompressor {
     pub(super) fn decompress(&mut self, blob: &[u8], limit: usize) -> Result<In<'_>> {
         let size = zstd::zstd_safe::get_frame_content_size(blob).ok().flatten();
         let size = size.and_then(|n| usize::try_from(n).ok()).filter(|n| *n <= limit);
-        let Some(size) = size else { return Err(damaged("a snapshot has an impossible size")) };
+        // No room by the frame's own word alone: a short one cannot become large.
+        let possible = (blob.len() / MIN_BLOCK + 1).saturating_mul(MAX_BLOCK);
         self.buffer.clear();
-        self.buffer.reserve(size);
+        let room = size.filter(|n| *n <= possible && self.buffer.try_reserve(*n).is_ok());
+        let Some(size) = room else { return Err(damaged("a snapshot has an impossible size")) };
         match self.inner.decompress_to_buffer(blob, &mut self.buffer) {
             Ok(n) if n == size => Ok(In(&self.buffer)),
             _ => Err(damaged("a snapshot cannot be decompressed or fails its checksum")),
@@ -280,6 +286,21 @@ mod tests {
             unnoticed += usize::from(decompressor.decompress(&flipped, 5000).is_ok_and(|r| r.0 != contents));
         }
         assert_eq!(unnoticed, 0);
+    }
+
+    /// A few bytes that promise a gigabyte get no room for it.
+    #[test]
+    fn a_promise_of_many_bytes_costs_no_memory() {
+        // Magic number, a descriptor with four bytes for the size, and the start of a block.
+        let blob = [&[0x28, 0xb5, 0x2f, 0xfd, 0xa0][..], &(1_u32 << 30).to_le_bytes(), &[1, 0, 0]].concat();
+        assert_eq!(zstd::zstd_safe::get_frame_content_size(&blob).unwrap(), Some(1 << 30));
+        let mut decompressor = Decompressor::new().unwrap();
+        assert!(decompressor.decompress(&blob, 1 << 30).is_err());
+        assert!(decompressor.buffer.capacity() < 1 << 20);
+        // What compresses best still comes back.
+        let zeros = vec![0; 64 << 20];
+        let blob = Compressor::new().unwrap().compress(&zeros).unwrap();
+        assert_eq!(decompressor.decompress(&blob, 1 << 30).unwrap().left(), zeros.len());
     }
 
     /// Sections that a reader does not know are skipped, missing ones are empty.

@@ -7,13 +7,16 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::codec::{Decompressor, In, damaged};
+use super::thin::MAX_BYTES;
 use super::{Filter, Reader, SnapshotInfo, details, totals};
 use crate::history::{History, News, What};
+use crate::reachability::roots::MAX_NAME;
 use crate::snapshot::{LIFETIME_CLASSES, Site, SiteSample, Snapshot};
 use crate::{Error, ErrorKind, Result};
 
-/// Bytes that a site or process may take in a snapshot; more is damage.
-const MAX_SITE_BYTES: usize = 4096;
+/// Bytes that a site or process may take in a snapshot; more is damage. The most is the way to a block, with the names in
+/// it that the scan bounds ([`crate::reachability::roots::MAX_NAME`]); a byte of those may take six in the file.
+const MAX_SITE_BYTES: usize = 4096 + 2 * 6 * MAX_NAME;
 
 /// Reads the numbers of one snapshot after the other.
 pub(super) struct Cursor {
@@ -33,7 +36,7 @@ impl Cursor {
             totals: totals::Decoder::new(max),
             details: details::Decoder::new(max),
             decompressor: Decompressor::new()?,
-            limit: (reader.sites.len() + reader.processes.len() + 16) * MAX_SITE_BYTES,
+            limit: (reader.sites.len() + reader.processes.len() + 16).saturating_mul(MAX_SITE_BYTES).min(MAX_BYTES),
             next: 0,
         };
         cursor.seek(reader, place);

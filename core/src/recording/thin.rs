@@ -13,7 +13,7 @@ use super::{schema, totals};
 use crate::Result;
 
 /// Most bytes of one snapshot that are read back.
-const MAX_BYTES: usize = 1 << 30;
+pub(super) const MAX_BYTES: usize = 1 << 30;
 
 /// One part.
 #[derive(Clone, Copy, Debug)]

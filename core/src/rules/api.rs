@@ -13,6 +13,7 @@ use super::view::{Context, Ending, Range, SeriesView, SiteView, Stat, TIME_SLACK
 use crate::history::Sample;
 use crate::kernel::KernelSample;
 use crate::labels::Labels;
+use crate::output::text::clip_bytes;
 use crate::snapshot::{LIFETIME_CLASSES, Mode, Site, SiteReach, Totals};
 use crate::stats;
 use crate::symbolize::Frame;
@@ -226,6 +227,9 @@ fn kernel_table(lua: &Lua, kernel: &KernelSample, totals: &Totals) -> mlua::Resu
     Ok(table)
 }
 
+/// Longest way to a block that rules see, bytes: it has a place in their reasons, which are bounded too.
+const MAX_WAY: usize = 600;
+
 /// What the last scans said of a site.
 fn reachability(lua: &Lua, reach: &SiteReach, now_s: f64) -> mlua::Result<Table> {
     let table = lua.create_table_with_capacity(0, 16)?;
@@ -247,7 +251,8 @@ fn reachability(lua: &Lua, reach: &SiteReach, now_s: f64) -> mlua::Result<Table>
         table.raw_set("lost_low", low)?;
         table.raw_set("lost_high", high)?;
     }
-    table.raw_set("way", reach.way.as_ref().map(|way| way.describe()))?;
+    let way = reach.way.as_ref().map(|way| way.describe());
+    table.raw_set("way", way.as_deref().map(|way| clip_bytes(way, MAX_WAY)))?;
     Ok(table)
 }
 

@@ -161,15 +161,21 @@ pub fn create(name: &str, dir: &Path) -> Result<PathBuf> {
         .map_err(|e| Error::io(format!("failed to make the folder {} for the new rule", dir.display()), e))?;
     let path = dir.join(format!("{name}.lua"));
     write_new(&path, TEMPLATE.replace("NAME", name).as_bytes())?;
-    write_new(&dir.join(format!("{name}-leak.memleak")), RECORDING)?;
+    write_new(&dir.join(format!("{name}-leak.memleak")), RECORDING).inspect_err(|_| {
+        // A rule whose example is missing would spoil every run with this folder, and the next attempt.
+        let _ = std::fs::remove_file(&path);
+    })?;
     Ok(path)
 }
 
-/// Never over a file, and never through a link.
+/// Never over a file, and never through a link. What could not be written in full is removed.
 fn write_new(path: &Path, contents: &[u8]) -> Result<()> {
     let failed = |e| Error::io(format!("failed to write {} of the new rule", path.display()), e);
     let mut file = OpenOptions::new().write(true).create_new(true).open(path).map_err(failed)?;
-    file.write_all(contents).map_err(failed)
+    file.write_all(contents).map_err(|e| {
+        let _ = std::fs::remove_file(path);
+        failed(e)
+    })
 }
 
 /// A rule that works and says something: to be changed into what is wanted.

@@ -75,6 +75,7 @@ impl Settings {
 #[derive(Debug)]
 enum Known {
     Pending,
+    /// Until somebody takes it: open files are few.
     Found(File),
     Missing,
 }
@@ -111,7 +112,8 @@ impl Debuginfod {
         }
     }
 
-    /// The file with the debug information of a build; `None` when there is none, or not yet.
+    /// The file with the debug information of a build; `None` when there is none, or not yet. It is handed out once: the
+    /// next who asks gets it from the folder anew.
     pub(super) fn get(&mut self, build_id: &str) -> Option<File> {
         // It becomes part of a path and of an address, and comes from the target.
         if build_id.len() < 8 || !build_id.bytes().all(|b| b.is_ascii_hexdigit()) {
@@ -130,8 +132,11 @@ impl Debuginfod {
             }
         }
         self.patience = self.patience.saturating_sub(start.elapsed());
-        match self.known.get(build_id) {
-            Some(Known::Found(file)) => file.try_clone().ok(),
+        if !matches!(self.known.get(build_id), Some(Known::Found(_))) {
+            return None;
+        }
+        match self.known.remove(build_id) {
+            Some(Known::Found(file)) => Some(file),
             _ => None,
         }
     }
@@ -234,14 +239,7 @@ impl Client {
             |e: io::Error| Refusal::Unusable(format!("it cannot be kept in {}: {e}", self.folder.path.display()));
         self.folder.prepare(response.body().content_length().unwrap_or(self.max_bytes)).map_err(disk)?;
         let draft = self.folder.draft(build_id);
-        let mut file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(&draft)
-            .map_err(disk)?;
+        let mut file = self.folder.new_draft(build_id).map_err(disk)?;
         let fetched = (|| {
             let mut body = response.body_mut().as_reader().take(self.max_bytes + 1);
             let length = io::copy(&mut body, &mut file).map_err(|e| Refusal::Unreachable(e.to_string()))?;

@@ -75,12 +75,7 @@ impl Cache {
         bytes[HEAD - 32..HEAD].copy_from_slice(&hash);
         let name = Self::name(content);
         let (path, draft) = (self.folder.file(&name), self.folder.draft(&name));
-        let written = File::options()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(&draft)
+        let written = (self.folder.new_draft(&name))
             .and_then(|mut file| file.write_all(&bytes))
             .and_then(|()| fs::rename(&draft, &path));
         if written.is_err() {

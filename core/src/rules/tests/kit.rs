@@ -66,6 +66,11 @@ fn a_new_rule_passes_its_own_examples() {
     let (text, good) = kit::test(&RuleSettings::default(), dir.path().to_str()).expect("runs");
     assert!(good && text.contains("4 examples, 0 failed"), "{text}");
     assert!(kit::create("my_rule", dir.path()).is_err());
+    assert!(path.exists(), "the first one is still there");
+    // A rule without its recording would be one whose example fails.
+    std::fs::write(dir.path().join("other-leak.memleak"), "mine").expect("a file");
+    assert!(kit::create("other", dir.path()).is_err());
+    assert!(!dir.path().join("other.lua").exists());
     for bad in ["", "My", "a/b", "../x", "growth"] {
         assert!(kit::create(bad, dir.path()).is_err(), "{bad}");
     }
