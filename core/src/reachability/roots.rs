@@ -15,6 +15,9 @@ use crate::process::ProcDir;
 const MAX_FILE: u64 = 1 << 30;
 /// Most symbols of variables that are kept of a file.
 const MAX_SYMBOLS: usize = 1_000_000;
+/// Most bytes of their names that are read, and that are kept of one.
+const MAX_NAMES: usize = 32 << 20;
+const MAX_NAME: usize = 512;
 /// Most threads whose stacks are told apart.
 const MAX_THREADS: usize = 4096;
 
@@ -194,11 +197,25 @@ fn read_variables(dir: &ProcDir, first: &Mapping) -> Option<Variables> {
     let cache = ReadCache::new(&file as &File);
     let elf = object::File::parse(&cache).ok()?;
     let variables = elf.symbols().chain(elf.dynamic_symbols()).filter(|s| s.kind() == SymbolKind::Data && s.size() > 0);
-    let named = variables.filter_map(|s| Some((s.address(), s.size(), s.name().ok()?.to_owned())));
-    let mut symbols: Vec<_> = named.take(MAX_SYMBOLS).collect();
+    let named = variables.take(MAX_SYMBOLS).filter_map(|s| Some((s.address(), s.size(), s.name_bytes().ok()?)));
+    Some(Variables { bias, symbols: keep(named) })
+}
+
+/// Symbols in order, as many as their names fit. Many may share one long name.
+fn keep<'a>(named: impl Iterator<Item = (u64, u64, &'a [u8])>) -> Vec<(u64, u64, String)> {
+    let mut room = MAX_NAMES;
+    let fitting = named.map_while(|(start, size, name)| {
+        room = room.checked_sub(name.len())?;
+        Some((start, size, name))
+    });
+    let text = |name: &[u8]| {
+        let name = std::str::from_utf8(name).ok()?;
+        Some(name[..name.floor_char_boundary(MAX_NAME)].to_owned())
+    };
+    let mut symbols: Vec<_> = fitting.filter_map(|(start, size, name)| Some((start, size, text(name)?))).collect();
     symbols.sort_unstable();
     symbols.dedup_by_key(|(start, ..)| *start);
-    Some(Variables { bias, symbols })
+    symbols
 }
 
 /// Stack pointers of a process's threads that do not run at the moment (`/proc/PID/task/TID/syscall`).
@@ -242,6 +259,17 @@ mod tests {
         expect(names.name((&raw const MEMLEAK_TEST_ZEROES) as u64), "MEMLEAK_TEST_ZEROES", 0);
         let shown = names.name((&raw const MEMLEAK_TEST_VARIABLE) as u64 + 16).to_string();
         assert!(shown.starts_with("global MEMLEAK_TEST_VARIABLE+0x10 (memleak_core-"), "{shown}");
+    }
+
+    // A file of a few megabytes must not make gigabytes of names.
+    #[test]
+    fn names_of_variables_are_bounded() {
+        let long = vec![b'v'; 1 << 20];
+        let symbols = keep((0..1000).rev().map(|n| (n, 1, long.as_slice())));
+        assert_eq!(symbols.len(), MAX_NAMES >> 20);
+        assert!(symbols.iter().all(|(.., name)| name.len() == MAX_NAME));
+        let few: [(u64, u64, &[u8]); 4] = [(9, 1, b"b"), (9, 1, b"a"), (3, 1, b"\xff"), (1, 2, b"c")];
+        assert_eq!(keep(few.into_iter()), [(1, 2, "c".to_owned()), (9, 1, "a".to_owned())]);
     }
 
     // A thread that waits shows where its stack is.
