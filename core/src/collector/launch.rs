@@ -59,14 +59,15 @@ impl Launched {
 /// At the end nobody stays stopped: neither who was launched (see [`Launched`]) nor children of which was not yet taken note.
 impl Drop for Collector {
     fn drop(&mut self) {
-        self.tracker.detach_stops();
-        if !self.tracker.stops_children() {
+        let Some(tracker) = self.tracker.loaded_mut() else { return };
+        tracker.detach_stops();
+        if !tracker.stops_children() {
             return;
         }
-        if let Err(e) = self.tracker.poll(Duration::ZERO) {
+        if let Err(e) = tracker.poll(Duration::ZERO) {
             tracing::warn!("children of the command may stay stopped: {e}");
         }
-        while let Some(event) = self.tracker.next_process_event() {
+        while let Some(event) = tracker.next_process_event() {
             if let ProcessEvent::Fork { child, .. } = event {
                 let_go(child);
             }

@@ -9,7 +9,7 @@ use super::Block;
 use super::memory::Memory;
 
 /// Most blocks that are looked at.
-pub const MAX_LOOKED_AT: usize = 200_000;
+const MAX_LOOKED_AT: usize = 200_000;
 
 const HEADER: u64 = 8;
 const ALIGNMENT: u64 = 16;
@@ -19,8 +19,26 @@ const PREV_IN_USE: u64 = 1;
 const IS_MAPPED: u64 = 2;
 const FLAGS: u64 = 7;
 
+/// Of `lost` blocks, with their numbers, those that nothing can be said of, ascending if they are: glibc says that they
+/// are free or another's by now, or there were too many to look at them all. `linked` are those in its free lists,
+/// ascending.
+pub fn gone<'a>(
+    lost: impl Iterator<Item = (u32, &'a Block)>,
+    linked: &[u32],
+    memory: &mut dyn Memory,
+    is_over: &dyn Fn() -> bool,
+) -> Vec<u32> {
+    let mut looked_at = 0;
+    let mut look = |block: &Block| {
+        looked_at += 1;
+        looked_at > MAX_LOOKED_AT || is_over() || is_gone(block, memory)
+    };
+    let gone = lost.filter(|(n, b)| b.glibc && (linked.binary_search(n).is_ok() || look(b)));
+    gone.map(|(n, _)| n).collect()
+}
+
 /// Whether the allocator says that a block is not what the table says any more: free, or of another size.
-pub fn is_gone(block: &Block, memory: &mut dyn Memory) -> bool {
+fn is_gone(block: &Block, memory: &mut dyn Memory) -> bool {
     let mut word = |at: u64| {
         let mut bytes = [0; 8];
         (memory.read(at, &mut bytes) == 8).then(|| u64::from_ne_bytes(bytes))
@@ -43,6 +61,29 @@ pub fn is_gone(block: &Block, memory: &mut dyn Memory) -> bool {
 mod tests {
     use super::*;
     use crate::reachability::memory::ProcessMemory;
+
+    /// Each block a chunk of its own size, in use, with another one in use behind it.
+    struct InUse;
+
+    impl Memory for InUse {
+        fn read(&mut self, _: u64, buffer: &mut [u8]) -> usize {
+            buffer.copy_from_slice(&(32 | PREV_IN_USE).to_ne_bytes());
+            8
+        }
+    }
+
+    // A loss that nobody has looked into is none. Blocks that need no look, or cannot be looked at, do not count.
+    #[test]
+    fn what_was_not_looked_at_is_not_called_lost() {
+        let block = |n: u64, glibc| Block { address: 4096 + 32 * n, size: 24, glibc, ..Block::default() };
+        let others = (0..MAX_LOOKED_AT as u64).map(|n| block(n, false));
+        let own = (0..MAX_LOOKED_AT as u64 + 2).map(|n| block(n, true));
+        let blocks: Vec<Block> = others.chain(own).collect();
+        let first = MAX_LOOKED_AT as u32;
+        let all = gone((0..).zip(&blocks), &[first], &mut InUse, &|| false);
+        assert_eq!(all, [first, 2 * first + 1]);
+        assert_eq!(gone((0..).zip(&blocks), &[], &mut InUse, &|| true).len(), blocks.len() - MAX_LOOKED_AT);
+    }
 
     // The C library of this process is asked directly.
     #[test]

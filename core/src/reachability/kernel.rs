@@ -4,6 +4,9 @@
 //! other. What a request under way carries cannot: of those only their greatest number is known, and so many blocks may
 //! be held by them (see [`super::SiteVerdict::in_requests`]).
 
+use std::fs::File;
+use std::io::Read as _;
+
 use crate::maps::{Backing, Maps};
 use crate::process::ProcDir;
 use crate::sys;
@@ -12,6 +15,8 @@ use crate::sys;
 const MAX_DESCRIPTORS: usize = 100_000;
 /// Most words that are kept.
 const MAX_WORDS: usize = 1_000_000;
+/// Most text that is read about descriptors, bytes: an epoll instance has a line for each that it watches.
+const MAX_TEXT: u64 = 64 << 20;
 /// `struct aio_ring` (fs/aio.c): place of the number of events, and what tells that it is one.
 const AIO_NR: u64 = 4;
 const AIO_MAGIC_AT: u64 = 16;
@@ -26,21 +31,34 @@ pub struct Held {
     pub in_requests: u64,
 }
 
-/// Looks at everything that a process has handed over; what cannot be read holds nothing.
-pub fn held(dir: &ProcDir, maps: &Maps) -> Held {
+/// Looks at everything that a process has handed over; what cannot be read holds nothing. Ends early when `is_over`
+/// says so.
+pub fn held(dir: &ProcDir, maps: &Maps, is_over: &dyn Fn() -> bool) -> Held {
     let mut held = Held::default();
+    let mut room = MAX_TEXT;
     let pid = dir.pid();
     let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten();
     for descriptor in descriptors.flatten().take(MAX_DESCRIPTORS) {
+        if is_over() {
+            return held;
+        }
         let Ok(kind) = std::fs::read_link(descriptor.path()) else { continue };
-        let info = || {
+        let mut info = || {
             let name = descriptor.file_name();
-            std::fs::read(format!("/proc/{pid}/fdinfo/{}", name.to_str()?)).ok()
+            let mut text = Vec::new();
+            let file = File::open(format!("/proc/{pid}/fdinfo/{}", name.to_str()?)).ok()?;
+            room -= file.take(room).read_to_end(&mut text).ok()? as u64;
+            Some(text)
         };
         match kind.to_str() {
             Some("anon_inode:[eventpoll]") => held.epoll(&info().unwrap_or_default()),
             Some("anon_inode:[io_uring]") => held.io_uring(&info().unwrap_or_default()),
             _ => {}
+        }
+        if room == 0 {
+            // The rest is unknown: as many as there may be.
+            held.add_requests(u64::MAX);
+            break;
         }
     }
     held.timers(&std::fs::read(format!("/proc/{pid}/timers")).unwrap_or_default());
@@ -51,7 +69,7 @@ pub fn held(dir: &ProcDir, maps: &Maps) -> Held {
                 (sys::read_memory(pid, mapping.start + at, &mut bytes).ok()? == 4).then(|| u32::from_ne_bytes(bytes))
             };
             if word(AIO_MAGIC_AT) == Some(AIO_MAGIC) {
-                held.in_requests += u64::from(word(AIO_NR).unwrap_or(0));
+                held.add_requests(u64::from(word(AIO_NR).unwrap_or(0)));
             }
         }
     }
@@ -60,9 +78,16 @@ pub fn held(dir: &ProcDir, maps: &Maps) -> Held {
 
 impl Held {
     fn word(&mut self, word: u64) {
-        if word != 0 && self.words.len() < MAX_WORDS {
-            self.words.push(word);
+        match word {
+            0 => {}
+            _ if self.words.len() < MAX_WORDS => self.words.push(word),
+            // Not kept, so it may hold any block.
+            _ => self.add_requests(1),
         }
+    }
+
+    fn add_requests(&mut self, count: u64) {
+        self.in_requests = self.in_requests.saturating_add(count);
     }
 
     /// Lines `tfd: 5 events: 19 data: 55d0c2a014f0 pos:0 ino:61 sdev:7`.
@@ -82,7 +107,7 @@ impl Held {
         let mask = text.lines().find_map(|line| line.strip_prefix("CqMask:")).and_then(|m| m.trim().strip_prefix("0x"));
         let mask = mask.and_then(|text| u64::from_str_radix(text, 16).ok());
         // Without it nothing is known: as many as there may be.
-        self.in_requests = self.in_requests.saturating_add(mask.map_or(u64::MAX, |mask| mask.saturating_add(1)));
+        self.add_requests(mask.map_or(u64::MAX, |mask| mask.saturating_add(1)));
     }
 
     /// Lines `signal: 34/00007f3c5a1e4010`: the value that comes back with the signal, or is passed to the thread.
@@ -116,6 +141,9 @@ mod tests {
         assert_eq!(held.in_requests, 16);
         held.io_uring(b"garbage");
         assert_eq!(held.in_requests, u64::MAX);
+        // Any number is not more, whoever adds it.
+        held.add_requests(128);
+        assert_eq!(held.in_requests, u64::MAX);
     }
 
     /// The same from a live process: this one.
@@ -130,7 +158,7 @@ mod tests {
         let added = unsafe { libc::epoll_ctl(epoll, libc::EPOLL_CTL_ADD, reader.as_raw_fd(), &raw mut event) };
         assert_eq!(added, 0);
         let dir = ProcDir::open(std::process::id()).unwrap();
-        let held = held(&dir, &Maps::read(&dir).unwrap());
+        let held = held(&dir, &Maps::read(&dir).unwrap(), &|| false);
         // SAFETY: made above.
         unsafe { libc::close(epoll) };
         assert!(held.words.contains(&0x1234_5678_9abc), "{held:x?}");

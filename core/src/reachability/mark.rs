@@ -410,7 +410,10 @@ impl<'a> Scan<'a> {
                 }
             }
             // What cannot be read refers to nothing.
-            at += if got == want { want as u64 } else { (got as u64 & !4095) + 4096 - at % 4096 };
+            at = match got {
+                0 => memory.behind_gap(at),
+                _ => at.saturating_add(got.next_multiple_of(8) as u64),
+            };
         }
     }
 

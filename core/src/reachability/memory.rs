@@ -23,6 +23,11 @@ const OF_FILE: u64 = 1 << 61;
 pub trait Memory {
     /// Reads up to `buffer.len()` bytes at `address`; returns how many could be read from there on without a gap.
     fn read(&mut self, address: u64, buffer: &mut [u8]) -> usize;
+
+    /// The next address worth a try when nothing could be read at this one.
+    fn behind_gap(&self, address: u64) -> u64 {
+        (address / PAGE).saturating_add(1).saturating_mul(PAGE)
+    }
 }
 
 /// The memory of another process.
@@ -51,6 +56,47 @@ pub struct Range {
     pub start: u64,
     /// First address behind it.
     pub end: u64,
+}
+
+/// Memory of which only some ranges are read. Reading a page that is not there would make the process grow: a hole in
+/// shared memory is filled, a huge page is taken from the pool.
+pub struct Within<M> {
+    memory: M,
+    /// Ascending.
+    ranges: Vec<Range>,
+}
+
+impl<M> Within<M> {
+    /// Restricts reading to `ranges`, which do not overlap.
+    pub fn new(memory: M, mut ranges: Vec<Range>) -> Self {
+        ranges.sort_unstable_by_key(|r| r.start);
+        Within { memory, ranges }
+    }
+
+    /// The first range that ends behind an address.
+    fn next(&self, address: u64) -> Option<Range> {
+        self.ranges.get(self.ranges.partition_point(|r| r.end <= address)).copied()
+    }
+}
+
+impl<M: Memory> Memory for Within<M> {
+    fn read(&mut self, address: u64, buffer: &mut [u8]) -> usize {
+        match self.next(address) {
+            Some(range) if range.start <= address => {
+                let length = (range.end - address).min(buffer.len() as u64) as usize;
+                self.memory.read(address, &mut buffer[..length])
+            }
+            _ => 0,
+        }
+    }
+
+    fn behind_gap(&self, address: u64) -> u64 {
+        match self.next(address) {
+            Some(range) if range.start <= address => self.memory.behind_gap(address),
+            Some(range) => range.start,
+            None => u64::MAX,
+        }
+    }
 }
 
 /// What of a process's memory may hold references.
@@ -139,7 +185,8 @@ impl Pagemap {
 
     fn runs(&mut self, range: Range, wanted: impl Fn(u64) -> bool, visit: &mut dyn FnMut(Range)) {
         let Some(file) = &self.file else { return visit(range) };
-        let mut entries = vec![0_u8; 8 * LOOKED_UP];
+        let pages = (range.end - range.start).div_ceil(PAGE);
+        let mut entries = vec![0_u8; 8 * pages.min(LOOKED_UP as u64) as usize];
         let mut run: Option<Range> = None;
         let mut at = range.start;
         while at < range.end {
@@ -201,6 +248,28 @@ mod tests {
         // SAFETY: the mapping made above, which nothing refers to any more.
         unsafe { libc::munmap(start, PAGES * PAGE as usize) };
         assert_eq!(ProcessMemory::new(std::process::id()).read(page(4), &mut word), 0);
+    }
+
+    /// Everything is there and zero.
+    struct Zeroes;
+
+    impl Memory for Zeroes {
+        fn read(&mut self, _: u64, buffer: &mut [u8]) -> usize {
+            buffer.len()
+        }
+    }
+
+    // Nothing is read outside of the ranges, and gaps between them are passed over at once.
+    #[test]
+    fn reading_keeps_within_its_ranges() {
+        let range = |start, end| Range { start: start * PAGE, end: end * PAGE };
+        let mut memory = Within::new(Zeroes, vec![range(1 << 30, 1 << 31), range(2, 4), range(4, 5)]);
+        let mut read = |at: u64| memory.read(at, &mut [0; 4 * PAGE as usize]) as u64;
+        assert_eq!((read(PAGE), read(3 * PAGE + 8), read(4 * PAGE), read(5 * PAGE)), (0, PAGE - 8, PAGE, 0));
+        assert_eq!(memory.behind_gap(0), 2 * PAGE);
+        assert_eq!(memory.behind_gap(2 * PAGE + 8), 3 * PAGE);
+        assert_eq!(memory.behind_gap(5 * PAGE), PAGE << 30);
+        assert_eq!(memory.behind_gap(PAGE << 31), u64::MAX);
     }
 
     // Globals come before the heap, so that chains begin at them; devices are left alone and counted.

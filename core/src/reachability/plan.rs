@@ -58,7 +58,8 @@ pub fn plan(dir: &ProcDir, options: &Options) -> Result<Plan> {
         return Err(scanner::too_large(pid, bytes, options.max_bytes));
     }
     let bytes_per_s = speed(dir, &present)?;
-    let cpu_s = f64::from(options.limits.scans) * bytes as f64 / bytes_per_s;
+    // Of a process without memory there is no speed either.
+    let cpu_s = if bytes == 0 { 0.0 } else { f64::from(options.limits.scans) * bytes as f64 / bytes_per_s };
     Ok(Plan {
         bytes,
         scans: options.limits.scans,

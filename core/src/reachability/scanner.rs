@@ -7,9 +7,9 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use super::coded::Coded;
-use super::mark::{Learned, Marked, Reach, Scan};
-use super::memory::{Memory, Pagemap, ProcessMemory, Range, Ranges};
+use super::coded::{self, Coded};
+use super::mark::{Learned, Marked, Scan};
+use super::memory::{Memory, Pagemap, ProcessMemory, Range, Ranges, Within};
 use super::roots::{of_kernel, of_register};
 use super::verdict::{Limits, Series, SiteVerdict};
 use super::{Block, Index, books, kernel, plan, stop};
@@ -23,6 +23,8 @@ const CHUNK: usize = 1 << 20;
 const BETWEEN: Duration = Duration::from_millis(300);
 /// Shortest pause for pacing: shorter ones are saved up.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(2);
+/// CPU time for the search for keys of coded pointers. Sites with most lost bytes come first.
+const KEY_SEARCH: Duration = Duration::from_secs(2);
 
 /// How a scan is done.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -124,29 +126,47 @@ pub struct Scanned {
 
 impl Scanned {
     /// What is to be said of each site.
-    pub fn verdicts(&self) -> HashMap<u32, SiteVerdict> {
+    ///
+    /// # Errors
+    /// It was told to stop.
+    pub fn verdicts(&self, tempo: &mut Tempo<'_>) -> Result<HashMap<u32, SiteVerdict>> {
         let mut sites = self.series.verdicts(&self.index, &self.marked, &self.gone);
-        for (site, verdict) in &mut sites {
-            verdict.in_requests = self.in_requests;
-            verdict.device_bytes = self.device_bytes;
-            verdict.still = self.still;
-            if verdict.lost_blocks() > 0 && self.coded.key(&self.lost_addresses(*site)).is_some() {
+        let mut lost = self.lost_addresses(&sites);
+        lost.sort_by_key(|(site, _)| std::cmp::Reverse(sites[site].lost_bytes()));
+        let until = thread_cpu() + KEY_SEARCH;
+        for (site, addresses) in lost {
+            tempo.go_on()?;
+            let give_up = || (tempo.is_over)() || thread_cpu() >= until;
+            let Some(verdict) = sites.get_mut(&site) else { continue };
+            if self.coded.key(&addresses, &give_up).is_some() {
                 for lost in [std::mem::take(&mut verdict.lost), std::mem::take(&mut verdict.indirectly_lost)] {
                     verdict.disguised.blocks += lost.blocks;
                     verdict.disguised.bytes += lost.bytes;
                 }
             }
         }
-        sites
+        for verdict in sites.values_mut() {
+            verdict.in_requests = self.in_requests;
+            verdict.device_bytes = self.device_bytes;
+            verdict.still = self.still;
+        }
+        Ok(sites)
     }
 
-    fn lost_addresses(&self, site: u32) -> Vec<u64> {
-        let blocks = (0_u32..).zip(self.index.blocks()).filter(|(_, b)| b.site == site);
-        let lost = blocks.filter(|(n, b)| {
-            matches!(self.marked.reach(*n), Reach::Lost | Reach::IndirectlyLost)
-                && self.series.is_unreached(b.address, b.birth_ns)
-        });
-        lost.map(|(_, b)| b.address).collect()
+    /// Of each site with lost blocks the addresses of some, spread evenly.
+    fn lost_addresses(&self, sites: &HashMap<u32, SiteVerdict>) -> Vec<(u32, Vec<u64>)> {
+        let mut chosen: HashMap<u32, (u64, Vec<u64>)> = HashMap::new();
+        for (number, block) in (0_u32..).zip(self.index.blocks()) {
+            if self.series.is_lost(number, block, &self.marked, &self.gone) {
+                let (seen, addresses) = chosen.entry(block.site).or_default();
+                let of = sites.get(&block.site).map_or(0, SiteVerdict::lost_blocks);
+                if seen.is_multiple_of(of.div_ceil(coded::TRIED as u64).max(1)) {
+                    addresses.push(block.address);
+                }
+                *seen += 1;
+            }
+        }
+        chosen.into_iter().map(|(site, (_, addresses))| (site, addresses)).collect()
     }
 }
 
@@ -202,7 +222,9 @@ pub fn scan(
         if !more {
             work.cost.wall_s = began.elapsed().as_secs_f64();
             let gone = work.gone(&index, &marked, &series);
-            let Work { cost, coded, in_requests, device_bytes, .. } = work;
+            stop_if(is_over)?;
+            let Work { cost, mut coded, in_requests, device_bytes, .. } = work;
+            coded.close();
             let scanned = Scanned { index, marked, series, maps, cost, gone, coded, in_requests, device_bytes, still };
             return Ok(scanned);
         }
@@ -236,7 +258,7 @@ impl Work<'_> {
         if total > self.options.max_bytes {
             return Err(too_large(pid, total, self.options.max_bytes));
         }
-        let held = kernel::held(self.dir, maps);
+        let held = kernel::held(self.dir, maps, self.is_over);
         (self.in_requests, self.device_bytes) = (held.in_requests, ranges.device_bytes);
         self.coded.begin(self.options.still);
         let mut coded = std::mem::take(&mut self.coded);
@@ -264,13 +286,14 @@ impl Work<'_> {
         let give_back = |scan: &mut Scan<'_>| {
             held.words.iter().enumerate().for_each(|(n, word)| scan.visit_register(of_kernel(n), *word));
         };
+        let tempo = || Tempo::new(self.options.core_share, self.is_over);
         // What has a name comes first, so that the way to a block begins there if it can.
         let marked = match taken {
             None => {
                 let mut memory = ProcessMemory::new(pid);
                 self.read(&mut scan, &present, &mut memory)?;
                 give_back(&mut scan);
-                scan.finish(&mut memory)
+                scan.finish(&mut Within::new(Paced(memory, tempo()), present))
             }
             Some(mut taken) => {
                 if !self.options.still {
@@ -286,9 +309,10 @@ impl Work<'_> {
                 for (tid, values) in &taken.registers {
                     values.iter().for_each(|value| scan.visit_register(of_register(*tid), *value));
                 }
-                scan.finish(&mut taken.memory)
+                scan.finish(&mut Within::new(Paced(taken.memory, tempo()), present))
             }
         };
+        stop_if(self.is_over)?;
         self.coded = coded;
         self.cost.swapped_pages += pagemap.swapped;
         self.cost.scans += 1;
@@ -299,12 +323,12 @@ impl Work<'_> {
     /// Shows a scan everything.
     fn read(&mut self, scan: &mut Scan<'_>, present: &[Range], memory: &mut dyn Memory) -> Result<()> {
         let mut buffer = vec![0; CHUNK];
-        let mut pace = Pace::new(self.options.core_share);
+        let mut tempo = Tempo::new(self.options.core_share, self.is_over);
         let (mut read, mut unread) = (0, 0);
         for &Range { start, end } in present {
             let mut at = start;
             while at < end {
-                stop_if(self.is_over)?;
+                tempo.go_on()?;
                 let want = ((end - at) as usize).min(CHUNK);
                 let got = memory.read(at, &mut buffer[..want]);
                 scan.visit(at, &buffer[..got]);
@@ -315,7 +339,6 @@ impl Work<'_> {
                     unread += next.min(end) - at;
                 }
                 at = next;
-                pace.rest();
             }
         }
         self.cost.read_bytes += read;
@@ -329,15 +352,8 @@ impl Work<'_> {
             return Vec::new();
         }
         let mut memory = ProcessMemory::new(self.dir.pid());
-        let lost = (0_u32..).zip(index.blocks()).filter(|(n, b)| {
-            matches!(marked.reach(*n), Reach::Lost | Reach::IndirectlyLost)
-                && series.is_unreached(b.address, b.birth_ns)
-        });
-        let is_gone = |n: u32, b: &Block, memory: &mut ProcessMemory| {
-            marked.linked.binary_search(&n).is_ok() || books::is_gone(b, memory)
-        };
-        let gone = lost.take(books::MAX_LOOKED_AT).filter(|(n, b)| b.glibc && is_gone(*n, b, &mut memory));
-        gone.map(|(n, _)| n).collect()
+        let lost = (0_u32..).zip(index.blocks()).filter(|(n, b)| series.is_lost(*n, b, marked, &[]));
+        books::gone(lost, &marked.linked, &mut memory, self.is_over)
     }
 }
 
@@ -367,24 +383,45 @@ fn stop_if(is_over: &dyn Fn() -> bool) -> Result<()> {
     if is_over() { Err(Error::new(ErrorKind::Target, "the scan was stopped")) } else { Ok(()) }
 }
 
-/// Rests often enough to stay within a share of a core.
-struct Pace {
+/// Keeps long work within a share of a core, and ends it when it is told to.
+pub struct Tempo<'a> {
     share: f64,
     since: Duration,
+    is_over: &'a dyn Fn() -> bool,
 }
 
-impl Pace {
-    fn new(share: f64) -> Self {
-        Pace { share, since: thread_cpu() }
+impl<'a> Tempo<'a> {
+    /// Work that begins now.
+    pub fn new(share: f64, is_over: &'a dyn Fn() -> bool) -> Self {
+        Tempo { share, since: thread_cpu(), is_over }
     }
 
-    fn rest(&mut self) {
+    /// To be called between pieces of the work: rests if it has to.
+    ///
+    /// # Errors
+    /// The work is to be given up.
+    pub fn go_on(&mut self) -> Result<()> {
+        stop_if(self.is_over)?;
         let used = thread_cpu().saturating_sub(self.since);
         let pause = used.mul_f64(1.0 / self.share - 1.0);
         if pause >= SHORTEST_PAUSE {
             std::thread::sleep(pause);
             self.since = thread_cpu();
         }
+        Ok(())
+    }
+}
+
+/// Memory that is read at a [`Tempo`]: when that says that it is over, nothing is there any more.
+struct Paced<'a, M>(M, Tempo<'a>);
+
+impl<M: Memory> Memory for Paced<'_, M> {
+    fn read(&mut self, address: u64, buffer: &mut [u8]) -> usize {
+        if self.1.go_on().is_ok() { self.0.read(address, buffer) } else { 0 }
+    }
+
+    fn behind_gap(&self, address: u64) -> u64 {
+        if (self.1.is_over)() { u64::MAX } else { self.0.behind_gap(address) }
     }
 }
 

@@ -12,9 +12,9 @@ use std::thread::JoinHandle;
 use memleak_probes::BlockReader;
 
 use super::mark::{Learned, Reach, Referrer};
-use super::memory::{Memory as _, ProcessMemory, Range, Ranges};
+use super::memory::{Memory as _, Pagemap, ProcessMemory, Range, Ranges};
 use super::roots::{Root, RootNames};
-use super::scanner::{self, Cost, Options, Scanned};
+use super::scanner::{self, Cost, Options, Scanned, Tempo};
 use super::verdict::{Ledger, Limits, SiteVerdict};
 use super::{Block, runtime};
 use crate::error::{Error, ErrorKind, Result};
@@ -232,16 +232,18 @@ fn work(
         })?;
         Ok(blocks)
     };
-    let scanned = scanner::scan(&dir, options, &mut learned, blocks, &|| over.load(Ordering::Relaxed));
+    let is_over = || over.load(Ordering::Relaxed);
+    let scanned = scanner::scan(&dir, options, &mut learned, blocks, &is_over);
     memory.learned = learned;
     let mut scanned = scanned?;
     scanned.cost.suspects_only = suspects_only;
-    let verdicts = scanned.verdicts();
+    let mut tempo = Tempo::new(options.core_share, &is_over);
+    let verdicts = scanned.verdicts(&mut tempo)?;
     let mut lost = scanned.series.lost_names(&scanned.index, &scanned.marked, &scanned.gone);
     // Those that turned out to be hidden were not called lost.
     lost.retain(|site, _| verdicts.get(site).is_some_and(|v| v.lost_blocks() > 0));
     memory.ledger.call(lost);
-    let mut ways = ways(&scanned, subject.instance, reader, dir, memory);
+    let mut ways = ways(&scanned, subject.instance, reader, dir, memory, &mut tempo)?;
     let sites = verdicts.into_iter().filter_map(|(site, mut verdict)| {
         memory.ledger.apply(site, &mut verdict);
         Some((*memory.keys.get(site as usize)?, verdict, ways.remove(&site)))
@@ -256,7 +258,8 @@ fn ways(
     reader: &BlockReader,
     dir: ProcDir,
     memory: &mut Memory,
-) -> HashMap<u32, Way> {
+    tempo: &mut Tempo<'_>,
+) -> Result<HashMap<u32, Way>> {
     let Scanned { index, marked, maps, .. } = scanned;
     let mut counts: HashMap<u32, usize> = HashMap::new();
     let reachable = |n: &u32| marked.reach(*n) == Reach::Reachable;
@@ -286,11 +289,12 @@ fn ways(
         let at = seen.entry(site).or_default();
         // Spread evenly over the site's blocks.
         if *at * EXAMPLES / counts[&site] != (*at + 1) * EXAMPLES / counts[&site] || *at == 0 {
+            tempo.go_on()?;
             found.entry(site).or_default().extend(way(scanned, number, &mut names, &memory.keys));
         }
         *at += 1;
     }
-    name_newest(found.values_mut().flatten(), (instance, pid), reader, maps, &mut names, memory);
+    name_newest(found.values_mut().flatten(), (instance, pid), reader, maps, (&mut names, memory), tempo)?;
     let most_frequent = |ways: Vec<Way>| {
         let votes = |way: &Way| ways.iter().filter(|w| same_root(&w.root, &way.root)).count();
         // A variable says most; of equals the shortest way.
@@ -299,7 +303,7 @@ fn ways(
         });
         best.cloned()
     };
-    found.into_iter().filter_map(|(site, ways)| Some((site, most_frequent(ways)?))).collect()
+    Ok(found.into_iter().filter_map(|(site, ways)| Some((site, most_frequent(ways)?))).collect())
 }
 
 /// Leads ways on that begin in a block too new for the scan: to whatever has a name and refers to that block's start.
@@ -308,9 +312,9 @@ fn name_newest<'a>(
     (instance, pid): (u32, u32),
     reader: &BlockReader,
     maps: &Maps,
-    names: &mut RootNames,
-    memory: &mut Memory,
-) {
+    (names, memory): (&mut RootNames, &mut Memory),
+    tempo: &mut Tempo<'_>,
+) -> Result<()> {
     let mut open: Vec<(u64, &mut Way)> = ways
         .filter_map(|way| match way.root {
             Root::Untracked { address } => Some((address, way)),
@@ -329,14 +333,19 @@ fn name_newest<'a>(
         }
     });
     if new.is_empty() {
-        return;
+        return Ok(());
     }
     let mut referrers: HashMap<u64, Option<u64>> = new.values().map(|(start, _)| (*start, None)).collect();
     let mut target = ProcessMemory::new(pid);
     let mut buffer = vec![0; CHUNK];
-    for Range { start, end } in Ranges::of(maps).named {
+    let (mut pagemap, mut present) = (Pagemap::open(pid), Vec::new());
+    for range in Ranges::of(maps).named {
+        pagemap.present(range, &mut |run| present.push(run));
+    }
+    for Range { start, end } in present {
         let mut at = start;
         while at < end {
+            tempo.go_on()?;
             let got = target.read(at, &mut buffer[..((end - at) as usize).min(CHUNK)]);
             for (i, word) in buffer[..got].as_chunks::<8>().0.iter().enumerate() {
                 if let Some(referrer) = referrers.get_mut(&u64::from_ne_bytes(*word)) {
@@ -356,6 +365,7 @@ fn name_newest<'a>(
             }
         }
     }
+    Ok(())
 }
 
 /// Whether two roots are the same thing: elements of one array are.

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::index::Index;
+use super::index::{Block, Index};
 use super::mark::{Marked, Reach};
 
 /// When a scan series is long enough, and a site's loss definite.
@@ -102,7 +102,8 @@ pub struct SiteVerdict {
     pub disguised: Tally,
     /// Not reached, but too young to be judged.
     pub young: Tally,
-    /// The allocator's own books say that they are free, or another block by now: the free was not seen. Not judged.
+    /// The allocator's own books say that they are free, or another block by now: the free was not seen. Or there were too
+    /// many to look at them all. Not judged.
     pub gone: Tally,
     /// Blocks of the process that the kernel may hold the only pointer to, in requests under way (`io_uring`, AIO).
     pub in_requests: u64,
@@ -223,6 +224,14 @@ impl Series {
         self.unreached.binary_search(&(address, birth_ns)).is_ok()
     }
 
+    /// Whether a block is lost by all scans. `marked` is the last one's, `gone` as for [`Series::verdicts`].
+    pub fn is_lost(&self, number: u32, block: &Block, marked: &Marked, gone: &[u32]) -> bool {
+        matches!(marked.reach(number), Reach::Lost | Reach::IndirectlyLost)
+            && gone.binary_search(&number).is_err()
+            && block.birth_ns < self.judged_until_ns
+            && self.is_unreached(block.address, block.birth_ns)
+    }
+
     /// What is to be said of each site. `index` and `marked` are those of the last scan; `gone` are the blocks, ascending,
     /// that are not what the table says.
     pub fn verdicts(&self, index: &Index, marked: &Marked, gone: &[u32]) -> HashMap<u32, SiteVerdict> {
@@ -257,12 +266,7 @@ impl Series {
     pub fn lost_names(&self, index: &Index, marked: &Marked, gone: &[u32]) -> HashMap<u32, Vec<BlockName>> {
         let mut names: HashMap<u32, Vec<BlockName>> = HashMap::new();
         for (number, block) in (0_u32..).zip(index.blocks()) {
-            let lost = matches!(marked.reach(number), Reach::Lost | Reach::IndirectlyLost);
-            if lost
-                && gone.binary_search(&number).is_err()
-                && block.birth_ns < self.judged_until_ns
-                && self.is_unreached(block.address, block.birth_ns)
-            {
+            if self.is_lost(number, block, marked, gone) {
                 let of_site = names.entry(block.site).or_default();
                 if of_site.len() < REMEMBERED {
                     of_site.push((block.address, block.birth_ns));

@@ -70,7 +70,7 @@ fn scan_from_outside(pid: u32, hidden: &[u64]) -> (String, u64) {
             .collect())
     };
     let scanned = scan(&dir, &Options::default(), &mut Learned::default(), blocks, &never).unwrap();
-    let verdict = scanned.verdicts()[&1];
+    let verdict = scanned.verdicts(&mut Tempo::new(1.0, &never)).unwrap()[&1];
     let chain = scanned.marked.chain(6, 1000);
     let root = match chain.last() {
         Some(Referrer::Root(address)) => RootNames::new(dir, scanned.maps).name(*address),
