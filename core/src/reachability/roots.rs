@@ -207,7 +207,7 @@ fn read_variables(dir: &ProcDir, first: &Mapping) -> Option<Variables> {
     let mut symbols = elf_file::with_class(&file, Symbols { names: MAX_NAMES }).ok()?;
     symbols.sort_unstable();
     symbols.dedup_by_key(|(start, ..)| *start);
-    symbols
+    Some(Variables { bias, symbols })
 }
 
 /// Reads the symbols of a file's variables, with names of so many bytes in all: many may share one long name.
