@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -199,13 +200,21 @@ fn signal_during_start_ends_cleanly() {
     for delay_ms in [0, 5, 20, 50, 100, 200, 400] {
         for signal in [libc::SIGINT, libc::SIGTERM] {
             let folder = tempfile::tempdir().expect("a folder can be made");
-            let mut child = memleak_command()
+            let mut command = memleak_command();
+            command
                 .current_dir(folder.path())
                 .args(["--json", "-p", &pid])
                 .stdout(Stdio::null())
-                .stderr(Stdio::piped())
-                .spawn()
-                .expect("memleak starts");
+                .stderr(Stdio::piped());
+            // A shell starts what is to run in the background with SIGINT ignored, and so would this test's children be.
+            // SAFETY: sets a signal's action, which a forked child may do.
+            unsafe {
+                command.pre_exec(|| {
+                    libc::signal(libc::SIGINT, libc::SIG_DFL);
+                    Ok(())
+                });
+            }
+            let mut child = command.spawn().expect("memleak starts");
             std::thread::sleep(Duration::from_millis(delay_ms));
             // SAFETY: kill takes plain numbers; the child has not been waited for, so the pid is still its own.
             unsafe { libc::kill(libc::pid_t::try_from(child.id()).expect("a pid fits"), signal) };

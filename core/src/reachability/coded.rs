@@ -254,7 +254,7 @@ mod tests {
     // Most of memory is something else, and comes first.
     #[test]
     fn words_behind_many_others_are_kept() {
-        let others = |upper: u64| (0..200_000).map(move |n: u64| (0x3ff0_0000 + upper) << 32 | n * 7919);
+        let others = |upper: u64| (0..200_000).map(move |n: u64| ((0x3ff0_0000 + upper) << 32) | (n * 7919));
         let mut words: Vec<u64> = (0..12).flat_map(others).collect();
         assert!(words.len() > 2 * MAX_WORDS);
         let lost: Vec<u64> = (0..400).map(|n| 0x55d0_c2a0_14f0 + n * 48).collect();

@@ -55,13 +55,15 @@ fn a_stop_copies_and_lets_go() {
     let elsewhere = Range { start: 4096, end: 8192 };
     assert_eq!(taken.dead_stack(child.id(), elsewhere), Range { start: 4096, end: 4096 });
     assert!(taken.memory.bytes_copied() > 4096);
-    let mut same = 0;
+    let mut differing = 0;
     for (address, bytes) in taken.memory.pieces() {
         let mut now = vec![0; bytes.len()];
         let got = ProcessMemory::new(child.id()).read(address, &mut now);
-        same += usize::from(now[..got] == bytes[..got]);
+        assert_eq!(got, bytes.len());
+        differing += now.iter().zip(bytes).filter(|(now, then)| now != then).count();
     }
-    assert_eq!(same, taken.memory.pieces().count());
+    // The kernel writes down the CPU that a thread goes on on (struct rseq).
+    assert!(differing <= 32, "{differing} bytes differ");
     assert!("SR".contains(state(child.id())));
     assert_eq!(tracer_of(child.id()), None);
     child.kill().unwrap();
