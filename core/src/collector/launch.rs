@@ -56,7 +56,7 @@ impl Launched {
     }
 }
 
-/// At the end nobody stays stopped: neither who was launched (see [`Launched`]) nor children of which was not yet taken note.
+/// At the end nobody stays stopped: neither who was launched (see `Launched`) nor children of which was not yet taken note.
 impl Drop for Collector {
     fn drop(&mut self) {
         let Some(tracker) = self.tracker.loaded_mut() else { return };
