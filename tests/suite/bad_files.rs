@@ -82,7 +82,9 @@ fn damaged_elf_structures_cost_names_only() {
     let huge = (1_u64 << 40).to_le_bytes();
     let (symbols, strings) = (header_of(".symtab"), header_of(".strtab"));
     let (loaded_symbols, loaded_strings) = (header_of(".dynsym"), header_of(".dynstr"));
-    let cases: [(&str, &[(u64, &[u8])]); 7] = [
+    /// Bytes that are written over others, and where.
+    type Damage<'a> = &'a [(u64, &'a [u8])];
+    let cases: [(&str, Damage<'_>); 7] = [
         ("sections-outside", &[(40, &huge)]),
         ("many-sections", &[(60, &[0xff, 0xff])]),
         ("no-section-names", &[(62, &[0xfe, 0xff])]),
