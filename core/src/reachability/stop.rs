@@ -29,6 +29,8 @@ const WORDS: usize = 27 + 64;
 const MAX_PIECES: usize = 65_536;
 /// How long the helper may take before anything is stopped.
 const PREPARATION: Duration = Duration::from_secs(5);
+/// A wait for a thread that has not stopped by then is interrupted for a look whether it has ended.
+const LOOK: Duration = Duration::from_millis(2);
 /// Room for a listing of threads, bytes.
 const LISTING: usize = 32 << 10;
 
@@ -272,10 +274,16 @@ pub fn tracer_of(pid: u32) -> Option<u32> {
 #[derive(Clone, Copy)]
 struct Thread {
     tid: libc::pid_t,
-    /// Stopped, and not waited for any more.
-    is_stopped: bool,
+    state: State,
     /// A signal that was on its way and is passed on at the end.
     signal: libc::c_int,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Runs,
+    Stopped,
+    Ended,
 }
 
 /// The helper's life: system calls only.
@@ -296,26 +304,29 @@ fn helper(
             libc::_exit(1);
         }
     }
-    let Some(timer) = Deadline::new(PREPARATION) else { end(shared, outcome::FAILED) };
+    let Some(timer) = Deadline::new(libc::SIGKILL, PREPARATION) else { end(shared, outcome::FAILED) };
+    let Some(looks) = looks() else { end(shared, outcome::FAILED) };
     touch(mapping);
     // SAFETY: `folder` is a C string.
     let tasks = unsafe { libc::open(folder.as_ptr(), libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC) };
     if tasks < 0 {
         end(shared, outcome::GONE);
     }
-    let mut threads = [Thread { tid: 0, is_stopped: false, signal: 0 }; MAX_THREADS];
+    let mut threads = [Thread { tid: 0, state: State::Runs, signal: 0 }; MAX_THREADS];
     let mut count = 0;
     // Nothing is stopped by this; afterwards stopping takes a moment only.
     seize_all(shared, tasks, &mut threads, &mut count);
-    timer.set(cap);
+    timer.set(cap, Duration::ZERO);
+    looks.set(LOOK, LOOK);
     let began_ns = now_ns();
     loop {
-        for thread in threads[..count].iter().filter(|t| !t.is_stopped) {
+        let running = |t: &&mut Thread| t.state == State::Runs;
+        for thread in threads[..count].iter_mut().filter(running) {
             // SAFETY: no memory is involved; a thread that has ended is an error and no more.
             unsafe { libc::ptrace(libc::PTRACE_INTERRUPT, thread.tid, 0, 0) };
         }
-        for thread in threads[..count].iter_mut().filter(|t| !t.is_stopped) {
-            wait_for(thread);
+        for thread in threads[..count].iter_mut().filter(running) {
+            wait_for(thread, tasks);
         }
         // Threads that others have started meanwhile.
         let before = count;
@@ -324,15 +335,17 @@ fn helper(
             break;
         }
     }
-    if count == 0 {
+    looks.set(Duration::ZERO, Duration::ZERO);
+    let stopped = threads[..count].iter().filter(|t| t.state == State::Stopped);
+    if stopped.clone().next().is_none() {
         end(shared, outcome::GONE);
     }
     shared.stopped.store(1, Ordering::Release);
-    for thread in &threads[..count] {
+    for thread in stopped.clone() {
         keep_registers(shared, thread.tid);
     }
     copy(shared, mapping, pid, ranges, began_ns + (cap.as_nanos() as f64 * ORDERLY) as u64);
-    for thread in &threads[..count] {
+    for thread in stopped {
         // SAFETY: no memory is involved. A signal that was on its way goes on.
         unsafe { libc::ptrace(libc::PTRACE_DETACH, thread.tid, 0, thread.signal) };
     }
@@ -350,31 +363,54 @@ fn end(shared: &Shared, outcome: u32) -> ! {
     unsafe { libc::_exit(0) }
 }
 
-/// Kills this process when the time is up, even if somebody has stopped it.
+/// Sends this process a signal when the time is up: SIGKILL comes even if somebody has stopped it.
 struct Deadline(libc::timer_t);
 
 impl Deadline {
-    fn new(time: Duration) -> Option<Deadline> {
+    fn new(signal: libc::c_int, time: Duration) -> Option<Deadline> {
         // SAFETY: `sigevent` is plain data for which all-zero is valid.
         let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
         event.sigev_notify = libc::SIGEV_SIGNAL;
-        event.sigev_signo = libc::SIGKILL;
+        event.sigev_signo = signal;
         let mut timer: libc::timer_t = ptr::null_mut();
         // SAFETY: both live over the call.
         if unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer) } != 0 {
             return None;
         }
         let deadline = Deadline(timer);
-        deadline.set(time);
+        deadline.set(time, Duration::ZERO);
         Some(deadline)
     }
 
-    fn set(&self, time: Duration) {
-        let value = libc::timespec { tv_sec: time.as_secs() as i64, tv_nsec: i64::from(time.subsec_nanos()).max(1) };
-        let once = libc::itimerspec { it_interval: libc::timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
-        // SAFETY: `once` lives over the call; the old value is not asked for.
-        unsafe { libc::timer_settime(self.0, 0, &raw const once, ptr::null_mut()) };
+    /// After so much time, and then again and again if `every` is not zero. No time at all is never.
+    fn set(&self, time: Duration, every: Duration) {
+        let of = |time: Duration| libc::timespec {
+            tv_sec: time.as_secs().cast_signed(),
+            tv_nsec: time.subsec_nanos().into(),
+        };
+        let value = libc::itimerspec { it_interval: of(every), it_value: of(time) };
+        // SAFETY: `value` lives over the call; the old one is not asked for.
+        unsafe { libc::timer_settime(self.0, 0, &raw const value, ptr::null_mut()) };
     }
+}
+
+/// Interrupts waiting, once it is set. The signal itself does nothing.
+fn looks() -> Option<Deadline> {
+    extern "C" fn nothing(_: libc::c_int) {}
+    // SAFETY: plain data, for which all-zero is valid.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // No SA_RESTART: the wait must return.
+    action.sa_sigaction = nothing as extern "C" fn(libc::c_int) as libc::sighandler_t;
+    // SAFETY: the handler does nothing, `action` and the set live over the calls; the signal may be blocked in the thread
+    // that this process was forked from.
+    let is_ready = unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGALRM);
+        libc::sigaction(libc::SIGALRM, &raw const action, ptr::null_mut()) == 0
+            && libc::sigprocmask(libc::SIG_UNBLOCK, &raw const set, ptr::null_mut()) == 0
+    };
+    if is_ready { Deadline::new(libc::SIGALRM, Duration::ZERO) } else { None }
 }
 
 /// Makes the pages of the copy present, so that copying does not have to.
@@ -411,7 +447,7 @@ fn seize_all(shared: &Shared, tasks: RawFd, threads: &mut [Thread; MAX_THREADS],
                 tid = tid.wrapping_mul(10).wrapping_add(libc::pid_t::from(digit - b'0'));
             }
             if tid > 0 && !threads[..*count].iter().any(|t| t.tid == tid) {
-                seize(shared, tid, threads, count);
+                seize(shared, tasks, tid, threads, count);
             }
             match rest.get(length..) {
                 Some(next) if length > 0 => rest = next,
@@ -421,38 +457,89 @@ fn seize_all(shared: &Shared, tasks: RawFd, threads: &mut [Thread; MAX_THREADS],
     }
 }
 
-fn seize(shared: &Shared, tid: libc::pid_t, threads: &mut [Thread; MAX_THREADS], count: &mut usize) {
+fn seize(shared: &Shared, tasks: RawFd, tid: libc::pid_t, threads: &mut [Thread; MAX_THREADS], count: &mut usize) {
     // SAFETY: no memory is involved.
     if unsafe { libc::ptrace(libc::PTRACE_SEIZE, tid, 0, 0) } != 0 {
         // SAFETY: errno of this thread.
-        match unsafe { *libc::__errno_location() } {
-            // It has ended.
-            libc::ESRCH => return,
-            _ => end(shared, outcome::REFUSED),
+        let errno = unsafe { *libc::__errno_location() };
+        // EPERM is also the answer for a thread that is ending. A first thread that has ended stays in the listing.
+        if errno == libc::ESRCH || has_ended(tasks, tid) {
+            return;
         }
+        // SAFETY: as above; looking at the thread has changed it.
+        unsafe { *libc::__errno_location() = errno };
+        end(shared, outcome::REFUSED);
     }
     match threads.get_mut(*count) {
-        Some(thread) => *thread = Thread { tid, is_stopped: false, signal: 0 },
+        Some(thread) => *thread = Thread { tid, state: State::Runs, signal: 0 },
         None => end(shared, outcome::TOO_MANY),
     }
     *count += 1;
 }
 
-/// Waits until a thread that was interrupted stands still.
-fn wait_for(thread: &mut Thread) {
+/// Whether a thread is not there any more, or is a zombie; `tasks` is the folder of all threads.
+fn has_ended(tasks: RawFd, tid: libc::pid_t) -> bool {
+    // The path "TID/stat".
+    let mut path = [0_u8; 32];
+    let digits = decimal(tid.cast_unsigned(), &mut path);
+    let suffix = b"/stat\0";
+    let Some(rest) = path.get_mut(digits..digits + suffix.len()) else { return false };
+    rest.copy_from_slice(suffix);
+    let mut text = [0_u8; 128];
+    // SAFETY: the path is a C string, the buffer is writable for its length, and the descriptor is closed once.
+    let got = unsafe {
+        let file = libc::openat(tasks, path.as_ptr().cast(), libc::O_RDONLY | libc::O_CLOEXEC);
+        if file < 0 {
+            return true;
+        }
+        let got = libc::read(file, text.as_mut_ptr().cast(), text.len());
+        libc::close(file);
+        got
+    };
+    // "TID (NAME) STATE ...": the name may have any bytes. A thread that ends while it is looked at gives an error.
+    let text = usize::try_from(got).ok().and_then(|got| text.get(..got)).unwrap_or_default();
+    let name_end = text.iter().rposition(|b| *b == b')');
+    !matches!(name_end.and_then(|at| text.get(at + 2)), Some(state) if !b"ZX".contains(state))
+}
+
+/// Writes a number; returns how many digits it has.
+fn decimal(mut number: u32, to: &mut [u8; 32]) -> usize {
+    let mut digits = [0_u8; 10];
+    let mut count = 0;
+    while let Some(digit) = digits.get_mut(count) {
+        *digit = b'0' + (number % 10) as u8;
+        number /= 10;
+        count += 1;
+        if number == 0 {
+            break;
+        }
+    }
+    for (to, digit) in to.iter_mut().zip(digits.iter().take(count).rev()) {
+        *to = *digit;
+    }
+    count
+}
+
+/// Waits until a thread that was interrupted stands still or has ended. One that can do neither is left when the time is up.
+fn wait_for(thread: &mut Thread, tasks: RawFd) {
     let mut status = 0;
-    // SAFETY: `status` is writable. A thread that cannot be interrupted is left when the time is up.
+    // SAFETY: `status` is writable.
     while unsafe { libc::waitpid(thread.tid, &raw mut status, libc::__WALL) } < 0 {
         // SAFETY: errno of this thread.
-        if unsafe { *libc::__errno_location() } != libc::EINTR {
-            // It has ended.
-            thread.is_stopped = true;
+        let is_interrupted = unsafe { *libc::__errno_location() } == libc::EINTR;
+        // The end of the first thread is not told while others live.
+        if !is_interrupted || has_ended(tasks, thread.tid) {
+            thread.state = State::Ended;
             return;
         }
     }
-    thread.is_stopped = true;
+    if !libc::WIFSTOPPED(status) {
+        thread.state = State::Ended;
+        return;
+    }
+    thread.state = State::Stopped;
     // Stopped by a signal on its way, not by the interruption (PTRACE_EVENT_STOP).
-    if libc::WIFSTOPPED(status) && status >> 16 == 0 {
+    if status >> 16 == 0 {
         thread.signal = libc::WSTOPSIG(status);
     }
 }
