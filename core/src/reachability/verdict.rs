@@ -21,7 +21,7 @@ pub struct Limits {
     pub most_scans: u32,
     /// Fewest lost blocks of a definite site ...
     pub min_lost: u64,
-    /// ... and least share of them among the blocks that are lost or reachable.
+    /// ... and least share of them among all that could be judged, possibly lost ones included.
     pub min_fraction: f64,
 }
 
@@ -143,21 +143,21 @@ impl SiteVerdict {
     /// The verdict in one word.
     pub fn verdict(&self, limits: &Limits) -> Verdict {
         let lost = self.lost_blocks();
-        let judged = lost + self.reachable.blocks;
         let rest = self.possible.blocks + self.disguised.blocks;
+        let all = lost + self.reachable.blocks + rest;
         // What one scan has reached is reachable.
         let needed = if self.still || lost + rest == 0 { 1 } else { limits.scans };
         if self.scans < needed || self.refuted as f64 > REFUTED * self.called_lost as f64 {
             return Verdict::Unknown;
         }
-        let most = |n: u64| n > 0 && n as f64 >= limits.min_fraction * (judged + rest) as f64;
+        let most = |n: u64| n > 0 && n as f64 >= limits.min_fraction * all as f64;
         // What is not in the process's memory may be where the scan cannot look.
         let sure = if self.device_bytes > 0 { 0 } else { lost.saturating_sub(self.in_requests) };
-        if sure >= limits.min_lost && lost as f64 >= limits.min_fraction * judged as f64 {
+        if sure >= limits.min_lost && most(lost) {
             Verdict::Definite
-        } else if most(self.disguised.blocks) || judged + rest == 0 {
+        } else if most(self.disguised.blocks) || all == 0 {
             Verdict::Unknown
-        } else if most(self.possible.blocks) || most(lost) {
+        } else if most(self.possible.blocks + lost) {
             Verdict::Possible
         } else {
             Verdict::Reachable
@@ -372,6 +372,12 @@ mod tests {
         assert_eq!(verdict(5, 6, 0).verdict(&limits), Verdict::Reachable);
         assert_eq!(verdict(4, 0, 0).verdict(&limits), Verdict::Possible);
         assert_eq!(verdict(0, 3, 9).verdict(&limits), Verdict::Possible);
+        // What may be reachable counts as if it were.
+        assert_eq!(verdict(5, 2, 3).verdict(&limits), Verdict::Definite);
+        assert_eq!(verdict(5, 0, 6).verdict(&limits), Verdict::Possible);
+        assert_eq!(verdict(40, 20, 41).verdict(&limits), Verdict::Possible);
+        let disguised = SiteVerdict { disguised: Tally { blocks: 6, bytes: 600 }, ..verdict(5, 0, 0) };
+        assert_eq!(disguised.verdict(&limits), Verdict::Unknown);
         assert_eq!(verdict(0, 0, 0).verdict(&limits), Verdict::Unknown);
         assert_eq!(SiteVerdict { scans: 2, ..verdict(50, 0, 0) }.verdict(&limits), Verdict::Unknown);
     }
