@@ -1,5 +1,6 @@
 use std::process::{Child, Command};
 
+use super::helper::{LOOK, State, Thread, decimal, has_ended, looks, wait_for};
 use super::*;
 use crate::maps::Maps;
 use crate::process::ProcDir;
