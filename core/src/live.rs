@@ -4,7 +4,6 @@
 //! log of it reads well. Makes text, writes nothing.
 
 use std::fmt::Write;
-use std::sync::Arc;
 use std::time::Duration;
 
 use crate::alert::{Alert, AlertEvent, Status};
@@ -133,7 +132,7 @@ impl View<'_> {
 
     /// Sites by leaked bytes: those with an alert first, then by growth. Growth is looked at for the largest only.
     fn rows(&self) -> Vec<Row<'_>> {
-        let mut sites: Vec<&Arc<SiteHistory>> =
+        let mut sites: Vec<&SiteHistory> =
             self.history.live_sites().filter(|h| h.latest.totals.outstanding_bytes() > 0).collect();
         sites.sort_by_key(|h| (std::cmp::Reverse(h.latest.totals.outstanding_bytes()), h.site().key));
         let alert = |h: &SiteHistory| self.alerts.iter().find(|a| a.site.key == h.site().key).copied();

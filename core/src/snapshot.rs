@@ -67,6 +67,8 @@ pub struct Site {
     pub addresses: Vec<u64>,
     /// Why the stack ends early; `None` when nothing says that it does.
     pub truncated: Option<Arc<str>>,
+    /// The thread that allocated there first; other threads may have done so since. `None` when it is not known.
+    pub first_thread: Option<FirstThread>,
     /// Symbolized frames, innermost first; filled on first use, see [`crate::symbolize`].
     pub frames: OnceLock<Vec<Frame>>,
 }
@@ -76,6 +78,15 @@ impl Site {
     pub fn frames(&self) -> &[Frame] {
         self.frames.get().map_or(&[], Vec::as_slice)
     }
+}
+
+/// The thread that was the first to allocate at a site.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct FirstThread {
+    /// Its id as the collector sees it; 0 when it cannot be seen from the collector's pid namespace.
+    pub tid: u32,
+    /// Its name at that time. Hostile text.
+    pub name: String,
 }
 
 /// Running totals of one site since the collector attached. All counters only grow.
@@ -171,6 +182,21 @@ pub struct SiteSample {
     pub reachability: Option<Arc<SiteReach>>,
     /// What is known of a site of the kernel beside its totals; `None` for those of processes.
     pub kernel: Option<Arc<KernelSample>>,
+}
+
+impl SiteSample {
+    /// The same as `*self = from.clone()`, in the memory that is there already.
+    pub(crate) fn assign(&mut self, from: &SiteSample) {
+        let SiteSample { site, totals, stderr, last_allocation_s, cohorts, lifetimes, reachability, kernel } = from;
+        if !Arc::ptr_eq(&self.site, site) {
+            self.site = Arc::clone(site);
+        }
+        (self.totals, self.stderr, self.last_allocation_s) = (*totals, *stderr, *last_allocation_s);
+        self.cohorts.clone_from(cohorts);
+        self.lifetimes = *lifetimes;
+        self.reachability.clone_from(reachability);
+        self.kernel.clone_from(kernel);
+    }
 }
 
 /// What the last series of scans says of a site.
