@@ -307,13 +307,13 @@ pub fn notice_line(notice: &Notice) -> String {
 /// What a series of scans took, in one line.
 pub fn scan_line(cost: &Cost) -> String {
     let mut line = format!(
-        "{} scan{} of {} in {} told what it can still reach ({} of CPU time, {:.2} GB/s)",
+        "{} scan{} of {} in {} told what it can still reach ({} of CPU time, memory at {:.2} GB/s)",
         cost.scans,
         if cost.scans == 1 { "" } else { "s" },
         format_bytes(cost.read_bytes / u64::from(cost.scans.max(1))),
         format_duration_s(cost.wall_s),
         format_duration_s(cost.cpu_s),
-        cost.read_bytes as f64 / cost.cpu_s.max(1e-9) / 1e9
+        cost.read_bytes as f64 / cost.memory_cpu_s.max(1e-9) / 1e9
     );
     match &cost.stop {
         Some(Stopped::Done { for_s, copied_bytes, cut_short, threads }) => {
