@@ -275,6 +275,7 @@ pub fn notice_line(notice: &Notice) -> String {
             process.pid,
             visible(&process.comm)
         ),
+        Notice::Limited { process, what } => format!("{} {}: {what}", process.pid, visible(&process.comm)),
         Notice::Sampled { process, mean_bytes, too_costly } => {
             let why =
                 if *too_costly { "recording more would exceed the budget" } else { "there is budget for more again" };

@@ -119,6 +119,13 @@ struct KnownSite {
 pub enum Notice {
     /// A process is watched now.
     Watching(Arc<Process>, Vec<PluginStatus>),
+    /// Part of what was asked for cannot be followed, or has no name.
+    Limited {
+        /// Of what process.
+        process: Arc<Process>,
+        /// What, why, and what to do.
+        what: String,
+    },
     /// A process has ended or runs another program.
     Ended(Arc<Process>),
     /// A process makes too many calls for its budget, or few enough again: its books were started anew.
@@ -325,7 +332,12 @@ impl Collector {
             collector.launch(&target.command, number)?;
         }
         if let Some(kernel) = &collector.kernel {
-            collector.notices.push(Notice::Watching(Arc::clone(kernel.process()), kernel.statuses()));
+            let process = Arc::clone(kernel.process());
+            collector.notices.push(Notice::Watching(Arc::clone(&process), kernel.statuses()));
+            let gaps = collector.kernel_gaps();
+            collector
+                .notices
+                .extend(gaps.into_iter().map(|what| Notice::Limited { process: Arc::clone(&process), what }));
         }
         collector.scan()?;
         // Those that are found meanwhile are none of this: there may always be more of them.
