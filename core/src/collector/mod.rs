@@ -13,8 +13,9 @@ use memleak_probes::{ErrorKind as ProbeErrorKind, Prices, ProcessEvent, SiteTota
 use crate::config::{Backend, BudgetSettings, Config, Placement, Stacks};
 use crate::governor::{Governor, StopReason};
 use crate::live;
+use crate::maps::Maps;
 use crate::plugin::{self, Plugin};
-use crate::process::{self, ProcessStat};
+use crate::process::{self, ProcDir, ProcessStat};
 use crate::python::{Interpreter, PythonCall, Unread};
 use crate::reachability::scanner::Cost;
 use crate::recording::Location;
@@ -255,6 +256,13 @@ impl Collector {
         let of_kernel = config.kernel.enabled && config.kernel.budget.is_some();
         let watched_over = of_kernel || budgets.iter().any(|b| b.share.is_some());
         let watchdog = watched_over.then(Watchdog::start).transpose()?;
+        let mut unwinder = match c.stacks {
+            Stacks::Auto => Unwinder::start(c.unwind_cache.folder().map(Cache::new))?,
+            Stacks::FramePointers => None,
+        };
+        if let Some(unwinder) = &mut unwinder {
+            prepare_tables(unwinder, &mut matcher)?;
+        }
         let settings = memleak_probes::Settings {
             backend: match c.backend {
                 Backend::Auto => None,
@@ -298,10 +306,7 @@ impl Collector {
             locations: config.recording.path.is_some().then(HashMap::new),
             generations: Generations::new(config.interval.as_secs_f64()),
             libraries: attach::Libraries::default(),
-            unwinder: match c.stacks {
-                Stacks::Auto => Unwinder::start(c.unwind_cache.folder().map(Cache::new))?,
-                Stacks::FramePointers => None,
-            },
+            unwinder,
             pythons: HashMap::new(),
             notices: Vec::new(),
             scans: scans::Scans::new(config.reachability.clone()),
@@ -920,6 +925,17 @@ impl Collector {
         }
         Ok(())
     }
+}
+
+/// Has unwind tables made while the programs are being loaded: for those who are there already.
+fn prepare_tables(unwinder: &mut Unwinder, matcher: &mut Matcher) -> Result<()> {
+    for (process, _) in matcher.scan(&HashSet::new())? {
+        let dir = ProcDir::open_same(process.pid, process.start_ticks);
+        if let Ok((maps, dir)) = dir.and_then(|dir| Ok((Maps::read(&dir)?, dir))) {
+            unwinder.prepare(&maps, &dir);
+        }
+    }
+    Ok(())
 }
 
 fn to_totals(totals: &SiteTotals) -> Totals {

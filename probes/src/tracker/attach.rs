@@ -253,7 +253,7 @@ impl Tracker {
         if let Some(target) = self.targets.get_mut(&instance) {
             target.record_until_ns = 1;
         }
-        if let Err(e) = self.write_target(instance) {
+        if let Err(e) = self.update_target(instance) {
             tracing::debug!(instance, "recording goes on while probes are detached: {e}");
         }
         if let Some(target) = self.targets.get_mut(&instance) {
@@ -274,7 +274,7 @@ impl Tracker {
         target.attached = true;
         let pid = target.pid.cast_signed();
         let mut plans = std::mem::take(&mut target.plans);
-        self.write_target(instance)?;
+        self.update_target(instance)?;
         let mut result = Ok(());
         for plan in plans.values_mut() {
             match self.attach_probes(pid, plan) {
