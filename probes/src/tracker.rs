@@ -16,6 +16,7 @@ use crate::features::{self, Backend, Features};
 use crate::python::{self, PythonCode, PythonFrame};
 use crate::reader::{self, Block, BlockReader, Counters, SiteKey, SiteTotals, Stack};
 use crate::skeleton::userspace_alloc::UserspaceAllocSkel;
+use crate::sweep::Witness;
 use crate::types::{CODE_RANGES, MAX_TARGETS, bytes_of, memleak_range, memleak_target};
 use crate::unwind::{Code, Row, TableId, UnwindTables};
 use crate::{Error, ErrorKind, Result};
@@ -94,6 +95,7 @@ pub struct Tracker {
     cohort: u32,
     prices: Prices,
     stops_children: bool,
+    witness: Option<Box<dyn Witness>>,
 }
 
 impl Tracker {
@@ -154,6 +156,7 @@ impl Tracker {
             cohort: 0,
             prices: Prices::default(),
             stops_children,
+            witness: None,
         };
         tracker.prices = calibration::measure(&mut tracker)?;
         tracker.time_one_hit_in(TIMED_ONE_IN);
@@ -166,6 +169,11 @@ impl Tracker {
         if let Some(bss) = self.skel.maps.bss_data.as_deref_mut() {
             bss.meter_untimed = u32::MAX - u32::MAX / n.max(1);
         }
+    }
+
+    /// Has somebody told of all attachments from now on, see [`crate::sweep`].
+    pub fn set_witness(&mut self, witness: Box<dyn Witness>) {
+        self.witness = Some(witness);
     }
 
     /// What hits cost the target, as measured when the programs were loaded.
@@ -376,7 +384,10 @@ impl Tracker {
         if let Some(target) = self.targets.get_mut(&instance) {
             // Only now: probes go one by one, and an allocation whose free is not seen must not be recorded.
             target.hooks.clear();
-            target.plans.clear();
+            if !target.plans.is_empty() {
+                target.plans.clear();
+                self.witness.iter().for_each(|witness| witness.detached(target.pid));
+            }
         }
     }
 

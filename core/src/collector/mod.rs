@@ -180,8 +180,6 @@ pub enum Notice {
 
 /// See the module.
 pub struct Collector {
-    /// Only with a budget: without one there is nothing to watch over.
-    watchdog: Option<Watchdog>,
     tracker: Userspace,
     /// The kernel, when it is a target.
     kernel: Option<Kernel>,
@@ -192,7 +190,10 @@ pub struct Collector {
     watched: HashMap<u32, Watched>,
     /// Pid and start of every process that is watched or has been refused.
     known: HashSet<(u32, u64)>,
-    /// Behind the tracker, which is thus dropped first: whoever is let go on at the end is not stopped once more.
+    /// Behind the tracker, which is thus dropped first: it helps while there are probes. There are none without processes, and
+    /// the kernel's need it only with a budget.
+    watchdog: Option<Watchdog>,
+    /// Behind the tracker, too: whoever is let go on at the end is not stopped once more.
     launched: Vec<Launched>,
     /// Forked by watched processes and not watched, as far as they may have breakpoints.
     children: Vec<children::Child>,
@@ -254,8 +255,7 @@ impl Collector {
             .map(|budget| BudgetSettings { share: budget.share.filter(|_| !trace_events), ..budget })
             .collect();
         let of_kernel = config.kernel.enabled && config.kernel.budget.is_some();
-        let watched_over = of_kernel || budgets.iter().any(|b| b.share.is_some());
-        let watchdog = watched_over.then(Watchdog::start).transpose()?;
+        let watchdog = (of_kernel || !config.targets.is_empty()).then(Watchdog::start).transpose()?;
         let mut unwinder = match c.stacks {
             Stacks::Auto => Unwinder::start(c.unwind_cache.folder().map(Cache::new))?,
             Stacks::FramePointers => None,
@@ -283,7 +283,10 @@ impl Collector {
             stop_children: purpose == Purpose::Run,
         };
         // Targets stay what they are: nothing that needs it can come later.
-        let tracker = Userspace::load(!config.targets.is_empty() || !config.kernel.enabled, settings)?;
+        let mut tracker = Userspace::load(!config.targets.is_empty() || !config.kernel.enabled, settings)?;
+        if let (Some(tracker), Some(watchdog)) = (tracker.loaded_mut(), &watchdog) {
+            tracker.set_witness(watchdog.witness());
+        }
         let mut collector = Collector {
             watchdog,
             tracker,
