@@ -14,7 +14,7 @@
 
 local function evaluate(site, p)
   local reach = site.reachability
-  if not reach or reach.verdict ~= "definite" or reach.lost_bytes < p.min_bytes or reach.age_s > p.max_age then
+  if reach.verdict ~= "definite" or reach.lost_bytes < p.min_bytes or reach.age_s > p.max_age then
     return nil
   end
   local doubt = ""
@@ -40,7 +40,7 @@ return {
     min_bytes = "1B",
     max_age = "1h",
   },
-  needs_scan = true,
+  needs = { scan = true },
   evaluate = evaluate,
   examples = {
     { name = "blocks that nothing refers to", shape = "thread_pool", reachability = "definite", expect = "critical" },

@@ -26,20 +26,8 @@
 local grow = require("lib.grow")
 
 local function evaluate(site, p)
-  -- The kernel's own caches fill for as long as there is memory: its sites are for `kernel_growth`.
-  if site.is_kernel then
-    return nil
-  end
-  -- Through windows frees are not seen: what looks outstanding may be gone. That is for `suspected`.
-  if site.mode == "estimated" then
-    return nil
-  end
   local series = site.series
   local seen = series:duration()
-  if seen < p.min_time or #series < p.min_snapshots then
-    return nil
-  end
-
   local span = grow.span(series, p)
   local window = series:window(span, p.min_snapshots)
   local growth = window:growth()
@@ -104,7 +92,12 @@ return {
     critical_time = "5min",
     critical_rate = "64KiB/min",
   },
-  min_outstanding = "min_bytes",
+  -- The kernel's own caches fill for as long as there is memory: its sites are for `kernel_growth`. Through windows frees
+  -- are not seen, so what looks outstanding may be gone: that is for `suspected`.
+  needs = {
+    kernel = false, windows = false, outstanding = "min_bytes", rise = "min_bytes", time = "min_time",
+    snapshots = "min_snapshots",
+  },
   evaluate = evaluate,
   examples = {
     { name = "a steady leak", shape = "leak", rate = "30KiB/s", size = "4KiB", snapshots = 25, expect = "warning" },

@@ -19,18 +19,7 @@
 local grow = require("lib.grow")
 
 local function evaluate(site, p)
-  -- The kernel's own caches fill for as long as there is memory: its sites are for `kernel_growth`.
-  if site.is_kernel then
-    return nil
-  end
-  -- Through windows frees are not seen: what looks outstanding may be gone. That is for `suspected`.
-  if site.mode == "estimated" then
-    return nil
-  end
   local series = site.series
-  if series:duration() < p.min_time or #series < p.min_snapshots then
-    return nil
-  end
   local span = grow.span(series, p)
   local window = series:window(span, p.min_snapshots)
   local allocated_bytes, allocated = window:allocated()
@@ -77,7 +66,12 @@ return {
     min_bytes = "512KiB",
     max_level_off = 0.5,
   },
-  min_outstanding = "min_bytes",
+  -- The kernel's own caches fill for as long as there is memory: its sites are for `kernel_growth`. Through windows frees
+  -- are not seen, so what looks outstanding may be gone: that is for `suspected`.
+  needs = {
+    kernel = false, windows = false, outstanding = "min_bytes", rise = "min_bytes", time = "min_time",
+    snapshots = "min_snapshots",
+  },
   evaluate = evaluate,
   examples = {
     { name = "a leak in bursts", shape = "bursts", rate = "15KiB/s", size = "512B", period = 7, snapshots = 120,

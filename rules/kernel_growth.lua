@@ -24,13 +24,10 @@ local grow = require("lib.grow")
 
 local function evaluate(site, p)
   local kernel = site.kernel
-  if not kernel or kernel.unverifiable or kernel.reclaimable or site.mode == "estimated" then
+  if kernel.unverifiable or kernel.reclaimable then
     return nil
   end
   local series = site.series
-  if series:duration() < p.min_time or #series < p.min_snapshots then
-    return nil
-  end
   local span = grow.span(series, p)
   local window = series:window(span, p.min_snapshots)
   local growth = window:growth()
@@ -83,7 +80,10 @@ return {
     critical_time = "5min",
     critical_rate = "64KiB/min",
   },
-  min_outstanding = "min_bytes",
+  needs = {
+    kernel = true, windows = false, outstanding = "min_bytes", rise = "min_bytes", time = "min_time",
+    snapshots = "min_snapshots",
+  },
   evaluate = evaluate,
   examples = {
     { name = "a steady leak", shape = "leak", kernel = "verifiable", rate = "40KiB/s", size = "4KiB", snapshots = 40,

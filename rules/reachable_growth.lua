@@ -16,16 +16,13 @@ local grow = require("lib.grow")
 
 local function evaluate(site, p)
   local reach = site.reachability
-  if not reach or reach.verdict ~= "reachable" or reach.age_s > p.max_age or not reach.way then
+  if reach.verdict ~= "reachable" or reach.age_s > p.max_age or not reach.way then
     return nil
   end
-  if site.mode ~= "exact" or site.outstanding_bytes < p.min_bytes then
+  if site.mode ~= "exact" then
     return nil
   end
   local series = site.series
-  if series:duration() < p.min_time or #series < p.min_snapshots then
-    return nil
-  end
   local window = series:window(p.min_time, p.min_snapshots)
   if window:growth() < p.min_bytes or window:rising_fraction() < p.min_rising then
     return nil
@@ -58,8 +55,9 @@ return {
     max_level_off = 0.45,
     max_age = "10min",
   },
-  needs_scan = true,
-  min_outstanding = "min_bytes",
+  needs = {
+    scan = true, outstanding = "min_bytes", rise = "min_bytes", time = "min_time", snapshots = "min_snapshots",
+  },
   evaluate = evaluate,
   examples = {
     { name = "a container that is never emptied", shape = "leak", reachability = "reachable", expect = "warning" },

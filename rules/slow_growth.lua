@@ -22,19 +22,8 @@
 local grow = require("lib.grow")
 
 local function evaluate(site, p)
-  -- The kernel's own caches fill for as long as there is memory: its sites are for `kernel_growth`.
-  if site.is_kernel then
-    return nil
-  end
-  -- Through windows frees are not seen: what looks outstanding may be gone. That is for `suspected`.
-  if site.mode == "estimated" then
-    return nil
-  end
   local series = site.series
   local seen = series:duration()
-  if seen < p.min_time or #series < p.min_snapshots then
-    return nil
-  end
   -- The plain difference first: the slope costs more than all else here, and most sites are flat.
   if series:growth() < p.min_bytes / 2 then
     return nil
@@ -87,7 +76,11 @@ return {
     min_rises = 10,
     max_level_off = 0.5,
   },
-  min_outstanding = "min_bytes",
+  -- The kernel's own caches fill for as long as there is memory: its sites are for `kernel_growth`. Through windows frees
+  -- are not seen, so what looks outstanding may be gone: that is for `suspected`.
+  needs = {
+    kernel = false, windows = false, outstanding = "min_bytes", rise = 1, time = "min_time", snapshots = "min_snapshots",
+  },
   evaluate = evaluate,
   examples = {
     { name = "a slow leak over hours", shape = "leak", rate = "4KiB/min", size = "256B", interval = "10s", snapshots = 360,

@@ -22,24 +22,10 @@
 local grow = require("lib.grow")
 
 local function evaluate(site, p)
-  -- The kernel's own caches fill for as long as there is memory: its sites are for `kernel_growth`.
-  if site.is_kernel then
-    return nil
-  end
-  -- Through windows frees are not seen: what looks outstanding may be gone. That is for `suspected`.
-  if site.mode == "estimated" then
-    return nil
-  end
   local series = site.series
   local seen = series:duration()
-  if seen < p.min_time or #series < p.min_snapshots then
-    return nil
-  end
-  local share, blocks, _, bytes, generations, with_survivors = site:survival(p.min_age)
+  local share, blocks, _, bytes, generations = site:survival(p.min_age)
   if blocks < p.min_blocks or bytes < p.min_bytes or not grow.is_certain(site, bytes) or share > p.max_share then
-    return nil
-  end
-  if generations < 3 or with_survivors < generations then
     return nil
   end
 
@@ -97,7 +83,12 @@ return {
     max_decay = 0.3,
     max_level_off = 0.4,
   },
-  min_outstanding = "min_bytes",
+  -- The kernel's own caches fill for as long as there is memory: its sites are for `kernel_growth`. Through windows frees
+  -- are not seen, so what looks outstanding may be gone: that is for `suspected`.
+  needs = {
+    kernel = false, windows = false, outstanding = "min_bytes", rise = 1, time = "min_time", snapshots = "min_snapshots",
+    age = "min_age", generations = 3,
+  },
   evaluate = evaluate,
   examples = {
     { name = "a leak buried in churn", shape = "churn", rate = "100KiB/s", size = "256B", lifetime = "10ms", leaked = 0.02,

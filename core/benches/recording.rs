@@ -5,7 +5,7 @@
 //! report 5 s, 500 MB and a page below 5 MB, replay 60 s; a day of 2,000 sites in 200 MB.
 //!
 //! `-- --sites N --snapshots N` makes it smaller, `--busy` makes every site change in every snapshot, which is the most
-//! that there can be to write. Times are CPU time, which other work on the machine changes less than the clock.
+//! that there can be to write; `--day` writes the day of 2,000 sites only; `--parts` says where the time of a replay goes. Times are CPU time, which other work on the machine changes less than the clock.
 
 use std::path::Path;
 use std::process::Command;
@@ -13,9 +13,11 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use memleak_core::config::Config;
+use memleak_core::history::History;
 use memleak_core::output::report::RunInfo;
 use memleak_core::recorded;
 use memleak_core::recording::{Filter, Host, Limits, Location, Settings, Step, Writer};
+use memleak_core::rules::RuleEngine;
 use memleak_core::snapshot::{
     Cohort, LIFETIME_CLASSES, Process, ProcessSample, Site, SiteKey, SiteSample, Snapshot, StandardErrors, Totals,
 };
@@ -186,6 +188,7 @@ fn sample(process: &Arc<Process>, i: u64, numbers: &mut Numbers, totals: Totals)
         function: "malloc".into(),
         addresses: frames.iter().map(|f| f.address).collect(),
         truncated: None,
+        first_thread: None,
         frames: OnceLock::from(frames),
     };
     SiteSample {
@@ -264,6 +267,7 @@ fn alone(what: &str, path: &Path) {
     let begun = Instant::now();
     let page = path.with_extension("html");
     match what {
+        "parts" => parts(path),
         "report" => recorded::report(path, &page, &Filter::default(), &[], None).expect("a report"),
         _ => {
             let options = recorded::Options { recording: path.to_owned(), json: true, ..Default::default() };
@@ -280,6 +284,30 @@ fn alone(what: &str, path: &Path) {
         begun.elapsed().as_secs_f64(),
         peak.split_whitespace().collect::<Vec<_>>().join(" ")
     );
+}
+
+/// Where the time of a replay goes.
+fn parts(path: &Path) {
+    let reader = memleak_core::recording::Reader::open(path).expect("a recording");
+    let config = Config::default();
+    let mut rules = RuleEngine::new(&config.rules).expect("the rules");
+    let mut history = History::new(config.history);
+    let (mut reading, mut judging, mut findings) = (Duration::ZERO, Duration::ZERO, 0);
+    let mut replay = reader.replay().expect("a recording");
+    let now = || cpu(libc::CLOCK_THREAD_CPUTIME_ID);
+    loop {
+        let start = now();
+        if replay.push(&mut history).expect("reads").is_none() {
+            break;
+        }
+        let read = now();
+        findings += rules.evaluate(&history, &mut |_| {}).findings.len();
+        reading += read - start;
+        judging += now() - read;
+    }
+    let count = history.snapshots() as f64;
+    let (reading, judging) = (ms(reading) / count, ms(judging) / count);
+    eprintln!("per snapshot: {reading:.2} ms to read it, {judging:.2} ms for the rules; {findings} findings in all");
 }
 
 fn apart(what: &str, path: &Path) {
@@ -303,10 +331,13 @@ fn main() {
     let busy = args.iter().any(|a| a == "--busy");
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("large.memleak");
-    // Without a bound that matters: nothing is thinned.
-    write(&path, sites, snapshots, busy, value("--max-mib", 16 << 10) << 20);
-    apart("report", &path);
-    apart("replay", &path);
+    let has = |name: &str| args.iter().any(|a| a == name);
+    if !has("--day") {
+        // Without a bound that matters: nothing is thinned.
+        write(&path, sites, snapshots, busy, value("--max-mib", 16 << 10) << 20);
+        apart("report", &path);
+        apart(if has("--parts") { "parts" } else { "replay" }, &path);
+    }
     let day = folder.path().join("day.memleak");
     write(&day, sites / 5, snapshots, busy, 200_000_000);
 }

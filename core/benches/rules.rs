@@ -70,6 +70,7 @@ fn sites() -> Vec<Arc<Site>> {
         function: Arc::from("malloc"),
         addresses: vec![id],
         truncated: None,
+        first_thread: None,
         frames: OnceLock::new(),
     };
     (1..=SITES).map(|id| Arc::new(site(id))).collect()

@@ -28,11 +28,17 @@ pub struct Sample {
 #[derive(Clone, Debug, Default)]
 pub struct Series {
     samples: Vec<Sample>,
+    /// Of all samples so far, thinned ones included.
+    lowest: u64,
+    rise: u64,
 }
 
 impl Series {
     /// Appends a sample; `cap` (at least 2) bounds the length.
     pub fn push(&mut self, sample: Sample, cap: usize) {
+        let bytes = sample.totals.outstanding_bytes();
+        self.lowest = if self.samples.is_empty() { bytes } else { self.lowest.min(bytes) };
+        self.rise = self.rise.max(bytes - self.lowest);
         if self.samples.len() >= cap.max(2) {
             self.thin();
         }
@@ -50,6 +56,12 @@ impl Series {
         &self.samples
     }
 
+    /// The largest rise of the outstanding bytes from one sample to a later one, those that have been thinned out
+    /// included.
+    pub fn rise(&self) -> u64 {
+        self.rise
+    }
+
     /// Drops every second sample of the older half; the first sample stays.
     fn thin(&mut self) {
         let half = self.samples.len() / 2;
@@ -59,12 +71,6 @@ impl Series {
             index += 1;
             keep
         });
-    }
-}
-
-impl From<Vec<Sample>> for Series {
-    fn from(samples: Vec<Sample>) -> Self {
-        Series { samples }
     }
 }
 
@@ -114,28 +120,102 @@ impl Bounds {
     }
 }
 
-/// What a snapshot says of one site.
-pub(crate) struct News {
-    pub(crate) key: SiteKey,
-    pub(crate) totals: Totals,
-    pub(crate) what: What,
+/// The sites of a history, each in a place of its own for as long as it is known.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Sites {
+    places: Vec<Option<Known>>,
+    free: Vec<u32>,
+    by_key: HashMap<SiteKey, u32>,
+    /// How many belong to processes that have ended.
+    ended: usize,
 }
 
-/// How much of it is new.
-#[expect(clippy::large_enum_variant, reason = "made one at a time and taken apart at once")]
-pub(crate) enum What {
-    /// All of it, or more than can be said here.
-    All(SiteSample),
-    /// Time has gone on; the last cohort with it, when it is still open.
-    Time { is_last_open: bool },
+/// A site with its key, which would otherwise be two steps away.
+#[derive(Clone, Debug)]
+struct Known {
+    key: SiteKey,
+    history: Box<SiteHistory>,
+}
+
+impl Sites {
+    /// How many places there are, free ones included.
+    pub(crate) fn places(&self) -> usize {
+        self.places.len()
+    }
+
+    /// The site in a place.
+    pub(crate) fn at(&self, place: u32) -> Option<(SiteKey, &SiteHistory)> {
+        self.places.get(place as usize)?.as_ref().map(|k| (k.key, &*k.history))
+    }
+
+    fn get(&self, key: SiteKey) -> Option<&SiteHistory> {
+        self.by_key.get(&key).and_then(|place| self.at(*place)).map(|(_, history)| history)
+    }
+
+    fn get_mut(&mut self, key: SiteKey) -> Option<&mut SiteHistory> {
+        let place = *self.by_key.get(&key)?;
+        self.places.get_mut(place as usize)?.as_mut().map(|k| &mut *k.history)
+    }
+
+    fn insert(&mut self, history: SiteHistory) {
+        let key = history.site().key;
+        self.remove(key);
+        self.ended += usize::from(history.ended_s.is_some());
+        let known = Some(Known { key, history: Box::new(history) });
+        match self.free.pop() {
+            Some(place) => {
+                self.places[place as usize] = known;
+                self.by_key.insert(key, place);
+            }
+            None => {
+                self.by_key.insert(key, self.places.len() as u32);
+                self.places.push(known);
+            }
+        }
+    }
+
+    fn remove(&mut self, key: SiteKey) {
+        let Some(place) = self.by_key.remove(&key) else { return };
+        let was = self.places[place as usize].take();
+        self.ended -= usize::from(was.is_some_and(|k| k.history.ended_s.is_some()));
+        self.free.push(place);
+    }
+
+    /// Every site with its place, in the order of the places.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (u32, SiteKey, &SiteHistory)> {
+        (0..).zip(&self.places).filter_map(|(place, known)| known.as_ref().map(|k| (place, k.key, &*k.history)))
+    }
+
+    /// Marks the sites of a process that has ended.
+    fn end(&mut self, instance: u32, time_s: f64) {
+        for known in self.places.iter_mut().flatten().filter(|k| k.key.instance == instance) {
+            self.ended += usize::from(known.history.ended_s.is_none());
+            known.history.ended_s.get_or_insert(time_s);
+        }
+    }
+
+    /// Keeps only the largest sites of ended processes.
+    fn drop_ended(&mut self) {
+        if self.ended <= MAX_ENDED_SITES {
+            return;
+        }
+        let mut ended: Vec<_> = (self.iter())
+            .filter(|(_, _, h)| h.ended_s.is_some())
+            .map(|(_, key, h)| (h.latest.totals.outstanding_bytes(), key))
+            .collect();
+        ended.sort_unstable_by(|a, b| b.cmp(a));
+        for (_, key) in &ended[MAX_ENDED_SITES..] {
+            self.remove(*key);
+        }
+    }
 }
 
 /// All series of a run.
 #[derive(Clone, Debug, Default)]
 pub struct History {
     bounds: Bounds,
-    /// Shared, so that rules can hold a site while they look at it; copied only if one is still held at a push.
-    sites: HashMap<SiteKey, Arc<SiteHistory>>,
+    /// Shared, so that rules can hold it while they look at sites; copied only if it is still held at a push.
+    sites: Arc<Sites>,
     totals: Series,
     processes: HashMap<u32, ProcessSample>,
     snapshots: u64,
@@ -158,100 +238,60 @@ impl History {
         newest: &SnapshotInfo,
         snapshots: u64,
     ) -> History {
-        let mut history = History {
+        let mut known = Sites::default();
+        sites.into_iter().for_each(|h| known.insert(h));
+        known.drop_ended();
+        History {
             bounds,
-            sites: sites.into_iter().map(|h| (h.site().key, Arc::new(h))).collect(),
+            sites: Arc::new(known),
             totals,
             processes: processes.into_iter().map(|p| (p.process.instance, p)).collect(),
             snapshots,
             time_s: newest.time_s,
             wall_s: newest.wall_s,
-        };
-        history.drop_ended();
-        history
+        }
     }
 
     /// Takes a snapshot in. Sites whose process the snapshot says has ended are kept, marked as ended.
     pub fn push(&mut self, snapshot: &Snapshot) {
         let Snapshot { number: _, time_s, wall_s, processes, sites, collect_cpu_s: _ } = snapshot;
-        let news = sites.iter().map(|s| News { key: s.site.key, totals: s.totals, what: What::All(s.clone()) });
-        self.take((*time_s, *wall_s), snapshot.totals(), processes.iter().cloned(), sites.len(), news);
+        let mut taking = self.take((*time_s, *wall_s), snapshot.totals(), sites.len());
+        for sample in sites {
+            match taking.known(sample.site.key, sample.totals) {
+                Some(latest) => latest.assign(sample),
+                None => taking.insert(sample.clone()),
+            }
+        }
+        taking.end(processes.iter().cloned());
     }
 
-    /// Takes a snapshot in of which only the changes are known; `count` is the number of its sites.
-    pub(crate) fn take(
-        &mut self,
-        (time_s, wall_s): (f64, f64),
-        totals: Totals,
-        processes: impl Iterator<Item = ProcessSample>,
-        count: usize,
-        news: impl Iterator<Item = News>,
-    ) {
+    /// Begins to take a snapshot of so many sites in, site by site.
+    pub(crate) fn take(&mut self, (time_s, wall_s): (f64, f64), totals: Totals, count: usize) -> Taking<'_> {
         self.snapshots += 1;
         (self.time_s, self.wall_s) = (time_s, wall_s);
         self.totals.push(Sample { time_s, totals }, self.bounds.samples);
         let cap = self.bounds.cap(count);
-        for News { key, totals, what } in news {
-            let sample = Sample { time_s, totals };
-            let Some(known) = self.sites.get_mut(&key) else {
-                if let What::All(latest) = what {
-                    let mut series = Series::default();
-                    series.push(sample, cap);
-                    self.sites.insert(key, Arc::new(SiteHistory { series, latest, ended_s: None }));
-                }
-                continue;
-            };
-            let known = Arc::make_mut(known);
-            known.series.push(sample, cap);
-            match what {
-                What::All(latest) => known.latest = latest,
-                What::Time { is_last_open: true } => {
-                    if let Some(cohort) = known.latest.cohorts.last_mut() {
-                        cohort.end_s = time_s;
-                    }
-                }
-                What::Time { is_last_open: false } => {}
-            }
-        }
-        for p in processes {
-            if !p.alive {
-                for h in self.sites.values_mut().filter(|h| h.site().key.instance == p.process.instance) {
-                    Arc::make_mut(h).ended_s.get_or_insert(time_s);
-                }
-            }
-            self.processes.insert(p.process.instance, p);
-        }
-        self.drop_ended();
-    }
-
-    /// Keeps only the largest sites of ended processes.
-    fn drop_ended(&mut self) {
-        let mut ended: Vec<_> = (self.sites.iter())
-            .filter(|(_, h)| h.ended_s.is_some())
-            .map(|(k, h)| (h.latest.totals.outstanding_bytes(), *k))
-            .collect();
-        if ended.len() <= MAX_ENDED_SITES {
-            return;
-        }
-        ended.sort_unstable_by(|a, b| b.cmp(a));
-        for (_, key) in &ended[MAX_ENDED_SITES..] {
-            self.sites.remove(key);
-        }
+        Taking { sites: Arc::make_mut(&mut self.sites), processes: &mut self.processes, time_s, cap }
     }
 
     /// One site.
     pub fn site(&self, key: SiteKey) -> Option<&SiteHistory> {
-        self.sites.get(&key).map(Arc::as_ref)
+        self.sites.get(key)
     }
 
     /// All sites, in no order.
     pub fn sites(&self) -> impl Iterator<Item = &SiteHistory> {
-        self.sites.values().map(Arc::as_ref)
+        self.sites.iter().map(|(_, _, history)| history)
     }
 
-    /// Sites of processes that still run, in no order: what rules look at.
-    pub fn live_sites(&self) -> impl Iterator<Item = &Arc<SiteHistory>> {
-        self.sites.values().filter(|h| h.ended_s.is_none())
+    /// Sites of processes that still run, in no order.
+    pub fn live_sites(&self) -> impl Iterator<Item = &SiteHistory> {
+        self.sites().filter(|h| h.ended_s.is_none())
+    }
+
+    /// The sites as they are now, to be looked at until the next push.
+    pub(crate) fn shared_sites(&self) -> Arc<Sites> {
+        Arc::clone(&self.sites)
     }
 
     /// Totals over all sites of each snapshot.
@@ -285,9 +325,65 @@ impl History {
     }
 }
 
+/// A snapshot on its way into a history.
+pub(crate) struct Taking<'a> {
+    sites: &'a mut Sites,
+    processes: &'a mut HashMap<u32, ProcessSample>,
+    time_s: f64,
+    cap: usize,
+}
+
+impl Taking<'_> {
+    /// Appends to the series of a known site; its newest state, which the caller brings up to date. `None` when the site
+    /// is new.
+    pub(crate) fn known(&mut self, key: SiteKey, totals: Totals) -> Option<&mut SiteSample> {
+        let known = self.sites.get_mut(key)?;
+        known.series.push(Sample { time_s: self.time_s, totals }, self.cap);
+        Some(&mut known.latest)
+    }
+
+    /// Takes a new site in.
+    pub(crate) fn insert(&mut self, latest: SiteSample) {
+        let mut series = Series::default();
+        series.push(Sample { time_s: self.time_s, totals: latest.totals }, self.cap);
+        self.sites.insert(SiteHistory { series, latest, ended_s: None });
+    }
+
+    /// Takes the processes in, after the sites.
+    pub(crate) fn end(self, processes: impl Iterator<Item = ProcessSample>) {
+        for p in processes {
+            if !p.alive {
+                self.sites.end(p.process.instance, self.time_s);
+            }
+            self.processes.insert(p.process.instance, p);
+        }
+        self.sites.drop_ended();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A rise counts from the lowest sample before it, also when that has been thinned out.
+    #[test]
+    fn the_largest_rise_is_remembered() {
+        let mut s = Series::default();
+        let push = |s: &mut Series, bytes| {
+            let totals = Totals { allocated_bytes: bytes, ..Totals::default() };
+            s.push(Sample { time_s: 0.0, totals }, 2);
+        };
+        let rises: Vec<u64> = [500, 300, 700, 100, 450]
+            .into_iter()
+            .map(|bytes| {
+                push(&mut s, bytes);
+                s.rise()
+            })
+            .collect();
+        assert_eq!(rises, [0, 0, 400, 400, 400]);
+        push(&mut s, 501);
+        assert_eq!(s.rise(), 401);
+    }
 
     /// Thinning must keep the first and the newest samples in order, or trends over the whole run are lost.
     #[test]

@@ -4,7 +4,6 @@
 //! log of it reads well. Makes text, writes nothing.
 
 use std::fmt::Write;
-use std::sync::Arc;
 use std::time::Duration;
 
 use crate::alert::{Alert, AlertEvent, Status};
@@ -133,7 +132,7 @@ impl View<'_> {
 
     /// Sites by leaked bytes: those with an alert first, then by growth. Growth is looked at for the largest only.
     fn rows(&self) -> Vec<Row<'_>> {
-        let mut sites: Vec<&Arc<SiteHistory>> =
+        let mut sites: Vec<&SiteHistory> =
             self.history.live_sites().filter(|h| h.latest.totals.outstanding_bytes() > 0).collect();
         sites.sort_by_key(|h| (std::cmp::Reverse(h.latest.totals.outstanding_bytes()), h.site().key));
         let alert = |h: &SiteHistory| self.alerts.iter().find(|a| a.site.key == h.site().key).copied();
@@ -308,13 +307,13 @@ pub fn notice_line(notice: &Notice) -> String {
 /// What a series of scans took, in one line.
 pub fn scan_line(cost: &Cost) -> String {
     let mut line = format!(
-        "{} scan{} of {} in {} told what it can still reach ({} of CPU time, {:.2} GB/s)",
+        "{} scan{} of {} in {} told what it can still reach ({} of CPU time, memory at {:.2} GB/s)",
         cost.scans,
         if cost.scans == 1 { "" } else { "s" },
         format_bytes(cost.read_bytes / u64::from(cost.scans.max(1))),
         format_duration_s(cost.wall_s),
         format_duration_s(cost.cpu_s),
-        cost.read_bytes as f64 / cost.cpu_s.max(1e-9) / 1e9
+        cost.read_bytes as f64 / cost.memory_cpu_s.max(1e-9) / 1e9
     );
     match &cost.stop {
         Some(Stopped::Done { for_s, copied_bytes, cut_short, threads }) => {

@@ -67,6 +67,8 @@ pub struct Site {
     pub addresses: Vec<u64>,
     /// Why the stack ends early; `None` when nothing says that it does.
     pub truncated: Option<Arc<str>>,
+    /// The thread that allocated there first; other threads may have done so since. `None` when it is not known.
+    pub first_thread: Option<FirstThread>,
     /// Symbolized frames, innermost first; filled on first use, see [`crate::symbolize`].
     pub frames: OnceLock<Vec<Frame>>,
 }
@@ -76,6 +78,15 @@ impl Site {
     pub fn frames(&self) -> &[Frame] {
         self.frames.get().map_or(&[], Vec::as_slice)
     }
+}
+
+/// The thread that was the first to allocate at a site.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct FirstThread {
+    /// Its id as the collector sees it; 0 when it cannot be seen from the collector's pid namespace.
+    pub tid: u32,
+    /// Its name at that time. Hostile text.
+    pub name: String,
 }
 
 /// Running totals of one site since the collector attached. All counters only grow.
@@ -173,6 +184,21 @@ pub struct SiteSample {
     pub kernel: Option<Arc<KernelSample>>,
 }
 
+impl SiteSample {
+    /// The same as `*self = from.clone()`, in the memory that is there already.
+    pub(crate) fn assign(&mut self, from: &SiteSample) {
+        let SiteSample { site, totals, stderr, last_allocation_s, cohorts, lifetimes, reachability, kernel } = from;
+        if !Arc::ptr_eq(&self.site, site) {
+            self.site = Arc::clone(site);
+        }
+        (self.totals, self.stderr, self.last_allocation_s) = (*totals, *stderr, *last_allocation_s);
+        self.cohorts.clone_from(cohorts);
+        self.lifetimes = *lifetimes;
+        self.reachability.clone_from(reachability);
+        self.kernel.clone_from(kernel);
+    }
+}
+
 /// What the last series of scans says of a site.
 #[derive(Clone, Debug, Default)]
 pub struct SiteReach {
@@ -239,7 +265,7 @@ impl SiteReach {
             text.push_str(&format!(", up to {} may be held by the kernel in requests under way", c.in_requests));
         }
         if c.lost_blocks() > 0 && c.device_bytes > 0 {
-            text.push_str(", the process maps memory of a device, which is not read");
+            text.push_str(", the process has memory that is not read (of a device, or that cannot be read)");
         }
         let scans = if c.scans == 1 { "scan" } else { "scans" };
         text.push_str(&format!("; {} {scans}{}", c.scans, if c.still { ", the process standing still" } else { "" }));

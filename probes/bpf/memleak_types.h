@@ -240,6 +240,9 @@ struct memleak_stack {
 	__u32 count;
 	__u32 end; /* enum memleak_stack_end */
 	__u32 name; /* allocator function */
+	__u32 tid; /* of the thread that made the site; 0: not visible from the collector's pid namespace */
+	__u32 pad;
+	char comm[16]; /* its name */
 	__u64 addresses[MEMLEAK_MAX_FRAMES + 1];
 };
 

@@ -339,12 +339,14 @@ static __always_inline u64 hash_stack(const struct memleak_target *target, struc
  * room.
  */
 static __always_inline struct memleak_site *site_of(struct memleak_actor *actor, struct memleak_site_key *key,
-						    const struct memleak_stack *stack)
+						    struct memleak_stack *stack)
 {
 	struct memleak_site *site = bpf_map_lookup_elem(&sites, key);
 
 	if (site)
 		return site;
+	stack->tid = actor->pid_tgid;
+	bpf_get_current_comm(stack->comm, sizeof(stack->comm));
 	/* Another thread may make the same site at the same time: whoever comes second finds it. */
 	if (!bpf_map_lookup_elem(&stacks, key) && bpf_map_update_elem(&stacks, key, stack, BPF_NOEXIST) &&
 	    !bpf_map_lookup_elem(&stacks, key))
@@ -414,7 +416,7 @@ static __always_inline void book_alloc(struct memleak_actor *actor, const struct
 
 /* A block of `size` bytes at `address` has been handed out. */
 static __always_inline void track_alloc(struct memleak_actor *actor, const struct memleak_function *function,
-					u64 address, u64 size, u64 stack_hash, const struct memleak_stack *stack)
+					u64 address, u64 size, u64 stack_hash, struct memleak_stack *stack)
 {
 	struct memleak_site_key site_key = { .stack = stack_hash,
 					     .instance = actor->instance,

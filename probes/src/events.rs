@@ -9,7 +9,8 @@ use libbpf_rs::{MapCore, RingBuffer, RingBufferBuilder};
 
 use crate::reader::SiteKey;
 use crate::types::{
-    from_bytes, memleak_event, memleak_event_kind as kind, memleak_process_event, memleak_process_event_kind as process,
+    from_bytes, memleak_event, memleak_event_kind as kind, memleak_process_event,
+    memleak_process_event_kind as process, text,
 };
 use crate::{Error, Result};
 
@@ -169,7 +170,6 @@ fn decode_process_event(bytes: &[u8]) -> Option<ProcessEvent> {
 
 fn decode_event(bytes: &[u8]) -> Option<Event> {
     let raw: memleak_event = from_bytes(bytes)?;
-    let comm: Vec<u8> = raw.comm.iter().map(|c| c.cast_unsigned()).take_while(|c| *c != 0).collect();
     Some(Event {
         time_ns: raw.time_ns,
         kind: match kind(raw.kind) {
@@ -185,6 +185,6 @@ fn decode_event(bytes: &[u8]) -> Option<Event> {
         name: raw.name,
         pid: raw.pid,
         tid: raw.tid,
-        comm: String::from_utf8_lossy(&comm).into_owned(),
+        comm: text(&raw.comm),
     })
 }

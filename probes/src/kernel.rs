@@ -15,6 +15,7 @@ use crate::skeleton::kernel_alloc::{KernelAllocSkel, KernelAllocSkelBuilder, Ope
 use crate::tracker::{pid_namespace, seed};
 use crate::types::{
     MAX_FRAMES, bytes_of, from_bytes, memleak_kernel_limits as limits, memleak_kernel_origin, memleak_kernel_range,
+    text,
 };
 use crate::{Error, ErrorKind, Result};
 
@@ -466,12 +467,6 @@ impl From<memleak_kernel_origin> for KernelOrigin {
             migrate_type: raw.migrate_type,
         }
     }
-}
-
-/// Text up to its end.
-fn text(bytes: &[libc::c_char]) -> String {
-    let bytes: Vec<u8> = bytes.iter().take_while(|b| **b != 0).map(|b| b.cast_unsigned()).collect();
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// Opens the object and writes the settings into it.

@@ -9,7 +9,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use crate::types::{
     COHORTS, LIFETIME_CLASSES, Plain, bytes_of, from_bytes, memleak_block, memleak_block_bits as bits,
     memleak_block_key, memleak_counter as counter, memleak_counters, memleak_python_code_key, memleak_share,
-    memleak_site, memleak_site_key, memleak_stack, memleak_stack_end as stack_end,
+    memleak_site, memleak_site_key, memleak_stack, memleak_stack_end as stack_end, text,
 };
 use crate::{Error, ErrorKind, Result, sampler};
 
@@ -99,6 +99,10 @@ pub struct Stack {
     pub end: StackEnd,
     /// Number of the allocator function's name.
     pub name: u32,
+    /// Id of the thread that allocated there first; 0 when it cannot be seen from the collector's pid namespace.
+    pub tid: u32,
+    /// Name of that thread. Hostile text.
+    pub comm: String,
 }
 
 /// An outstanding allocation.
@@ -283,6 +287,8 @@ pub(crate) fn read_stack(map: &dyn MapCore, key: SiteKey) -> Result<Option<Stack
             _ => StackEnd::Walked,
         },
         name: raw.name,
+        tid: raw.tid,
+        comm: text(&raw.comm),
     }))
 }
 

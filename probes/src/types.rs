@@ -76,7 +76,7 @@ plain! {
     memleak_share: 4 * 8,
     memleak_site: 10 * 8 + 16 * COHORTS + 8 * LIFETIME_CLASSES,
     memleak_site_key: 8 + 2 * 4,
-    memleak_stack: 4 * 4 + 8 * (MAX_FRAMES + 1),
+    memleak_stack: 6 * 4 + 16 + 8 * (MAX_FRAMES + 1),
     memleak_target: 6 * 4 + 8 + 16 * CODE_RANGES,
     memleak_unwind_row: 4 + 2 + 2,
     memleak_unwind_segment: 8 + 2 * 4 + 2 * 2 + 4,
@@ -96,4 +96,10 @@ pub(crate) fn from_bytes<T: Plain>(bytes: &[u8]) -> Option<T> {
     }
     // SAFETY: long enough, any bit pattern is valid for `Plain`, and the read does not need alignment.
     Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+}
+
+/// Text of a fixed size up to its end.
+pub(crate) fn text(bytes: &[libc::c_char]) -> String {
+    let bytes: Vec<u8> = bytes.iter().take_while(|b| **b != 0).map(|b| b.cast_unsigned()).collect();
+    String::from_utf8_lossy(&bytes).into_owned()
 }

@@ -9,6 +9,7 @@ static pthread_barrier_t handed_over;
 SITE static void *produce(void *unused)
 {
 	(void)unused;
+	pthread_setname_np(pthread_self(), "producer");
 	for (int i = 0; i < HALF; i++)
 		blocks[i] = keep(malloc(61));
 	pthread_barrier_wait(&handed_over);

@@ -93,6 +93,17 @@ fn replayed_findings(folder: &Path, args: &[&str]) -> (Option<i32>, Value) {
     (code, rows.into())
 }
 
+/// Findings without confidence and reason of those that stand.
+fn without_last_words(mut findings: Value) -> Value {
+    for finding in findings.as_array_mut().expect("findings") {
+        let finding = finding.as_array_mut().expect("a row");
+        if finding[7] == 1 {
+            (finding[3], finding[4]) = (Value::Null, Value::Null);
+        }
+    }
+    findings
+}
+
 /// A recorded run of a leaking and a quiet program: the folder of the run, their pids, and what was said live.
 fn recorded_run() -> (tempfile::TempDir, [Shape; 2], Outcome) {
     let shapes = [Shape::start("leak"), Shape::start("sawtooth")];
@@ -103,6 +114,14 @@ fn recorded_run() -> (tempfile::TempDir, [Shape; 2], Outcome) {
     command.args(QUICK).args(["--record", "run.memleak"]);
     let outcome = Memleak::spawn(&mut command, tempfile::tempdir().expect("a folder can be made")).outcome();
     (folder, shapes, outcome)
+}
+
+/// Copies a recording that is being written, with what is beside it and belongs to it.
+fn copy_recording(from: &Path, to: &Path) {
+    for suffix in ["", "-wal"] {
+        let name = |p: &Path| PathBuf::from(format!("{}{suffix}", p.display()));
+        fs::copy(name(from), name(to)).expect("copied");
+    }
 }
 
 /// The data of a page.
@@ -275,26 +294,14 @@ fn verdicts_of_scans_are_replayed() {
     memleak.wait_until("a scan", scanned);
     memleak.settled();
     let folder = tempfile::tempdir().expect("a folder");
-    let from = memleak.folder().join("run.memleak");
-    // While it is being written; what is beside it belongs to it.
-    for suffix in ["", "-wal"] {
-        let name = |p: &Path| PathBuf::from(format!("{}{suffix}", p.display()));
-        fs::copy(name(&from), name(&folder.path().join("run.memleak"))).expect("copied");
-    }
+    copy_recording(&memleak.folder().join("run.memleak"), &folder.path().join("run.memleak"));
     assert!(memleak.stop().code.is_some());
     let live = live_findings(&folder.path().join("run.memleak"));
     let lost = |f: &&Value| f[1] == "definitely_lost";
     assert!(live.as_array().expect("findings").iter().filter(lost).count() >= 3, "{live}");
-    let (_, mut replayed) = replayed_findings(folder.path(), &["run.memleak", "--json"]);
-    let mut live = live;
+    let (_, replayed) = replayed_findings(folder.path(), &["run.memleak", "--json"]);
     // The last words about what stands are written at the end of a run, which this copy has not seen.
-    for finding in [&mut live, &mut replayed].into_iter().flat_map(|f| f.as_array_mut().expect("findings")) {
-        let finding = finding.as_array_mut().expect("a row");
-        if finding[7] == 1 {
-            (finding[3], finding[4]) = (Value::Null, Value::Null);
-        }
-    }
-    assert_eq!(replayed, live);
+    assert_eq!(without_last_words(replayed), without_last_words(live));
     assert!(!events(&folder.path().join("run.memleak"), "scan").is_empty());
 }
 
@@ -380,10 +387,7 @@ fn a_full_disk_leaves_a_gap_and_nothing_else() {
     memleak.wait_for_message("recording goes on; ");
     memleak.settled();
     let recording = folder.path().join("run.memleak");
-    for suffix in ["", "-wal"] {
-        let name = |p: &Path| PathBuf::from(format!("{}{suffix}", p.display()));
-        fs::copy(name(&inside.join("run.memleak")), name(&recording)).expect("copied");
-    }
+    copy_recording(&inside.join("run.memleak"), &recording);
     let gaps = events(&recording, "gap");
     assert!(gaps.len() == 1 && gaps[0].contains("missing: ") && gaps[0].contains("the disk is full"), "{gaps:?}");
     let (code, stdout, stderr) =
@@ -392,6 +396,11 @@ fn a_full_disk_leaves_a_gap_and_nothing_else() {
     assert!(stderr.contains("snapshots over ") && stderr.contains("are missing"), "told again: {stderr}");
     let snapshots = serde_json::from_str::<Value>(&stdout).expect("JSON")["snapshots"].as_u64();
     assert!(snapshots.is_some_and(|n| n >= 5), "{stdout}");
+    let args = ["report", "run.memleak", "-o", "gap.html"];
+    let (code, _, stderr) = output_within(memleak_command().current_dir(folder.path()).args(args));
+    assert_eq!(code, Some(0), "{stderr}");
+    let page = fs::read_to_string(folder.path().join("gap.html")).expect("the page");
+    assert!(page.contains("The recording has a gap at ") && page.contains("the disk is full"), "told on the page");
     assert!(memleak.stop().code.is_some_and(|c| c < 2));
 }
 
@@ -509,6 +518,81 @@ fn a_report_shows_its_progress_on_a_terminal_only() {
     let begun = Instant::now();
     folder.succeed(&["replay", "good"]);
     assert!(begun.elapsed() < Duration::from_secs(30));
+}
+
+// The kernel's own allocations, live: sites with their caches and what rules said of them come back, the page too.
+#[test]
+fn a_run_of_the_kernel_is_replayed_as_it_was() {
+    needs!(Feature::Bpf, Feature::Command("python3"));
+    let mut program = Program::start("eventfds");
+    let pid = program.pid().to_string();
+    let args = ["-p", &pid, "--probe-set", "kernel-slab", "--record", "run.memleak"];
+    let rule = ["--set", "rules.threshold.max_count=200", "--set", "alerts.hold=200ms"];
+    let mut memleak = Memleak::kernel(&[&args[..], &rule].concat());
+    program.step("done");
+    let contexts = |s: &memleak_tests::SiteView| s.caller() == Some("do_eventfd") && s.function == "kmalloc";
+    memleak.wait_until("the event counters", |s| s.sum(contexts).outstanding_count == 211);
+    let settled = memleak.settled();
+    let folder = Folder::new();
+    let recording = folder.path("run.memleak");
+    copy_recording(&memleak.folder().join("run.memleak"), &recording);
+    assert_eq!(memleak.stop().code, Some(1), "an alert was raised");
+
+    let at = format!("{}", settled.number);
+    let export: Value = folder.snapshot("run.memleak", "end");
+    assert!(export["number"].as_u64() >= at.parse().ok(), "{at} is in the copy");
+    let recorded: Vec<&Value> = (export["sites"].as_array().expect("sites").iter())
+        .filter(|s| s["function"] == "kmalloc" && s["frames"].to_string().contains("do_eventfd"))
+        .collect();
+    let sum = |key: &str| recorded.iter().filter_map(|s| s[key].as_u64()).sum::<u64>();
+    assert_eq!((sum("outstanding_count"), sum("freed_count")), (211, 307), "{recorded:#?}");
+    for site in &recorded {
+        assert_eq!((&site["kernel"]["first_comm"], &site["pid"]), (&"eventfds".into(), &0.into()), "{site}");
+        assert_eq!(site["first_thread"], json!({ "tid": program.pid(), "name": "eventfds" }), "{site}");
+        assert!(site["kernel"]["cache"].as_str().is_some_and(|c| c.starts_with("kmalloc-")), "{site}");
+    }
+    assert!(export["kernel"]["caches"].as_array().is_some_and(|c| !c.is_empty()), "the kernel's own books");
+
+    let live = live_findings(&recording);
+    assert!(live.as_array().is_some_and(|f| f.iter().any(|f| f[1] == "threshold")), "{live}");
+    let (code, replayed) = replayed_findings(&folder.path("."), &["run.memleak", "--json"]);
+    // The last words about what stands are written at the end of a run, which this copy has not seen.
+    assert_eq!((code, without_last_words(replayed)), (Some(1), without_last_words(live)));
+    folder.succeed(&["report", "run.memleak", "-o", "kernel.html"]);
+    assert!(functions(&data(&folder.path("kernel.html"))).contains("do_eventfd"));
+}
+
+// The thread that allocated at a site first is known, by its id and by the name that it gave itself.
+#[test]
+fn the_first_thread_of_a_site_is_recorded_and_exported() {
+    needs!(Feature::Bpf, Feature::Command("go"));
+    let mut program = Program::start("cross_thread");
+    let mut memleak = Memleak::watch_with(program.pid(), &["--record", "run.memleak"]);
+    program.step("done");
+    memleak.settled();
+    let folder = Folder::new();
+    copy_recording(&memleak.folder().join("run.memleak"), &folder.path("run.memleak"));
+    let snapshot = folder.snapshot("run.memleak", "end");
+    let threads = |function: &str| -> Vec<Value> {
+        let sites = snapshot["sites"].as_array().expect("sites").iter();
+        let calls = |s: &&Value| s["frames"].as_array().is_some_and(|f| f.iter().any(|f| f["function"] == *function));
+        sites.filter(calls).map(|s| s["first_thread"].clone()).collect()
+    };
+    let (producer, main) = (threads("produce"), threads("work"));
+    assert!(!producer.is_empty() && !main.is_empty(), "{snapshot}");
+    for thread in producer {
+        assert!(thread["name"] == "producer" && thread["tid"].as_u64() > Some(program.pid().into()), "{thread}");
+    }
+    assert!(main.contains(&json!({ "tid": program.pid(), "name": "cross_thread" })), "{main:?}");
+    folder.succeed(&["export", "run.memleak", "--format", "pprof", "-o", "run.pb.gz"]);
+    let mut command = Command::new("go");
+    command.current_dir(folder.path(".")).args(["tool", "pprof", "-symbolize=none", "-tags", "run.pb.gz"]);
+    command.env("HOME", folder.path(".")).env("GOFLAGS", "-mod=mod").env("GOPROXY", "off");
+    let (code, tags, stderr) = output_within(&mut command);
+    assert_eq!(code, Some(0), "{stderr}");
+    for tag in ["first_thread: ", "producer", "first_tid: "] {
+        assert!(tags.contains(tag), "{tag} is missing in\n{tags}");
+    }
 }
 
 // What was recorded of the kernel has no process behind it: every command takes it all the same.

@@ -179,6 +179,7 @@ fn site(process: &Arc<Process>, number: u64, function: &str, frames: Vec<Frame>,
         function: function.into(),
         addresses: frames.iter().map(|f| f.address).collect(),
         truncated: truncated.map(Into::into),
+        first_thread: None,
         frames: OnceLock::from(frames),
     })
 }
@@ -355,6 +356,7 @@ fn info(title: &str) -> RunInfo {
         own_snapshot_cpu_s: Some(0.002),
         report_path: Some("memleak-report.html".into()),
         alerts_path: Some("memleak-alerts.ndjson".into()),
+        gaps: Vec::new(),
     }
 }
 

@@ -119,6 +119,7 @@ fn site(process: &Arc<Process>) -> Arc<Site> {
         function: "malloc".into(),
         addresses: vec![1],
         truncated: None,
+        first_thread: None,
         frames: Default::default(),
     })
 }

@@ -27,7 +27,7 @@ use crate::kernel::statistics::{Statistics, is_reclaimable, kmalloc_cache};
 use crate::kernel::{COMM, KernelSample, KernelSummary, Origin, SetState};
 use crate::plugin::Plugin;
 use crate::snapshot::{
-    Losses, Mode, Process, ProcessSample, Sampling, Site, SiteKey, SiteSample, StackCounts, StandardErrors,
+    FirstThread, Losses, Mode, Process, ProcessSample, Sampling, Site, SiteKey, SiteSample, StackCounts, StandardErrors,
 };
 use crate::symbolize::{Frame, ModuleName, NormalizedFrame, site_id};
 use crate::{Error, ErrorKind, Result};
@@ -464,6 +464,8 @@ impl Kernel {
         };
         addresses.drain(..self.leading(&addresses, key.probe_set));
         let origin = self.origin(function, origin.unwrap_or_default());
+        let first_thread = FirstThread { tid: origin.first_tid, name: origin.first_comm.clone() };
+        let first_thread = Some(first_thread).filter(|t| !t.name.is_empty());
         let truncated = match end {
             Some(StackEnd::Complete) => None,
             Some(StackEnd::Cut) => Some("the limit of frames was reached (collector.max_frames)"),
@@ -486,6 +488,7 @@ impl Kernel {
             function: function.into(),
             addresses,
             truncated: truncated.map(Arc::from),
+            first_thread,
             frames: std::sync::OnceLock::new(),
         });
         // Of modules at once: later another one may lie there. The names of the rest stay what they are.

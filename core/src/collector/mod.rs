@@ -20,8 +20,8 @@ use crate::python::{Interpreter, PythonCall, Unread};
 use crate::reachability::scanner::Cost;
 use crate::recording::Location;
 use crate::snapshot::{
-    Losses, Mode, Process, ProcessSample, Sampling, Site, SiteKey, SiteSample, Snapshot, StackCounts, StandardErrors,
-    Totals,
+    FirstThread, Losses, Mode, Process, ProcessSample, Sampling, Site, SiteKey, SiteSample, Snapshot, StackCounts,
+    StandardErrors, Totals,
 };
 use crate::symbolize::{self, ModuleName, NormalizedFrame, Symbolizer, site_id};
 use crate::target::Matcher;
@@ -749,6 +749,7 @@ impl Collector {
         let stack = tracker.take_stack(raw)?;
         let process = self.watched.get(&key.instance).map(|w| Arc::clone(&w.process)).unwrap_or_default();
         let end = stack.as_ref().map(|stack| stack.end);
+        let first_thread = stack.as_ref().map(|s| FirstThread { tid: s.tid, name: s.comm.clone() });
         let probe_set: Arc<str> = self.probe_set_name(key.probe_set).into();
         let addresses = stack.as_ref().map(|stack| stack.addresses.clone()).unwrap_or_default();
         let mut frames = self.symbolizer.normalize(key.instance, &addresses);
@@ -779,6 +780,7 @@ impl Collector {
             function: function.into(),
             addresses,
             truncated: truncated.map(Arc::from),
+            first_thread,
             frames: std::sync::OnceLock::new(),
         });
         Ok((site, end))

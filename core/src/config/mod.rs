@@ -494,6 +494,10 @@ pub struct ReachabilitySettings {
     pub every: Duration,
     /// Part of one core that a scan may use, above 0 to 1.
     pub core_share: f64,
+    /// Bytes of a process's memory that a scan may read per second.
+    pub max_bandwidth: f64,
+    /// With more outstanding blocks only those of suspected sites are judged.
+    pub max_blocks: usize,
     /// Processes with more writable memory are not scanned.
     pub max_memory: Bytes,
     /// Stop the process for a moment at the end of a series, for registers and a copy of memory.
@@ -514,6 +518,8 @@ impl ReachabilitySettings {
             // Of what was allocated in a window nobody knows the frees: it must be older to be judged.
             min_age: Duration::from_secs(if exact { 1 } else { 10 }),
             core_share: self.core_share,
+            bandwidth: self.max_bandwidth,
+            max_blocks: self.max_blocks,
             max_bytes: self.max_memory.0,
             stop: self.stop.then_some(self.max_stop),
             still: false,
@@ -528,6 +534,8 @@ impl Default for ReachabilitySettings {
             automatic: true,
             every: Duration::from_secs(60),
             core_share: 0.5,
+            max_bandwidth: (1_u64 << 30) as f64,
+            max_blocks: 16 << 20,
             max_memory: Bytes(64 << 30),
             stop: false,
             max_stop: Duration::from_millis(50),

@@ -144,6 +144,8 @@ fn every_key_reaches_its_field() {
         automatic = false
         every = "27s"
         core_share = "28%"
+        max_bandwidth = "37MiB/s"
+        max_blocks = 3800
         max_memory = "29MiB"
         stop = "brief"
         max_stop = "33ms"
@@ -259,6 +261,8 @@ fn every_key_reaches_its_field() {
             automatic: false,
             every: secs(27),
             core_share: 0.28,
+            max_bandwidth: f64::from(37 << 20),
+            max_blocks: 3800,
             max_memory: Bytes(29 << 20),
             stop: true,
             max_stop: Duration::from_millis(33),

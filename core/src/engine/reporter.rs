@@ -160,6 +160,7 @@ impl<'a> Reporter<'a> {
             own_snapshot_cpu_s: Some(self.snapshots_cpu_s / history.snapshots() as f64).filter(|s| s.is_finite()),
             report_path: shown(&self.config.report.path),
             alerts_path: shown(&self.config.alerts.file),
+            gaps: Vec::new(),
         }
     }
 

@@ -91,7 +91,8 @@ pub(crate) mod sample {
     use std::sync::Arc;
 
     use crate::snapshot::{
-        LIFETIME_CLASSES, Process, ProcessSample, Site, SiteKey, SiteSample, Snapshot, StandardErrors, Totals,
+        FirstThread, LIFETIME_CLASSES, Process, ProcessSample, Site, SiteKey, SiteSample, Snapshot, StandardErrors,
+        Totals,
     };
     use crate::symbolize::Frame;
 
@@ -131,6 +132,7 @@ pub(crate) mod sample {
             function: "malloc".into(),
             addresses: frames.iter().filter(|f| !f.inlined).map(|f| f.address).collect(),
             truncated: None,
+            first_thread: (id == 1).then(|| FirstThread { tid: 4712, name: "worker 1".into() }),
             frames: frames.into(),
         };
         SiteSample {

@@ -1,7 +1,8 @@
 //! A profile as pprof reads it: `profile.proto` of github.com/google/pprof, compressed with gzip.
 //!
 //! Four values per stack, in the order that pprof knows from heap profiles: allocated blocks and bytes, blocks and bytes
-//! in use (outstanding). Labels carry process, probe set and allocator function. Every location has a name, even if it
+//! in use (outstanding). Labels carry process, probe set, allocator function, and the thread that allocated there first
+//! (counts are per stack: there is no other thread to name). Every location has a name, even if it
 //! is only module and offset: pprof would otherwise look for the module on the reader's machine and name addresses by
 //! whatever lies there, because a recording does not say where in memory a module began.
 
@@ -176,17 +177,22 @@ impl Profile {
         let site = &s.site;
         let id = format!("{:016x}", site.id);
         let mut labels: Vec<(u64, u64)> = Vec::new();
+        let thread = site.first_thread.as_ref();
         for (key, text) in [
             ("comm", &*site.process.comm),
             ("probe_set", &site.probe_set),
             ("allocator", &site.function),
+            ("first_thread", thread.map_or("", |t| &*t.name)),
             ("site", &id),
         ] {
             if !text.is_empty() {
                 labels.push((self.string(key), self.string(&names::shown(text))));
             }
         }
-        let pid = (self.string("pid"), u64::from(site.process.pid));
+        let mut numbers = vec![(self.string("pid"), site.process.pid)];
+        if let Some(thread) = thread.filter(|t| t.tid != 0) {
+            numbers.push((self.string("first_tid"), thread.tid));
+        }
         self.out.message(field::SAMPLE, |out| {
             out.numbers(1, &locations);
             out.numbers(2, &values);
@@ -196,10 +202,12 @@ impl Profile {
                     label.number(2, text);
                 });
             }
-            out.message(3, |label| {
-                label.number(1, pid.0);
-                label.number(3, pid.1);
-            });
+            for (key, number) in numbers {
+                out.message(3, |label| {
+                    label.number(1, key);
+                    label.number(3, u64::from(number));
+                });
+            }
         });
     }
 
@@ -352,8 +360,10 @@ mod tests {
             ("comm", "shop"),
             ("probe_set", "glibc"),
             ("allocator", "malloc"),
+            ("first_thread", "worker 1"),
             ("site", "0000000000000001"),
             ("pid", "4711"),
+            ("first_tid", "4712"),
         ];
         assert_eq!(labels, expected.map(|(k, v)| (k, v.to_owned())));
 

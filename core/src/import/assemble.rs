@@ -347,6 +347,7 @@ impl State {
             function,
             addresses: frames.iter().map(|f| f.address).collect(),
             truncated: truncated.map(Arc::from),
+            first_thread: None,
             frames: frames.into(),
         };
         State { site: Arc::new(site), totals: Totals::default(), born_s, last_rise_s: born_s }

@@ -176,6 +176,7 @@ mod tests {
                 function: "kmalloc".into(),
                 addresses: Vec::new(),
                 truncated: None,
+                first_thread: None,
                 frames: OnceLock::new(),
             }),
             totals: Totals {

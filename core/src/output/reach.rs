@@ -76,6 +76,7 @@ pub(super) fn sample() -> SiteReach {
         function: "malloc".into(),
         addresses: vec![1],
         truncated: None,
+        first_thread: None,
         frames: frames.into(),
     };
     let steps = vec![ReachStep::Blocks(Arc::new(site), 3)];

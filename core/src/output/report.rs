@@ -60,6 +60,9 @@ pub struct RunInfo {
     pub report_path: Option<String>,
     /// Where alert lines are written; `None` when they are not.
     pub alerts_path: Option<String>,
+    /// Of a recorded run: what is missing in the recording, a sentence each.
+    #[serde(skip)]
+    pub gaps: Vec<String>,
 }
 
 /// One rule of the run.
@@ -192,6 +195,7 @@ mod tests {
                     function: "malloc".into(),
                     addresses: vec![0x1000 + number],
                     truncated: None,
+                    first_thread: None,
                     frames: OnceLock::new(),
                 };
                 (Arc::new(site), *bytes, *growth)

@@ -10,7 +10,9 @@ use crate::kernel::{KernelSample, KernelSummary, Origin};
 use crate::labels::Labels;
 use crate::output::reach::ReachView;
 use crate::selfstats::OwnCost;
-use crate::snapshot::{Cohort, Losses, Mode, ProcessSample, Sampling, SiteSample, Snapshot, StandardErrors, Totals};
+use crate::snapshot::{
+    Cohort, FirstThread, Losses, Mode, ProcessSample, Sampling, SiteSample, Snapshot, StandardErrors, Totals,
+};
 use crate::symbolize::Frame;
 
 /// The line.
@@ -105,6 +107,7 @@ struct SiteLine<'a> {
     cohorts: &'a [Cohort],
     frames: &'a [Frame],
     truncated: Option<&'a str>,
+    first_thread: Option<&'a FirstThread>,
     reachability: Option<ReachView>,
     kernel: Option<KernelLine<'a>>,
 }
@@ -179,6 +182,7 @@ impl<'a> SnapshotLine<'a> {
                     cohorts: &s.cohorts,
                     frames: s.site.frames(),
                     truncated: s.site.truncated.as_deref(),
+                    first_thread: s.site.first_thread.as_ref(),
                     reachability: s.reachability.as_deref().map(ReachView::from),
                     kernel: s.kernel.as_deref().map(|k| KernelLine::new(k, &s.totals)),
                 })

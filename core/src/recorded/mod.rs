@@ -22,7 +22,7 @@ pub use report::report;
 
 use crate::Result;
 use crate::output::text::visible;
-use crate::recording::{EventKind, Reader};
+use crate::recording::{Event, EventKind, Reader};
 use crate::units::format_duration_s;
 
 /// Opens a recording, and says what may be missing in it.
@@ -36,10 +36,17 @@ fn open(path: &Path) -> Result<Reader> {
     } else if !session.complete {
         tracing::info!("the run of {shown} goes on, or was broken off");
     }
-    for gap in reader.events()?.iter().filter(|e| e.kind == EventKind::Gap) {
-        tracing::warn!("{shown}, from {} on: {}", format_duration_s(gap.time_s), visible(&gap.text));
+    for (_, gap) in gaps(&reader)? {
+        tracing::warn!("{shown} has {gap}");
     }
     Ok(reader)
+}
+
+/// Where snapshots are missing: when that began, seconds since the collector started, and all of it in words.
+fn gaps(reader: &Reader) -> Result<Vec<(f64, String)>> {
+    let gaps = reader.events()?.into_iter().filter(|e| e.kind == EventKind::Gap);
+    let words = |e: &Event| format!("a gap at {}: {}", format_duration_s(e.time_s), visible(&e.text));
+    Ok(gaps.map(|e| (e.time_s, words(&e))).collect())
 }
 
 /// A bar on a terminal, nothing elsewhere.

@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
-use super::{open, progress};
+use super::{gaps, open, progress};
 use crate::alert::Status;
 use crate::config::Override;
 use crate::history::History;
 use crate::output::atomic;
-use crate::output::report::{AlertStatus, AlertView, Report};
+use crate::output::filters::format_count;
+use crate::output::report::{AlertStatus, AlertView, Report, RunInfo};
 use crate::output::templates::Templates;
 use crate::output::text::visible;
 use crate::recording::{AlertRecord, Filter, Reader, recorded};
@@ -17,6 +18,8 @@ use crate::{Error, ErrorKind, Result, cli};
 
 /// Most names that a message lists.
 const MAX_NAMED: usize = 20;
+/// Most gaps that get a sentence of their own.
+const MAX_GAPS: usize = 3;
 
 /// Writes the report of a recording.
 ///
@@ -42,15 +45,38 @@ pub fn report(
         return Err(Error::new(ErrorKind::Config, what));
     }
     let alerts = alerts(&reader, &history, filter)?;
-    let run = &reader.session().run;
+    let run = RunInfo { gaps: missing(&reader, filter)?, ..reader.session().run.clone() };
     let mut shown: Vec<_> = history.sites().collect();
     shown.sort_by_key(|h| std::cmp::Reverse(h.latest.totals.outstanding_bytes()));
     // Those that the live report names, and those with an alert; the others are shown by where they lie.
     let named = shown.iter().take(config.report.max_sites).map(|h| h.site());
     named.chain(alerts.iter().filter_map(|a| reader.site(a.site))).try_for_each(|site| reader.name(site))?;
-    let html = Report::new(&history, &alerts, run, config.report.max_sites).html(&templates)?;
+    let html = Report::new(&history, &alerts, &run, config.report.max_sites).html(&templates)?;
     atomic::write(output, html.as_bytes())?;
     cli::print(&format!("report written to {}\n", visible(&output.to_string_lossy())))
+}
+
+/// What is missing in a part of a recording, a sentence each.
+fn missing(reader: &Reader, filter: &Filter) -> Result<Vec<String>> {
+    let (since, until) = (filter.since_s.unwrap_or(f64::NEG_INFINITY), filter.until_s.unwrap_or(f64::INFINITY));
+    let gaps = gaps(reader)?.into_iter().filter(|(from_s, _)| (since..=until).contains(from_s));
+    let mut out: Vec<String> = gaps.map(|(_, gap)| format!("The recording has {gap}.")).collect();
+    if out.len() > MAX_GAPS {
+        let more = out.len() - MAX_GAPS;
+        out.truncate(MAX_GAPS);
+        out.push(format!("It has {more} more gaps."));
+    }
+    let session = reader.session();
+    if session.lacks_wal {
+        out.push("The run was broken off, and the file with its newest snapshots is missing.".to_owned());
+    }
+    match session.thinned {
+        0 => {}
+        n => {
+            out.push(format!("{} older snapshots were taken out to keep the recording small.", format_count(n as f64)))
+        }
+    }
+    Ok(out)
 }
 
 /// Refuses a filter that nothing of the recording fits: most likely a typing error.

@@ -64,6 +64,7 @@ fn sites() -> Vec<Arc<Site>> {
             function: "malloc".into(),
             addresses: vec![i + 1],
             truncated: None,
+            first_thread: None,
             frames: OnceLock::from(vec![frame]),
         })
     };

@@ -9,9 +9,9 @@ use std::sync::Arc;
 use super::codec::{Decompressor, In, damaged};
 use super::thin::MAX_BYTES;
 use super::{Filter, Reader, SnapshotInfo, details, totals};
-use crate::history::{History, News, What};
+use crate::history::History;
 use crate::reachability::roots::MAX_NAME;
-use crate::snapshot::{LIFETIME_CLASSES, Site, SiteSample, Snapshot};
+use crate::snapshot::{LIFETIME_CLASSES, Site, SiteSample, Snapshot, StandardErrors, Totals};
 use crate::{Error, ErrorKind, Result};
 
 /// Bytes that a site or process may take in a snapshot; more is damage. The most is the way to a block, with the names in
@@ -119,23 +119,37 @@ impl Cursor {
     /// # Errors
     /// The recording is damaged.
     pub(super) fn sample(&self, reader: &Reader, site: &Arc<Site>, id: u32, time_s: f64) -> Result<SiteSample> {
+        let mut sample = SiteSample {
+            site: Arc::clone(site),
+            totals: Totals::default(),
+            last_allocation_s: 0.0,
+            cohorts: Vec::new(),
+            lifetimes: [0; LIFETIME_CLASSES],
+            reachability: None,
+            kernel: None,
+            stderr: StandardErrors::default(),
+        };
+        self.update(reader, &mut sample, id, time_s)?;
+        Ok(sample)
+    }
+
+    /// Brings a sample of a site up to the snapshot that was read last.
+    fn update(&self, reader: &Reader, sample: &mut SiteSample, id: u32, time_s: f64) -> Result<()> {
         let details = self.details.details(id);
-        let lifetimes: [u64; LIFETIME_CLASSES] = details.lifetimes;
         let mut on_the_way = |id| {
             let known = reader.known(id).ok_or_else(|| damaged("a site on the way to a block is missing"))?;
             reader.name(&known.site)?;
             Ok(Arc::clone(&known.site))
         };
-        Ok(SiteSample {
-            site: Arc::clone(site),
-            totals: self.totals.totals(id),
-            last_allocation_s: details.last_allocation_s,
-            cohorts: details.cohorts_at(time_s),
-            lifetimes,
-            reachability: details.reach.as_ref().map(|stored| stored.reach(&mut on_the_way)).transpose()?,
-            kernel: details.kernel.as_ref().map(|stored| stored.sample()).transpose()?,
-            stderr: details.stderr,
-        })
+        let SiteSample { site: _, totals, stderr, last_allocation_s, cohorts, lifetimes, reachability, kernel } =
+            sample;
+        (*totals, *last_allocation_s, *stderr) = (self.totals.totals(id), details.last_allocation_s, details.stderr);
+        *lifetimes = details.lifetimes;
+        cohorts.clear();
+        cohorts.extend(details.cohorts_at(time_s));
+        *reachability = details.reach.as_ref().map(|stored| stored.reach(&mut on_the_way)).transpose()?;
+        *kernel = details.kernel.as_ref().map(|stored| stored.sample()).transpose()?;
+        Ok(())
     }
 }
 
@@ -168,33 +182,23 @@ impl<'a> Replay<'a> {
         cursor.details.changes.iter().for_each(|id| self.news[*id as usize] = place);
         let processes = reader.process_samples(cursor, &Filter::default())?;
         let present = cursor.totals.present();
-        let mut failed = None;
-        let news = present.iter().map_while(|id| {
-            let site = match reader.known(*id) {
-                Some(known) => &known.site,
-                None => {
-                    failed = Some(damaged("a site of a snapshot is missing"));
-                    return None;
-                }
-            };
-            let what = if self.news[*id as usize] == place {
-                match cursor.sample(reader, site, *id, info.time_s) {
-                    Ok(sample) => What::All(sample),
-                    Err(e) => {
-                        failed = Some(e);
-                        return None;
+        let mut taking = history.take((info.time_s, info.wall_s), info.totals, present.len());
+        for id in present {
+            let site = &reader.known(*id).ok_or_else(|| damaged("a site of a snapshot is missing"))?.site;
+            match taking.known(site.key, cursor.totals.totals(*id)) {
+                Some(latest) if self.news[*id as usize] == place => cursor.update(reader, latest, *id, info.time_s)?,
+                Some(latest) => {
+                    if let Some(last) = latest.cohorts.last_mut()
+                        && cursor.details.details(*id).is_last_open()
+                    {
+                        last.end_s = info.time_s;
                     }
                 }
-            } else {
-                What::Time { is_last_open: cursor.details.details(*id).is_last_open() }
-            };
-            Some(News { key: site.key, totals: cursor.totals.totals(*id), what })
-        });
-        history.take((info.time_s, info.wall_s), info.totals, processes.into_iter(), present.len(), news);
-        match failed {
-            Some(e) => Err(e),
-            None => Ok(Some(info)),
+                None => taking.insert(cursor.sample(reader, site, *id, info.time_s)?),
+            }
         }
+        taking.end(processes.into_iter());
+        Ok(Some(info))
     }
 }
 

@@ -63,9 +63,8 @@ impl Details {
     }
 
     /// The cohorts as of a snapshot.
-    pub(super) fn cohorts_at(&self, time_s: f64) -> Vec<Cohort> {
-        let end = |c: &Cohort| Cohort { end_s: if c.end_s == NOW { time_s } else { c.end_s }, ..*c };
-        self.cohorts.iter().map(end).collect()
+    pub(super) fn cohorts_at(&self, time_s: f64) -> impl Iterator<Item = Cohort> {
+        self.cohorts.iter().map(move |c| Cohort { end_s: if c.end_s == NOW { time_s } else { c.end_s }, ..*c })
     }
 
     /// Takes over the cohorts of a snapshot; an end that is its time is written as such.
@@ -412,22 +411,28 @@ fn decode_cohorts(input: &mut In<'_>, bounds: &[f64], site: &mut Details) -> Res
 }
 
 fn decode_changes(input: &mut In<'_>, site: &mut Details, old: &Totals, new: &Totals) -> Result<()> {
-    let Some(mut cohorts) = predicted_cohorts(&site.cohorts, old, new) else {
+    let Some((last, others)) = site.cohorts.split_last_mut() else {
         return Err(damaged("cohorts change that are not there"));
     };
-    let last = cohorts.len() - 1;
+    let change = |from: u64, to: u64| to.wrapping_sub(from);
+    let mut bytes = change(old.outstanding_bytes(), new.outstanding_bytes());
+    let mut count = change(old.outstanding_count(), new.outstanding_count());
     for _ in 0..input.get_len()? {
         let place = usize::try_from(input.get()?).unwrap_or(usize::MAX);
-        let Some(cohort) = cohorts[..last].get_mut(place) else {
+        let Some(cohort) = others.get_mut(place) else {
             return Err(damaged("a cohort changes that is not there"));
         };
-        cohort.outstanding_count = input.get_delta(cohort.outstanding_count)?;
-        cohort.outstanding_bytes = input.get_delta(cohort.outstanding_bytes)?;
+        let before = *cohort;
+        cohort.outstanding_count = input.get_delta(before.outstanding_count)?;
+        cohort.outstanding_bytes = input.get_delta(before.outstanding_bytes)?;
+        bytes = bytes.wrapping_sub(change(before.outstanding_bytes, cohort.outstanding_bytes));
+        count = count.wrapping_sub(change(before.outstanding_count, cohort.outstanding_count));
     }
-    let others = site.cohorts.iter().zip(&cohorts).take(last);
-    let (bytes, count) = last_outstanding(&site.cohorts, old, new, others);
-    (cohorts[last].outstanding_bytes, cohorts[last].outstanding_count) = (bytes, count);
-    site.cohorts = cohorts;
+    // What the totals have changed by and the others have not: see `predicted_cohorts` and `last_outstanding`.
+    last.born_bytes = last.born_bytes.wrapping_add(change(old.allocated_bytes, new.allocated_bytes));
+    last.born_count = last.born_count.wrapping_add(change(old.allocated_count, new.allocated_count));
+    last.outstanding_bytes = last.outstanding_bytes.wrapping_add(bytes);
+    last.outstanding_count = last.outstanding_count.wrapping_add(count);
     Ok(())
 }
 

@@ -1,15 +1,40 @@
 //! The history of a recorded run, made in one pass over the totals.
 //!
-//! The same as pushing every snapshot into a [`History`], without making the snapshots: details are read for the last
-//! snapshot of each site only.
+//! The same as pushing every snapshot into a [`History`], without making the snapshots: samples of a site are appended
+//! once its totals change, all those that are the same at a time, and details are read for the last snapshot of each site
+//! only.
 
 use std::collections::{BTreeMap, HashMap};
 
 use super::cursor::Cursor;
-use super::{Filter, Reader};
+use super::{Filter, Reader, SnapshotInfo};
 use crate::Result;
 use crate::history::{Bounds, History, Sample, Series, SiteHistory};
 use crate::snapshot::{ProcessSample, Totals};
+
+/// A site whose series may lag behind.
+#[derive(Clone, Default)]
+struct Lagging {
+    series: Series,
+    /// Its totals in the snapshots that are not in the series yet.
+    totals: Totals,
+    /// Number of snapshots after which they begin; `None` while no snapshot has the site.
+    since: Option<usize>,
+    /// Number of snapshots up to the last one with the site; 0 without any.
+    last: usize,
+}
+
+impl Lagging {
+    /// Appends what is the same in all snapshots before the last of `passed`; `caps` are the bounds of their series.
+    fn catch_up(&mut self, passed: &[SnapshotInfo], caps: &[usize]) {
+        let Some(since) = self.since else { return };
+        for (info, cap) in passed[since..].iter().zip(&caps[since..]) {
+            self.series.push(Sample { time_s: info.time_s, totals: self.totals }, *cap);
+        }
+        self.since = Some(passed.len());
+        self.last = passed.len();
+    }
+}
 
 impl Reader {
     /// The history of the snapshots that a filter takes, as the running collector would have it after the last of
@@ -19,34 +44,50 @@ impl Reader {
     /// The recording is damaged.
     pub fn history(&self, bounds: Bounds, filter: &Filter, progress: &mut dyn FnMut()) -> Result<History> {
         let range = self.range(filter);
-        let Some(newest) = range.clone().last().map(|place| self.contents()[place]) else {
-            return Ok(History::new(bounds));
-        };
+        let snapshots = &self.contents()[range.clone()];
+        let Some(newest) = snapshots.last() else { return Ok(History::new(bounds)) };
         let taken: Vec<bool> =
             (0..=self.max_number()).map(|id| self.numbered(id).is_some_and(|s| filter.takes(s))).collect();
         let whole = filter.pids.is_empty() && filter.probe_sets.is_empty();
-        let mut series: Vec<Series> = vec![Series::default(); taken.len()];
-        let mut last_place: Vec<usize> = vec![usize::MAX; taken.len()];
+        let mut lagging: Vec<Lagging> = vec![Lagging::default(); taken.len()];
+        let mut caps: Vec<usize> = Vec::with_capacity(snapshots.len());
         let mut totals = Series::default();
         let mut processes: HashMap<u32, ProcessSample> = HashMap::new();
         let mut ended: HashMap<u32, f64> = HashMap::new();
         let mut cursor = Cursor::new(self, range.start)?;
-        for place in range.clone() {
-            cursor.read(self, place, false)?;
-            let info = &self.contents()[place];
-            let present = cursor.totals.present();
-            let count = if whole { present.len() } else { present.iter().filter(|id| taken[**id as usize]).count() };
-            let cap = bounds.cap(count);
-            let mut sum = Totals::default();
-            for id in present.iter().filter(|id| taken[**id as usize]) {
-                let sample = Sample { time_s: info.time_s, totals: cursor.totals.totals(*id) };
-                if !whole {
-                    sum.add(&sample.totals);
+        for (passed, info) in snapshots.iter().enumerate() {
+            let before = &snapshots[..passed];
+            let changed: Vec<u32> = if passed == 0 || info.keyframe {
+                // It says everything anew, and nothing of what it no longer has.
+                for id in cursor.totals.present() {
+                    lagging[*id as usize].catch_up(before, &caps);
+                    lagging[*id as usize].since = None;
                 }
-                series[*id as usize].push(sample, cap);
-                last_place[*id as usize] = place;
+                cursor.read(self, range.start + passed, false)?;
+                cursor.totals.present().to_vec()
+            } else {
+                cursor.read(self, range.start + passed, false)?;
+                for id in &cursor.totals.gone {
+                    lagging[*id as usize].catch_up(before, &caps);
+                    lagging[*id as usize].since = None;
+                }
+                cursor.totals.changes.iter().map(|c| c.id).collect()
+            };
+            for id in changed.into_iter().filter(|id| taken[*id as usize]) {
+                let site = &mut lagging[id as usize];
+                site.catch_up(before, &caps);
+                (site.since, site.totals) = (Some(passed), cursor.totals.totals(id));
             }
-            let sum = if whole { info.totals } else { sum };
+            let mut count = cursor.totals.present().len();
+            let mut sum = info.totals;
+            if !whole {
+                (count, sum) = (0, Totals::default());
+                for id in cursor.totals.present().iter().filter(|id| taken[**id as usize]) {
+                    count += 1;
+                    sum.add(&cursor.totals.totals(*id));
+                }
+            }
+            caps.push(bounds.cap(count));
             totals.push(Sample { time_s: info.time_s, totals: sum }, bounds.samples);
             for process in self.process_samples(&cursor, filter)? {
                 if !process.alive {
@@ -58,8 +99,11 @@ impl Reader {
         }
         // Sites by the last snapshot that has them.
         let mut ends: BTreeMap<usize, Vec<u32>> = BTreeMap::new();
-        for (id, place) in (0..).zip(&last_place).filter(|(_, place)| **place != usize::MAX) {
-            ends.entry(*place).or_default().push(id);
+        for (id, site) in (0..).zip(&mut lagging) {
+            site.catch_up(snapshots, &caps);
+            if let Some(last) = site.last.checked_sub(1) {
+                ends.entry(range.start + last).or_default().push(id);
+            }
         }
         let mut sites = Vec::new();
         let mut at = Cursor::new(self, range.start)?;
@@ -69,13 +113,13 @@ impl Reader {
             for id in ids {
                 let Some(site) = self.numbered(id) else { continue };
                 sites.push(SiteHistory {
-                    series: std::mem::take(&mut series[id as usize]),
+                    series: std::mem::take(&mut lagging[id as usize].series),
                     latest: at.sample(self, site, id, self.contents()[place].time_s)?,
                     ended_s: ended.get(&site.key.instance).copied(),
                 });
             }
         }
         let processes = processes.into_values().collect();
-        Ok(History::from_parts(bounds, sites, totals, processes, &newest, range.len() as u64))
+        Ok(History::from_parts(bounds, sites, totals, processes, newest, range.len() as u64))
     }
 }

@@ -18,7 +18,7 @@ use super::open::{self, Opened};
 use super::{AlertRecord, Event, EventKind, FindingSpan, Host, Location, Session, SnapshotInfo, digest, schema};
 use crate::alert::Status;
 use crate::finding::Severity;
-use crate::snapshot::{Process, ProcessSample, Site, SiteKey, Totals};
+use crate::snapshot::{FirstThread, Process, ProcessSample, Site, SiteKey, Totals};
 use crate::symbolize::Frame;
 use crate::{Error, ErrorKind, Result};
 
@@ -383,14 +383,17 @@ impl Reader {
                 text
             }
         };
-        let sql = "SELECT id, site_id, instance, probe_set_number, stack_hash, probe_set, function, stack, addresses, \
-                   truncated FROM sites";
+        let thread = if self.session.format < 2 { "NULL, NULL" } else { "first_tid, first_thread" };
+        let sql = format!(
+            "SELECT id, site_id, instance, probe_set_number, stack_hash, probe_set, function, stack, addresses, \
+             truncated, {thread} FROM sites"
+        );
         let processes = &self.processes;
         let mut missing = false;
         let mut sites: Vec<Option<Known>> = Vec::new();
         sites.resize_with(max.unsigned_abs() as usize + 1, || None);
         let mut by_key = HashMap::with_capacity(sites.len());
-        let rows = self.rows(sql, |r| {
+        let rows = self.rows(&sql, |r| {
             let key = SiteKey { instance: r.get(2)?, probe_set: r.get(3)?, stack: r.get::<_, i64>(4)?.cast_unsigned() };
             let process = processes.get(&key.instance);
             missing |= process.is_none();
@@ -402,6 +405,10 @@ impl Reader {
                 function: shared(r.get(6)?),
                 addresses: addresses(r.get_ref(8)?.as_blob()?),
                 truncated: r.get::<_, Option<String>>(9)?.map(&mut shared),
+                first_thread: match (r.get(10)?, r.get(11)?) {
+                    (Some(tid), Some(name)) => Some(FirstThread { tid, name }),
+                    _ => None,
+                },
                 frames: OnceLock::new(),
             };
             let id: u32 = r.get(0)?;

@@ -16,7 +16,8 @@ pub(super) const APPLICATION_ID: i32 = 0x6d6c_656b;
 pub const VERSION: i32 = UPGRADES.len() as i32;
 
 /// The step to version 1, to version 2, ...
-const UPGRADES: &[&str] = &["
+const UPGRADES: &[&str] = &[
+    "
     -- What is known of the run as a whole: name and value.
     CREATE TABLE session (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
     CREATE TABLE hosts (id INTEGER PRIMARY KEY, name TEXT, kernel TEXT, machine TEXT, boot_id TEXT);
@@ -60,7 +61,13 @@ const UPGRADES: &[&str] = &["
     CREATE TABLE events (
         id INTEGER PRIMARY KEY, time_s REAL, wall_s REAL, kind TEXT, instance INTEGER, text TEXT
     );
-"];
+",
+    "
+    -- The thread that allocated there first.
+    ALTER TABLE sites ADD COLUMN first_tid INTEGER;
+    ALTER TABLE sites ADD COLUMN first_thread TEXT;
+",
+];
 
 /// Makes the tables of a new recording.
 pub(super) fn create(db: &Connection) -> rusqlite::Result<()> {

@@ -14,8 +14,8 @@ use crate::reachability::roots::Root;
 use crate::reachability::verdict::Tally;
 use crate::reachability::{SiteVerdict, Verdict};
 use crate::snapshot::{
-    Cohort, LIFETIME_CLASSES, Losses, Mode, Process, ProcessSample, ReachStep, ReachWay, Sampling, SiteReach,
-    SiteSample, Snapshot, StackCounts, StandardErrors,
+    Cohort, FirstThread, LIFETIME_CLASSES, Losses, Mode, Process, ProcessSample, ReachStep, ReachWay, Sampling,
+    SiteReach, SiteSample, Snapshot, StackCounts, StandardErrors,
 };
 use crate::symbolize::Frame;
 
@@ -87,6 +87,9 @@ impl Run {
             frames: if stack.is_multiple_of(3) { OnceLock::from(frames.collect::<Vec<_>>()) } else { OnceLock::new() },
             addresses,
             truncated: stack.is_multiple_of(5).then(|| "it ends early".into()),
+            first_thread: stack
+                .is_multiple_of(3)
+                .then(|| FirstThread { tid: 100 + stack as u32, name: "worker \u{202e}".into() }),
         };
         self.samples.push(SiteSample {
             site: Arc::new(site),
@@ -303,8 +306,9 @@ fn text(snapshot: &Snapshot) -> String {
     let sites: Vec<_> = (snapshot.sites.iter())
         .map(|s| {
             format!(
-                "{:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?}",
+                "{:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?}",
                 s.site.key,
+                s.site.first_thread,
                 s.kernel,
                 s.stderr,
                 s.totals,
@@ -551,7 +555,33 @@ fn what_is_no_recording_is_refused_by_name() {
     let newer = rusqlite::Connection::open(&path).expect("database");
     newer.pragma_update(None, "user_version", VERSION + 1).expect("version");
     let text = format!("{:#}", Reader::open(&path).err().expect("refused"));
-    assert!(text.contains("written by a newer memleak (format 2;"), "{text}");
+    assert!(text.contains("written by a newer memleak (format 3;"), "{text}");
+}
+
+/// Recordings of format 1 do not know threads; everything else in them is read, and they stay what they are.
+#[test]
+fn an_older_format_is_read_and_left_as_it_is() {
+    let (_dir, path, written) = write(Limits::default(), 30, 18);
+    let db = rusqlite::Connection::open(&path).expect("database");
+    db.execute_batch(&format!(
+        "DELETE FROM session WHERE key = '{}'; ALTER TABLE sites DROP COLUMN first_tid; \
+         ALTER TABLE sites DROP COLUMN first_thread; PRAGMA user_version = 1",
+        digest::KEY
+    ))
+    .expect("as it was");
+    drop(db);
+    let before = std::fs::read(&path).expect("file");
+    let reader = Reader::open(&path).expect("opens");
+    assert_eq!((VERSION, reader.session().format), (2, 1));
+    assert!(written[29].sites.iter().any(|s| s.site.first_thread.is_some()));
+    assert!(reader.sites().count() > 5 && reader.sites().all(|s| s.first_thread.is_none()));
+    let filter = Filter::default();
+    let read: Vec<Snapshot> = reader.snapshots(&filter).map(|s| s.expect("reads")).collect();
+    assert_eq!(read.len(), 30);
+    for (a, b) in written.iter().zip(&read) {
+        assert_eq!((a.totals(), a.sites.len()), (b.totals(), b.sites.len()), "snapshot {}", a.number);
+    }
+    assert_eq!(before, std::fs::read(&path).expect("file"), "reading changes nothing");
 }
 
 /// Reads everything that a recording has; what it says, or the error.

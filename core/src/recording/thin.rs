@@ -135,7 +135,8 @@ fn halve(db: &Connection, shown: &str, compressor: &mut Compressor, max_site: u3
         let sites: Vec<_> = totals.present().iter().map(|id| (*id, totals.totals(*id))).collect();
         let data = new_totals.encode(&sites, totals.process_rows().to_vec(), totals.kernel().to_owned());
         store("totals", number, compressor.compress(&data)?)?;
-        let cohorts: Vec<_> = sites.iter().map(|(id, _)| details.details(*id).cohorts_at(time_s)).collect();
+        let cohorts: Vec<_> =
+            sites.iter().map(|(id, _)| details.details(*id).cohorts_at(time_s).collect::<Vec<_>>()).collect();
         let rows: Vec<Row<'_>> = (sites.iter().zip(&cohorts))
             .map(|((id, totals), cohorts)| {
                 let d = details.details(*id);

@@ -4,18 +4,21 @@
 //! of that snapshot is in the file and the writer can go on: the next snapshot that can be stored is a keyframe, and an
 //! event says what is missing.
 
+mod places;
+mod said;
+
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 
-use rusqlite::{OptionalExtension, params};
+use rusqlite::params;
 
-use super::codec::{Compressor, put, put_delta};
+use super::codec::Compressor;
 use super::create::{Created, create};
 use super::details::{self, Row};
 use super::reach::Stored;
 use super::{Event, EventKind, Host, Location, digest, kernel, schema, thin, totals};
-use crate::alert::{Alert, Status};
+use crate::alert::Alert;
 use crate::finding::Finding;
 use crate::output::report::RunInfo;
 use crate::snapshot::{Site, SiteKey, SiteReach, SiteSample, Snapshot};
@@ -417,165 +420,6 @@ impl Writer {
         Ok(())
     }
 
-    fn store_process(&mut self, process: &crate::snapshot::Process) -> Result<()> {
-        let crate::snapshot::Process { instance, pid, start_ticks, comm, exe, cmdline, labels } = process;
-        self.run_sql(
-            "INSERT OR IGNORE INTO processes (instance, host, pid, start_ticks, comm, exe, cmdline, labels) \
-             VALUES (?, 1, ?, ?, ?, ?, ?, ?)",
-            params![instance, pid, start_ticks.cast_signed(), comm, exe, cmdline, json(labels)?],
-        )
-        .map(drop)
-    }
-
-    /// Number of a site, which is stored if it is new.
-    fn site(&mut self, site: &Arc<Site>, number: u64, locate: &mut dyn FnMut(&Site) -> Vec<Location>) -> Result<u32> {
-        if let Some(known) = self.sites.get_mut(&site.key) {
-            known.seen = number;
-            return Ok(known.id);
-        }
-        if self.processes.insert(site.process.instance) {
-            self.store_process(&site.process)?;
-        }
-        // A site of a process that was lost from sight for some snapshots.
-        let old = self
-            .file
-            .db
-            .prepare_cached(
-                "SELECT id, stack FROM sites WHERE instance = ? AND probe_set_number = ? AND stack_hash = ?",
-            )
-            .and_then(|mut q| {
-                q.query_row(params![site.key.instance, site.key.probe_set, site.key.stack.cast_signed()], |r| {
-                    Ok((r.get::<_, u32>(0)?, r.get::<_, i64>(1)?))
-                })
-                .optional()
-            })
-            .map_err(|e| self.failed(e))?;
-        let (id, stack) = match old {
-            Some(found) => found,
-            None => self.new_site(site, &locate(site))?,
-        };
-        self.sites.insert(site.key, Known { id, stack, named: false, seen: number });
-        Ok(id)
-    }
-
-    fn new_site(&mut self, site: &Site, locations: &[Location]) -> Result<(u32, i64)> {
-        let stack = self.stack(locations)?;
-        let id = self.next_site;
-        self.next_site += 1;
-        let mut addresses = Vec::new();
-        let mut before = 0;
-        for address in &site.addresses {
-            put_delta(&mut addresses, before, *address);
-            before = *address;
-        }
-        self.run_sql(
-            "INSERT INTO sites (id, site_id, instance, probe_set_number, stack_hash, probe_set, function, stack, \
-             addresses, truncated) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            params![
-                id,
-                site.id.cast_signed(),
-                site.key.instance,
-                site.key.probe_set,
-                site.key.stack.cast_signed(),
-                &*site.probe_set,
-                &*site.function,
-                stack,
-                addresses,
-                site.truncated.as_deref()
-            ],
-        )?;
-        Ok((id, stack))
-    }
-
-    /// Row of a stack. One whose places all have names is shared by all processes, the names of its functions included.
-    fn stack(&mut self, locations: &[Location]) -> Result<i64> {
-        let mut blob = Vec::new();
-        for location in locations {
-            let module = match (&location.module, &location.build_id) {
-                (None, None) => 0,
-                _ => self.module(&location.module, &location.build_id)?,
-            };
-            put(&mut blob, module.unsigned_abs());
-            put(&mut blob, location.offset);
-        }
-        let shared = !locations.is_empty() && locations.iter().all(|l| l.module.is_some());
-        if shared && let Some(id) = self.caches.stacks.get(&blob) {
-            return Ok(*id);
-        }
-        let id = self.run_sql("INSERT INTO stacks (locations) VALUES (?)", params![blob])?;
-        if shared {
-            self.caches.stacks.insert(blob, id);
-        }
-        Ok(id)
-    }
-
-    fn module(&mut self, path: &Option<String>, build_id: &Option<String>) -> Result<i64> {
-        let key = (path.clone(), build_id.clone());
-        if let Some(id) = self.caches.modules.get(&key) {
-            return Ok(*id);
-        }
-        let id = self.run_sql("INSERT INTO modules (path, build_id) VALUES (?, ?)", params![path, build_id])?;
-        self.caches.modules.insert(key, id);
-        Ok(id)
-    }
-
-    /// Stores the names of a site's stack once they are known.
-    fn store_names(&mut self, site: &Site) -> Result<()> {
-        let (Some(frames), Some(known)) = (site.frames.get(), self.sites.get(&site.key)) else { return Ok(()) };
-        if known.named {
-            return Ok(());
-        }
-        let stack = known.stack;
-        if self.caches.named_stacks.insert(stack) {
-            let mut blob = Vec::new();
-            for frame in frames {
-                put(&mut blob, self.frame(frame)?.unsigned_abs());
-                // Which of the site's addresses, counted from 1; or another one.
-                match site.addresses.iter().position(|a| *a == frame.address) {
-                    Some(place) => put(&mut blob, place as u64 + 1),
-                    None => {
-                        put(&mut blob, 0);
-                        put(&mut blob, frame.address);
-                    }
-                }
-            }
-            self.run_sql("UPDATE stacks SET frames = ? WHERE id = ?", params![blob, stack])?;
-        }
-        if let Some(known) = self.sites.get_mut(&site.key) {
-            known.named = true;
-        }
-        Ok(())
-    }
-
-    fn frame(&mut self, frame: &Frame) -> Result<i64> {
-        let key = Frame { address: 0, ..frame.clone() };
-        if let Some(id) = self.caches.frames.get(&key) {
-            return Ok(*id);
-        }
-        let module = match (&frame.module, &frame.build_id) {
-            (None, None) => None,
-            (path, build_id) => Some(self.module(path, build_id)?),
-        };
-        let Frame { function, module: _, offset, file, line, inlined, reason, address: _, build_id: _, file_address } =
-            frame;
-        let id = self.run_sql(
-            "INSERT INTO frames (module, function, offset, file, line, inlined, reason, file_address) \
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            params![
-                module,
-                function,
-                offset.cast_signed(),
-                file,
-                line,
-                inlined,
-                reason,
-                file_address.map(u64::cast_signed)
-            ],
-        )?;
-        self.caches.frames.insert(key, id);
-        Ok(id)
-    }
-
     /// An event for losses that have begun or doubled.
     fn note_losses(&mut self, snapshot: &Snapshot) {
         for p in &snapshot.processes {
@@ -596,113 +440,6 @@ impl Writer {
             });
         }
         self.losses.retain(|instance, _| snapshot.processes.iter().any(|p| p.process.instance == *instance));
-    }
-
-    /// Stores which findings begin and end with a snapshot.
-    fn store_findings(&mut self, step: &Step<'_>) -> Result<()> {
-        let snapshot = step.snapshot;
-        let mut next = HashMap::with_capacity(step.findings.len());
-        for finding in step.findings {
-            let key = (finding.id.clone(), finding.site.key);
-            let known = self.standing.get(&key).filter(|s| s.last.severity == finding.severity).map(|s| s.row);
-            let row = match known {
-                Some(row) => row,
-                None => self.open_finding(finding, snapshot)?,
-            };
-            let (last_snapshot, last_s) = (snapshot.number, snapshot.time_s);
-            next.insert(key, Standing { row, last: finding.clone(), last_snapshot, last_s });
-        }
-        let goes_on = |(key, s): &(&(String, SiteKey), &Standing)| next.get(*key).is_some_and(|n| n.row == s.row);
-        for (_, ended) in self.standing.iter().filter(|s| !goes_on(s)) {
-            self.close_finding(ended, false)?;
-        }
-        self.next_standing = next;
-        Ok(())
-    }
-
-    fn open_finding(&self, finding: &Finding, snapshot: &Snapshot) -> Result<i64> {
-        let site = self.sites.get(&finding.site.key).map(|k| k.id);
-        self.run_sql(
-            "INSERT INTO findings (finding, rule, site, severity, confidence, reason, first_snapshot, first_s) \
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            params![
-                finding.id,
-                &*finding.rule,
-                site,
-                finding.severity.as_str(),
-                finding.confidence,
-                finding.reason,
-                snapshot.number.cast_signed(),
-                snapshot.time_s
-            ],
-        )
-    }
-
-    /// Stores the end of a finding. One that still stands at the end of the run keeps an open end, but its last words
-    /// are stored all the same.
-    fn close_finding(&self, standing: &Standing, stands: bool) -> Result<()> {
-        let end = (!stands).then_some((standing.last_snapshot.cast_signed(), standing.last_s));
-        self.run_sql(
-            "UPDATE findings SET last_snapshot = ?, last_s = ?, confidence = ?, reason = ? WHERE id = ?",
-            params![end.map(|e| e.0), end.map(|e| e.1), standing.last.confidence, standing.last.reason, standing.row],
-        )
-        .map(drop)
-    }
-
-    fn store_alerts(&mut self, step: &Step<'_>) -> Result<()> {
-        let snapshot = step.snapshot;
-        for alert in step.changed {
-            let what = match alert.status {
-                Status::Firing => alert.severity.as_str(),
-                Status::Resolved => "resolved",
-            };
-            let text = format!("{what}: {} ({})", alert.rule, alert.id);
-            let instance = Some(alert.site.key.instance);
-            let (time_s, wall_s) = (snapshot.time_s, snapshot.wall_s);
-            self.event(Event { time_s, wall_s, kind: EventKind::Alert, instance, text });
-            self.store_alert(alert)?;
-        }
-        let count = step.active.len();
-        let start = if count > ALERTS_PER_PUSH { self.next_alert % count } else { 0 };
-        self.next_alert = start + ALERTS_PER_PUSH;
-        for alert in step.active.iter().cycle().skip(start).take(count.min(ALERTS_PER_PUSH)) {
-            self.store_alert(alert)?;
-        }
-        Ok(())
-    }
-
-    fn store_alert(&mut self, alert: &Alert) -> Result<()> {
-        use std::hash::{DefaultHasher, Hash, Hasher};
-        let site = self.sites.get(&alert.site.key).map(|k| k.id);
-        let mut hash = DefaultHasher::new();
-        (&alert.reason, alert.severity, alert.confidence.to_bits(), site, alert.processes, alert.ended).hash(&mut hash);
-        (alert.totals.outstanding_bytes(), alert.resolved_s.map(f64::to_bits)).hash(&mut hash);
-        let hash = hash.finish();
-        if self.caches.alerts.insert((alert.id.clone(), alert.fired_s.to_bits()), hash) == Some(hash) {
-            return Ok(());
-        }
-        self.run_sql(
-            "INSERT INTO alerts (finding, fired_s, first_seen_s, resolved_s, rule, severity, confidence, reason, site, \
-             processes, ended, outstanding_bytes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) \
-             ON CONFLICT DO UPDATE SET resolved_s = excluded.resolved_s, severity = excluded.severity, \
-             confidence = excluded.confidence, reason = excluded.reason, site = coalesce(excluded.site, site), \
-             processes = excluded.processes, ended = excluded.ended, outstanding_bytes = excluded.outstanding_bytes",
-            params![
-                alert.id,
-                alert.fired_s,
-                alert.first_seen_s,
-                alert.resolved_s,
-                &*alert.rule,
-                alert.severity.as_str(),
-                alert.confidence,
-                alert.reason,
-                site,
-                alert.processes as i64,
-                alert.ended,
-                alert.totals.outstanding_bytes().cast_signed()
-            ],
-        )
-        .map(drop)
     }
 
     fn store_events(&self) -> Result<()> {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use mlua::{Function, Integer, Lua, MultiValue, Table, UserData, UserDataFields, UserDataMethods, Value};
 
-use super::view::{Context, Ending, Range, SeriesView, SiteView, Stat, TIME_SLACK_S, View};
+use super::view::{Context, Ending, Range, SeriesView, SiteView, Stat, TIME_SLACK_S, View, survival};
 use crate::history::Sample;
 use crate::kernel::KernelSample;
 use crate::labels::Labels;
@@ -19,7 +19,7 @@ use crate::stats;
 use crate::symbolize::Frame;
 use crate::units;
 
-/// The host function that symbolizes the site of an index, while rules run. Absent, frames stay as they are.
+/// The host function that symbolizes the site of a place, while rules run. Absent, frames stay as they are.
 pub(super) struct Symbolize(pub(super) Function);
 
 /// Error of every access to an object of an earlier snapshot.
@@ -37,22 +37,22 @@ fn integer(n: u64) -> Integer {
 pub(super) struct SiteRef {
     context: Rc<Context>,
     epoch: u64,
-    index: u32,
+    place: u32,
 }
 
 impl SiteRef {
-    pub(super) fn new(context: &Rc<Context>, index: u32) -> Self {
-        SiteRef { context: Rc::clone(context), epoch: context.epoch(), index }
+    pub(super) fn new(context: &Rc<Context>, place: u32) -> Self {
+        SiteRef { context: Rc::clone(context), epoch: context.epoch(), place }
     }
 
-    /// Index in the view's sites; `None` when the snapshot is over.
-    pub(super) fn index(&self) -> Option<usize> {
-        (self.epoch == self.context.epoch()).then_some(self.index as usize)
+    /// Its place; `None` when the snapshot is over.
+    pub(super) fn place(&self) -> Option<u32> {
+        (self.epoch == self.context.epoch()).then_some(self.place)
     }
 
-    fn with<R>(&self, look: impl FnOnce(&View, &SiteView) -> R) -> mlua::Result<R> {
+    fn with<R>(&self, look: impl FnOnce(&View, SiteView<'_>) -> R) -> mlua::Result<R> {
         self.context
-            .with(self.epoch, |view| view.sites.get(self.index as usize).map(|site| look(view, site)))
+            .with(self.epoch, |view| view.site(self.place).map(|site| look(view, site)))
             .flatten()
             .ok_or_else(stale)
     }
@@ -68,22 +68,22 @@ macro_rules! count_fields {
 impl UserData for SiteRef {
     fn add_fields<F: UserDataFields<Self>>(fields: &mut F) {
         count_fields!(fields,
-            "outstanding_bytes" => |s| s.totals.outstanding_bytes(),
-            "outstanding_count" => |s| s.totals.outstanding_count(),
-            "allocated_bytes" => |s| s.totals.allocated_bytes,
-            "allocated_count" => |s| s.totals.allocated_count,
-            "freed_bytes" => |s| s.totals.freed_bytes,
-            "freed_count" => |s| s.totals.freed_count,
-            "losses" => |s| s.process.as_ref().map_or(0, |p| p.sample.losses.total()),
+            "outstanding_bytes" => |s| s.history.latest.totals.outstanding_bytes(),
+            "outstanding_count" => |s| s.history.latest.totals.outstanding_count(),
+            "allocated_bytes" => |s| s.history.latest.totals.allocated_bytes,
+            "allocated_count" => |s| s.history.latest.totals.allocated_count,
+            "freed_bytes" => |s| s.history.latest.totals.freed_bytes,
+            "freed_count" => |s| s.history.latest.totals.freed_count,
+            "losses" => |s| s.process().map_or(0, |p| p.sample.losses.total()),
         );
         fields.add_field_method_get("series", |_, this| {
-            let end = this.with(|_, s| s.samples)?;
-            let owner = Owner::Site(this.index);
+            let end = this.with(|_, s| s.series.samples.len())? as u32;
+            let owner = Owner::Site(this.place);
             Ok(SeriesRef { context: Rc::clone(&this.context), epoch: this.epoch, owner, range: (0, end) })
         });
         fields.add_field_method_get("age_s", |_, this| this.with(|v, s| s.history.oldest_age_s(v.time_s)));
         fields.add_field_method_get("first_seen_s", |_, this| {
-            this.with(|v, s| s.series.samples().first().map_or(v.time_s, |s| s.time_s))
+            this.with(|v, s| s.series.samples.first().map_or(v.time_s, |s| s.time_s))
         });
         fields
             .add_field_method_get("last_allocation_s", |_, this| this.with(|_, s| s.history.latest.last_allocation_s));
@@ -104,7 +104,7 @@ impl UserData for SiteRef {
             lua.create_string(name.as_bytes())
         });
         fields.add_field_method_get("mode", |_, this| {
-            this.with(|_, s| mode(s.process.as_ref().map_or(Mode::Exact, |p| p.sample.mode)))
+            this.with(|_, s| mode(s.process().map_or(Mode::Exact, |p| p.sample.mode)))
         });
         fields.add_field_method_get("truncated", |_, this| {
             this.with(|_, s| s.site().truncated.as_ref().map(|why| why.to_string()))
@@ -115,12 +115,12 @@ impl UserData for SiteRef {
         });
         fields.add_field_method_get("frames", |lua, this| {
             let site = this.with(|_, s| Arc::clone(s.site()))?;
-            frames(lua, &site, this.index)
+            frames(lua, &site, this.place)
         });
         fields.add_field_method_get("cohorts", cohorts);
         fields.add_field_method_get("is_kernel", |_, this| this.with(|_, s| s.history.latest.kernel.is_some()));
         fields.add_field_method_get("kernel", |lua, this| {
-            let kernel = this.with(|_, s| s.history.latest.kernel.clone().map(|k| (k, s.totals)))?;
+            let kernel = this.with(|_, s| s.history.latest.kernel.clone().map(|k| (k, s.history.latest.totals)))?;
             kernel.map(|(kernel, totals)| kernel_table(lua, &kernel, &totals)).transpose()
         });
         fields.add_field_method_get("reachability", |lua, this| {
@@ -131,7 +131,7 @@ impl UserData for SiteRef {
 
     fn add_methods<M: UserDataMethods<Self>>(methods: &mut M) {
         methods.add_method("survival", |_, this, (min_age_s, max_age_s): (f64, Option<f64>)| {
-            let s = this.with(|v, s| s.survival(v.time_s, min_age_s, max_age_s.unwrap_or(f64::INFINITY)))?;
+            let s = this.with(|v, s| survival(s.history, v.time_s, min_age_s, max_age_s.unwrap_or(f64::INFINITY)))?;
             Ok((
                 s.share(),
                 integer(s.outstanding_count),
@@ -164,12 +164,12 @@ fn mode(mode: Mode) -> &'static str {
 }
 
 /// Frames of a site as a list of tables; symbolizes it if nobody has yet.
-fn frames(lua: &Lua, site: &Site, index: u32) -> mlua::Result<Table> {
+fn frames(lua: &Lua, site: &Site, place: u32) -> mlua::Result<Table> {
     if site.frames.get().is_none() {
         // The function is taken out of the reference first: it may run for a while.
         let symbolize = lua.app_data_ref::<Symbolize>().map(|s| s.0.clone());
         if let Some(symbolize) = symbolize {
-            symbolize.call::<()>(index)?;
+            symbolize.call::<()>(place)?;
         }
     }
     let list = lua.create_table_with_capacity(site.frames().len(), 0)?;
@@ -273,11 +273,11 @@ pub(super) struct SeriesRef {
 }
 
 impl SeriesRef {
-    fn with<R>(&self, look: impl FnOnce(&SeriesView) -> R) -> mlua::Result<R> {
+    fn with<R>(&self, look: impl FnOnce(SeriesView<'_>) -> R) -> mlua::Result<R> {
         self.context
             .with(self.epoch, |view| match self.owner {
-                Owner::Totals => Some(look(&view.totals)),
-                Owner::Site(index) => view.sites.get(index as usize).map(|s| look(&s.series)),
+                Owner::Totals => Some(look(view.totals())),
+                Owner::Site(place) => view.site(place).map(|s| look(s.series)),
             })
             .flatten()
             .ok_or_else(stale)
@@ -391,12 +391,7 @@ struct ProcessRef {
 impl ProcessRef {
     /// `None` inside when the history does not know the process.
     fn with<R>(&self, look: impl FnOnce(&super::view::ProcessView) -> R) -> mlua::Result<Option<R>> {
-        self.context
-            .with(self.epoch, |view| {
-                let found = view.processes.binary_search_by_key(&self.instance, |p| p.sample.process.instance);
-                found.ok().map(|i| look(&view.processes[i]))
-            })
-            .ok_or_else(stale)
+        self.context.with(self.epoch, |view| view.process(self.instance).map(look)).ok_or_else(stale)
     }
 }
 
@@ -465,10 +460,10 @@ impl UserData for SnapshotRef {
         fields.add_field_method_get("time_s", |_, this| this.with(|v| v.time_s));
         fields.add_field_method_get("number", |_, this| this.with(|v| integer(v.snapshots)));
         fields.add_field_method_get("sites", |lua, this| {
-            let n = this.with(|v| v.sites.len())?;
-            let list = lua.create_table_with_capacity(n, 0)?;
-            for index in 0..n as u32 {
-                let site = SiteRef { context: Rc::clone(&this.context), epoch: this.epoch, index };
+            let places = this.with(|v| v.by_size().to_vec())?;
+            let list = lua.create_table_with_capacity(places.len(), 0)?;
+            for place in places {
+                let site = SiteRef { context: Rc::clone(&this.context), epoch: this.epoch, place };
                 list.raw_push(site)?;
             }
             Ok(list)
@@ -482,7 +477,7 @@ impl UserData for SnapshotRef {
             Ok(list)
         });
         fields.add_field_method_get("totals", |_, this| {
-            let end = this.with(|v| v.totals.samples().len())? as u32;
+            let end = this.with(|v| v.totals().samples.len())? as u32;
             let context = Rc::clone(&this.context);
             Ok(SeriesRef { context, epoch: this.epoch, owner: Owner::Totals, range: (0, end) })
         });

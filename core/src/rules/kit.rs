@@ -190,9 +190,6 @@ const TEMPLATE: &str = r#"-- Finds ... (say in one sentence what, and what it mu
 
 local function evaluate(site, p)
   local series = site.series
-  if site.outstanding_bytes < p.min_bytes or #series < p.min_snapshots then
-    return nil
-  end
   -- Half of it may go again without this being a leak.
   if series:growth() < site.outstanding_bytes / 2 or series:largest_drop() > series:growth() / 2 then
     return nil
@@ -212,6 +209,8 @@ return {
     min_bytes = "1MiB",
     min_snapshots = 20,
   },
+  -- Sites without this are not asked about at all: with thousands of them that decides what a rule costs.
+  needs = { outstanding = "min_bytes", snapshots = "min_snapshots" },
   evaluate = evaluate,
   -- What it must find and what it must leave alone; `memleak rules test NAME --rules DIR` runs them.
   examples = {

@@ -12,6 +12,7 @@ mod budget;
 mod error;
 mod examples;
 pub mod kit;
+mod needs;
 mod params;
 mod pattern;
 mod reload;
@@ -48,7 +49,7 @@ use rule::{Draft, Moment, Rule, Setup};
 use sandbox::Limits;
 use source::Sources;
 use suppressions::Suppressions;
-use view::{Context, SiteView};
+use view::Context;
 
 /// Least that losses leave of a finding's confidence.
 const MIN_LOSS_FACTOR: f64 = 0.5;
@@ -145,12 +146,12 @@ impl RuleEngine {
     ) -> Evaluation {
         let _entered = context.enter(history);
         let mut evaluation = Evaluation::default();
-        let mut found: Vec<(usize, Arc<str>, Draft)> = Vec::new();
+        let mut found: Vec<(u32, Arc<str>, Draft)> = Vec::new();
         let mut exhausted = Vec::new();
         for (file, rule) in self.rules.iter().filter(|(_, r)| r.info.enabled) {
             let said = rule.evaluate(context, moment, Some(&mut *symbolize));
             found.extend(said.findings.into_iter().map(|(site, draft)| (site, Arc::clone(&rule.info.name), draft)));
-            let asked = said.scans.into_iter().filter_map(|site| site_of(context, site));
+            let asked = said.scans.into_iter().filter_map(|site| context.site(site));
             evaluation.scans.extend(asked);
             if let Some(error) = said.error {
                 evaluation.errors.push(error);
@@ -160,7 +161,7 @@ impl RuleEngine {
         let mut reasons = BTreeMap::new();
         if !found.is_empty() {
             for (file, rule) in self.rules.iter().filter(|(_, r)| r.info.enabled && r.suppresses()) {
-                let mut sites: Vec<usize> =
+                let mut sites: Vec<u32> =
                     found.iter().map(|f| f.0).filter(|site| !reasons.contains_key(site)).collect();
                 sites.sort_unstable();
                 sites.dedup();
@@ -172,13 +173,13 @@ impl RuleEngine {
                 }
             }
         }
-        for (index, rule, draft) in found {
+        for (place, rule, draft) in found {
             // Of blocks that may have been freed unseen nothing can be said.
-            if context.is_unverifiable(index) {
+            if context.is_unverifiable(place) {
                 continue;
             }
-            let Some((finding, totals)) = finding(context, index, rule, draft) else { continue };
-            let mut why = reasons.get(&index).cloned();
+            let Some((finding, totals)) = finding(context, place, rule, draft) else { continue };
+            let mut why = reasons.get(&place).cloned();
             if let (None, Some(suppressions)) = (&why, &mut self.suppressions) {
                 symbolize(&finding.site);
                 why = suppressions.silence(&finding, totals.outstanding_bytes(), totals.outstanding_count());
@@ -218,15 +219,12 @@ impl RuleEngine {
     }
 }
 
-fn site_of(context: &Rc<Context>, index: usize) -> Option<Arc<Site>> {
-    context.with(context.epoch(), |view| view.sites.get(index).map(|s| Arc::clone(s.site()))).flatten()
-}
-
 /// A finding, and the site's totals.
-fn finding(context: &Rc<Context>, index: usize, rule: Arc<str>, draft: Draft) -> Option<(Finding, Totals)> {
+fn finding(context: &Rc<Context>, place: u32, rule: Arc<str>, draft: Draft) -> Option<(Finding, Totals)> {
     let found = context.with(context.epoch(), |view| {
-        let factor = |s: &SiteView| s.process.as_ref().map(|p| loss_factor(&p.sample));
-        view.sites.get(index).map(|s| (Arc::clone(s.site()), factor(s), s.totals))
+        let site = view.site(place)?;
+        let factor = site.process().map(|p| loss_factor(&p.sample));
+        Some((Arc::clone(site.site()), factor, site.history.latest.totals))
     });
     let (site, factor, totals) = found.flatten()?;
     let finding = Finding {

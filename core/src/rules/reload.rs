@@ -16,6 +16,7 @@ use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
 use super::error::RuleError;
 use super::rule::{Moment, Rule};
 use super::source::{self, DirFiles, LuaFile, Origin, Sources};
+use super::view::View;
 use super::{RuleEngine, duplicate};
 use crate::history::History;
 
@@ -250,9 +251,9 @@ impl RuleEngine {
         }
         if rule.suppresses() {
             let epoch = self.context.epoch();
-            let sites = self.context.with(epoch, |view| view.sites.len().min(TRIAL_SITES)).unwrap_or(0);
-            let all: Vec<usize> = (0..sites).collect();
-            if let (_, Some(error)) = rule.suppress(&self.context, None, &all) {
+            let largest = |view: &View| view.by_size().iter().take(TRIAL_SITES).copied().collect::<Vec<u32>>();
+            let sites = self.context.with(epoch, largest).unwrap_or_default();
+            if let (_, Some(error)) = rule.suppress(&self.context, None, &sites) {
                 return Err(failed(error));
             }
         }

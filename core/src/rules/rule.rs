@@ -9,7 +9,8 @@ use mlua::{Function, IntoLuaMulti, Table, Value};
 
 use super::api::{self, SiteRef, SnapshotRef, Symbolize};
 use super::error::RuleError;
-use super::params::{self, ParamInfo, ParamValue, hint};
+use super::needs::Needs;
+use super::params::{self, ParamInfo, hint};
 use super::sandbox::{Libraries, Limits, Sandbox};
 use super::source::{LuaFile, Origin};
 use super::view::Context;
@@ -25,12 +26,11 @@ const MAX_FINDINGS: usize = 100_000;
 /// Longest name of a rule, in bytes.
 const MAX_NAME: usize = 64;
 /// Keys that a rule file may return.
-const KEYS: [&str; 10] = [
+const KEYS: [&str; 9] = [
     "name",
     "description",
     "params",
-    "min_outstanding",
-    "needs_scan",
+    "needs",
     "evaluate",
     "evaluate_snapshot",
     "evaluate_exit",
@@ -70,20 +70,20 @@ struct Answer {
     scan: bool,
 }
 
-/// Everything that a rule said in one snapshot; sites go by their index in the view.
+/// Everything that a rule said in one snapshot; sites go by their place.
 #[derive(Debug, Default)]
 pub(super) struct Said {
-    pub(super) findings: Vec<(usize, Draft)>,
+    pub(super) findings: Vec<(u32, Draft)>,
     /// Sites whose process the rule wants scanned.
-    pub(super) scans: Vec<usize>,
+    pub(super) scans: Vec<u32>,
     pub(super) error: Option<RuleError>,
 }
 
 impl Said {
-    fn add(&mut self, index: usize, answer: Answer) {
-        self.findings.extend(answer.finding.map(|draft| (index, draft)));
+    fn add(&mut self, place: u32, answer: Answer) {
+        self.findings.extend(answer.finding.map(|draft| (place, draft)));
         if answer.scan {
-            self.scans.push(index);
+            self.scans.push(place);
         }
     }
 }
@@ -117,10 +117,8 @@ pub(super) struct Rule {
     pub(super) file: LuaFile,
     sandbox: Sandbox,
     params: Table,
-    /// `evaluate` is not called for sites with fewer outstanding bytes.
-    min_outstanding: u64,
-    /// Nor for sites of which no scan has said anything.
-    needs_scan: bool,
+    /// What a site must have for `evaluate` to be called.
+    needs: Needs,
     evaluate: Option<Entry>,
     evaluate_snapshot: Option<Entry>,
     evaluate_exit: Option<Entry>,
@@ -166,20 +164,15 @@ impl Rule {
             Ok(Value::Table(examples)) => Some(examples),
             _ => return Err(broken("examples must be a list of tables".to_owned())),
         };
-        let min_outstanding = least_bytes(&table, &info.params).map_err(&broken)?;
-        let needs_scan = match table.raw_get::<Value>("needs_scan") {
-            Ok(Value::Nil) => false,
-            Ok(Value::Boolean(needed)) => needed,
-            _ => return Err(broken("needs_scan must be true or false".to_owned())),
-        };
+        let needs = table.raw_get::<Value>("needs").map_err(|e| e.to_string());
+        let needs = needs.and_then(|needs| Needs::from_lua(&needs, &info.params)).map_err(&broken)?;
         let params = params::to_lua(&sandbox.lua, &info.params).map_err(|e| broken(e.to_string()))?;
         Ok(Rule {
             info: Arc::new(info),
             file: file.clone(),
             sandbox,
             params,
-            min_outstanding,
-            needs_scan,
+            needs,
             evaluate,
             evaluate_snapshot,
             evaluate_exit,
@@ -250,29 +243,35 @@ impl Rule {
         self.suppress.is_some()
     }
 
-    /// Runs `evaluate` for every site with something outstanding, and `evaluate_snapshot`, over the current view; or at
-    /// the end of processes `evaluate_exit` for every such site.
+    /// Runs `evaluate` for every site with what the rule needs, and `evaluate_snapshot`, over the current view; or at the
+    /// end of processes `evaluate_exit` for every site with something outstanding.
     ///
     /// `symbolize` is called when the rule asks for frames; `None` leaves frames as they are. The findings name
-    /// sites by their index in the view. A failed call costs that site's finding alone; a limit or too many failures
+    /// sites by their place. A failed call costs that site's finding alone; a limit or too many failures
     /// end the rule's turn in this snapshot.
     pub(super) fn evaluate(&self, context: &Rc<Context>, moment: Moment, symbolize: Option<Symbolizer<'_>>) -> Said {
         let mut said = Said::default();
+        let everything = Needs::default();
+        let (each_site, needs, whole) = match moment {
+            Moment::Snapshot => (&self.evaluate, &self.needs, &self.evaluate_snapshot),
+            Moment::Exit => (&self.evaluate_exit, &everything, &None),
+        };
+        let sites = match each_site {
+            Some(_) => context.with(context.epoch(), |view| view.sites_with(needs)).unwrap_or_default(),
+            None => Vec::new(),
+        };
+        if sites.is_empty() && whole.is_none() {
+            return said;
+        }
         let mut run = Run { rule: self, context, error: None, over: false };
         let outcome = self.scoped(context, symbolize, || {
-            let (each_site, whole) = match moment {
-                Moment::Snapshot => (&self.evaluate, &self.evaluate_snapshot),
-                Moment::Exit => (&self.evaluate_exit, &None),
-            };
             if let Some(entry) = each_site {
-                run.sites(entry, &mut said);
+                run.sites(entry, &sites, &mut said);
             }
             if let (Some(entry), false) = (whole, run.over) {
                 run.snapshot(entry, &mut said);
             }
-            // What it has made of ten thousand sites is megabytes, and would stay until its next evaluation. In here, because
-            // finalizers count as the rule's own work; one that fails has failed for itself.
-            let _ = self.sandbox.lua.gc_collect();
+            self.sandbox.tidy();
         });
         if let Err(error) = outcome {
             run.fail(None, None, &error);
@@ -281,26 +280,26 @@ impl Rule {
         said
     }
 
-    /// Asks whether the finding of each site is to be suppressed: index of the site and why, for those that are.
+    /// Asks whether the finding of each site is to be suppressed: place of the site and why, for those that are.
     pub(super) fn suppress(
         &self,
         context: &Rc<Context>,
         symbolize: Option<Symbolizer<'_>>,
-        sites: &[usize],
-    ) -> (Vec<(usize, String)>, Option<RuleError>) {
+        sites: &[u32],
+    ) -> (Vec<(u32, String)>, Option<RuleError>) {
         let mut suppressed = Vec::new();
         let Some(entry) = &self.suppress else { return (suppressed, None) };
         let mut run = Run { rule: self, context, error: None, over: false };
         let outcome = self.scoped(context, symbolize, || {
-            for &index in sites {
+            for &place in sites {
                 if run.over {
                     break;
                 }
-                match run.call(entry, SiteRef::new(context, index as u32)).map(|value| self.verdict(&value)) {
+                match run.call(entry, SiteRef::new(context, place)).map(|value| self.verdict(&value)) {
                     Ok(Ok(None)) => {}
-                    Ok(Ok(Some(why))) => suppressed.push((index, why)),
-                    Ok(Err(why)) => run.fail_with(Some(index), entry.line, why),
-                    Err(error) => run.fail(Some(index), entry.line, &error),
+                    Ok(Ok(Some(why))) => suppressed.push((place, why)),
+                    Ok(Err(why)) => run.fail_with(Some(place), entry.line, why),
+                    Err(error) => run.fail(Some(place), entry.line, &error),
                 }
             }
         });
@@ -328,14 +327,12 @@ impl Rule {
         work: impl FnOnce(),
     ) -> mlua::Result<()> {
         let lua = &self.sandbox.lua;
-        let epoch = context.epoch();
         self.sandbox.budget.start_snapshot();
         let guarded = || {
             lua.scope(|scope| {
                 if let Some(symbolize) = symbolize {
-                    let function = scope.create_function_mut(|_, index: usize| {
-                        let site = context.with(epoch, |v| v.sites.get(index).map(|s| Arc::clone(s.site())));
-                        if let Some(site) = site.flatten() {
+                    let function = scope.create_function_mut(|_, place: u32| {
+                        if let Some(site) = context.site(place) {
                             self.sandbox.budget.exempt(|| symbolize(&site));
                         }
                         Ok(())
@@ -370,25 +367,16 @@ impl Run<'_> {
         entry.function.call(args)
     }
 
-    fn sites(&mut self, entry: &Entry, said: &mut Said) {
-        let epoch = self.context.epoch();
-        let outstanding = self.context.with(epoch, |view| {
-            // A site with nothing outstanding holds no leak; most sites of a busy process are such sites.
-            let Rule { min_outstanding: least, needs_scan, .. } = *self.rule;
-            let held = |s: &super::view::SiteView| {
-                s.totals.outstanding_count() > 0 && s.totals.outstanding_bytes() >= least && (!needs_scan || s.scanned)
-            };
-            view.sites.iter().enumerate().filter(|(_, s)| held(s)).map(|(i, _)| i).collect::<Vec<_>>()
-        });
-        for index in outstanding.unwrap_or_default() {
+    fn sites(&mut self, entry: &Entry, places: &[u32], said: &mut Said) {
+        for &place in places {
             if self.over {
                 return;
             }
-            match self.call(entry, SiteRef::new(self.context, index as u32)).map(answer) {
+            match self.call(entry, SiteRef::new(self.context, place)).map(answer) {
                 Ok(Ok(None)) => {}
-                Ok(Ok(Some(answer))) => said.add(index, answer),
-                Ok(Err(why)) => self.fail_with(Some(index), entry.line, why),
-                Err(error) => self.fail(Some(index), entry.line, &error),
+                Ok(Ok(Some(answer))) => said.add(place, answer),
+                Ok(Err(why)) => self.fail_with(Some(place), entry.line, why),
+                Err(error) => self.fail(Some(place), entry.line, &error),
             }
         }
     }
@@ -403,7 +391,7 @@ impl Run<'_> {
                         return;
                     }
                     match item.map_err(|e| e.to_string()).and_then(sited_answer) {
-                        Ok((index, answer)) => said.add(index, answer),
+                        Ok((place, answer)) => said.add(place, answer),
                         Err(why) => self.fail_with(None, entry.line, format!("finding {}: {why}", i + 1)),
                     }
                 }
@@ -415,43 +403,25 @@ impl Run<'_> {
         }
     }
 
-    fn fail_with(&mut self, site: Option<usize>, line: Option<u32>, why: String) {
+    fn fail_with(&mut self, site: Option<u32>, line: Option<u32>, why: String) {
         self.note(site, |rule| RuleError::new(&rule.info.name, &rule.file, line, why));
     }
 
-    fn fail(&mut self, site: Option<usize>, line: Option<u32>, error: &mlua::Error) {
+    fn fail(&mut self, site: Option<u32>, line: Option<u32>, error: &mlua::Error) {
         let stopped = self.rule.sandbox.stopped(error);
         self.over |= stopped.is_some();
         self.note(site, |rule| RuleError::from_lua(&rule.info.name, &rule.file, line, error, stopped));
     }
 
     /// Keeps the first error and counts the others.
-    fn note(&mut self, site: Option<usize>, error: impl FnOnce(&Rule) -> RuleError) {
+    fn note(&mut self, site: Option<u32>, error: impl FnOnce(&Rule) -> RuleError) {
         if let Some(first) = &mut self.error {
             first.failures += 1;
             self.over |= first.failures >= MAX_FAILURES;
             return;
         }
-        let epoch = self.context.epoch();
-        let site = site.and_then(|i| self.context.with(epoch, |v| v.sites.get(i).map(|s| Arc::clone(s.site()))));
-        self.error = Some(RuleError { site: site.flatten(), ..error(self.rule) });
-    }
-}
-
-/// The value of the parameter that `min_outstanding` names; 0 without it.
-fn least_bytes(table: &Table, params: &[ParamInfo]) -> Result<u64, String> {
-    let name = match table.raw_get::<Value>("min_outstanding") {
-        Ok(Value::Nil) => return Ok(0),
-        Ok(Value::String(name)) => name.to_string_lossy(),
-        _ => return Err("min_outstanding must be the name of a parameter, in quotes".to_owned()),
-    };
-    match params.iter().find(|p| p.name == name).map(|p| &p.value) {
-        Some(ParamValue::Bytes(bytes)) => Ok(*bytes),
-        Some(_) => Err(format!("min_outstanding names the parameter {name}, which is no size")),
-        None => {
-            let names = params.iter().map(|p| p.name.as_str());
-            Err(format!("min_outstanding names no parameter: '{name}'; {}", hint(&name, names)))
-        }
+        let site = site.and_then(|place| self.context.site(place));
+        self.error = Some(RuleError { site, ..error(self.rule) });
     }
 }
 
@@ -465,13 +435,13 @@ fn answer(value: Value) -> Result<Option<Answer>, String> {
 }
 
 /// Reads one finding of `evaluate_snapshot`: which site and what.
-fn sited_answer(value: Value) -> Result<(usize, Answer), String> {
+fn sited_answer(value: Value) -> Result<(u32, Answer), String> {
     let Value::Table(table) = value else { return Err(format!("must be a table, not {}", value.type_name())) };
     let site = table.raw_get::<Value>("site").map_err(|e| e.to_string())?;
     let stale = || "its site must be one of snapshot.sites".to_owned();
     let Value::UserData(site) = site else { return Err(stale()) };
-    let index = site.borrow::<SiteRef>().ok().and_then(|s| s.index()).ok_or_else(stale)?;
-    Ok((index, answer_of(&table)?))
+    let place = site.borrow::<SiteRef>().ok().and_then(|s| s.place()).ok_or_else(stale)?;
+    Ok((place, answer_of(&table)?))
 }
 
 /// Reads severity, confidence and reason, and `scan`; nothing else may be in the table, so that typing errors show. With

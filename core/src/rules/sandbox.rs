@@ -5,6 +5,7 @@
 //! in it (see [`Budget`]), and no function that is left can loop outside them: pattern matching and the table
 //! functions are replaced (`strings.rs`), finalizers and weak tables are refused (`prelude.lua`).
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
@@ -21,6 +22,8 @@ const HOOK_EVERY: u64 = 1_000;
 const MAX_LEVELS: usize = 20;
 /// Longest line that `print` passes on to the log, in bytes.
 const MAX_PRINT: usize = 1_000;
+/// Bytes that a state may have piled up in an evaluation before it is tidied.
+const MAX_UNTIDY: usize = 128 << 10;
 /// Shared Lua modules: name as in `require`, text.
 pub(super) type Libraries = Rc<BTreeMap<String, String>>;
 
@@ -38,6 +41,8 @@ pub(super) struct Sandbox {
     pub(super) lua: Lua,
     pub(super) budget: Rc<Budget>,
     env: Table,
+    /// Bytes that were in use when nothing was left to tidy.
+    tidy: Cell<usize>,
 }
 
 impl Sandbox {
@@ -74,7 +79,17 @@ impl Sandbox {
             within.map(|()| VmState::Continue)
         })?;
         lua.set_memory_limit(budget.max_memory())?;
-        Ok(Sandbox { lua, budget, env })
+        let tidy = Cell::new(lua.used_memory());
+        Ok(Sandbox { lua, budget, env, tidy })
+    }
+
+    /// Ends an evaluation. What a rule has made of ten thousand sites is megabytes, and would stay until the next one. To be
+    /// called while the rule's time runs: finalizers count as its own work, and one that fails has failed for itself.
+    pub(super) fn tidy(&self) {
+        if self.lua.used_memory() > self.tidy.get() + MAX_UNTIDY {
+            let _ = self.lua.gc_collect();
+            self.tidy.set(self.lua.used_memory());
+        }
     }
 
     /// Compiles and runs a chunk as text; `name` is what errors call it.

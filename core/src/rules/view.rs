@@ -1,16 +1,18 @@
 //! One snapshot as rules see it: sites, processes and the statistics computed for them so far.
 //!
-//! The views are built once per snapshot and shared by all rules, so that a statistic that several rules ask for is
-//! computed once. Lua holds only indices into the [`Context`], and these end with the snapshot: a rule that keeps a
-//! site gets an error the next time it looks at it, never another site's numbers.
+//! A view is made once per snapshot and shared by all rules, so that a statistic that several rules ask for is
+//! computed once. Most sites are never looked at closely: a view holds what decides about that ([`Glance`]) side by side,
+//! and everything else stays in the history until a rule asks for it. Lua holds only places in the history's table, and
+//! these end with the snapshot: a rule that keeps a site gets an error the next time it looks at it, never another
+//! site's numbers.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::HashMap;
-use std::rc::Rc;
 use std::sync::Arc;
 
-use crate::history::{History, Sample, Series, SiteHistory};
-use crate::snapshot::{ProcessSample, Site, SiteKey, Totals};
+use super::needs::Needs;
+use crate::history::{History, Sample, Series, SiteHistory, Sites};
+use crate::snapshot::{Mode, ProcessSample, Site, SiteKey};
 use crate::stats;
 
 /// Most points of a process's own series; the older half is thinned when it is full.
@@ -34,42 +36,29 @@ pub(super) enum Stat {
 /// Samples `start..end` of a series.
 pub(super) type Range = (u32, u32);
 
+/// Statistics of one series that were asked for; a handful, so a scan beats a hash map.
+type Known = RefCell<Vec<(Stat, Range, f64)>>;
+
 /// A series with the statistics that were asked for.
-pub(super) struct SeriesView {
-    source: Source,
-    /// A handful of entries, so a scan beats a hash map.
-    cache: RefCell<Vec<(Stat, Range, f64)>>,
-}
-
-enum Source {
-    Site(Arc<SiteHistory>),
-    Totals(Series),
-}
-
-impl SeriesView {
-    fn new(source: Source) -> Self {
-        SeriesView { source, cache: RefCell::default() }
-    }
-
+#[derive(Clone, Copy)]
+pub(super) struct SeriesView<'a> {
     /// Samples, oldest first.
-    pub(super) fn samples(&self) -> &[Sample] {
-        match &self.source {
-            Source::Site(history) => history.series.samples(),
-            Source::Totals(series) => series.samples(),
-        }
-    }
+    pub(super) samples: &'a [Sample],
+    known: &'a Known,
+}
 
+impl<'a> SeriesView<'a> {
     /// The samples of a range.
-    pub(super) fn range(&self, (start, end): Range) -> &[Sample] {
-        self.samples().get(start as usize..end as usize).unwrap_or_default()
+    pub(super) fn range(&self, (start, end): Range) -> &'a [Sample] {
+        self.samples.get(start as usize..end as usize).unwrap_or_default()
     }
 
     /// A statistic over a range, computed at most once per snapshot.
     pub(super) fn stat(&self, stat: Stat, range: Range) -> f64 {
-        let known = self.cache.borrow().iter().find(|(s, r, _)| (*s, *r) == (stat, range)).map(|&(_, _, v)| v);
+        let known = self.known.borrow().iter().find(|(s, r, _)| (*s, *r) == (stat, range)).map(|&(_, _, v)| v);
         known.unwrap_or_else(|| {
             let value = self.compute(stat, range);
-            self.cache.borrow_mut().push((stat, range, value));
+            self.known.borrow_mut().push((stat, range, value));
             value
         })
     }
@@ -104,42 +93,53 @@ fn bytes(sample: &Sample) -> f64 {
     sample.totals.outstanding_bytes() as f64
 }
 
-/// One site in the current snapshot.
-pub(super) struct SiteView {
-    /// Totals and number of samples, copied out of the history: they are what rules look at first, for every site, and
-    /// here they lie side by side.
-    pub(super) totals: Totals,
-    pub(super) samples: u32,
-    /// Whether scans have said anything of it.
+/// What decides whether a rule looks at a site, for every site of a process that runs.
+pub(super) struct Glance {
+    pub(super) place: u32,
+    pub(super) key: SiteKey,
+    pub(super) outstanding_bytes: u64,
+    pub(super) has_blocks: bool,
+    pub(super) rise: u64,
     pub(super) scanned: bool,
-    key: SiteKey,
-    pub(super) history: Arc<SiteHistory>,
-    pub(super) series: SeriesView,
-    /// Its process; `None` when the history does not know it.
-    pub(super) process: Option<Rc<ProcessView>>,
+    pub(super) kernel: bool,
+    pub(super) windows: bool,
 }
 
-impl SiteView {
+/// One site in the current snapshot.
+#[derive(Clone, Copy)]
+pub(super) struct SiteView<'a> {
+    pub(super) history: &'a SiteHistory,
+    pub(super) series: SeriesView<'a>,
+    key: SiteKey,
+    view: &'a View,
+}
+
+impl<'a> SiteView<'a> {
     /// The site itself.
-    pub(super) fn site(&self) -> &Arc<Site> {
+    pub(super) fn site(&self) -> &'a Arc<Site> {
         self.history.site()
     }
 
-    /// What became of the blocks of whole cohorts that are at least `min_age_s` and at most `max_age_s` old.
-    pub(super) fn survival(&self, now_s: f64, min_age_s: f64, max_age_s: f64) -> Survival {
-        let mut sum = Survival::default();
-        for cohort in &self.history.latest.cohorts {
-            if now_s - cohort.end_s < min_age_s || now_s - cohort.start_s > max_age_s || cohort.born_count == 0 {
-                continue;
-            }
-            sum.born_count += cohort.born_count;
-            sum.outstanding_count += cohort.outstanding_count;
-            sum.outstanding_bytes += cohort.outstanding_bytes;
-            sum.cohorts += 1;
-            sum.cohorts_with_survivors += u64::from(cohort.outstanding_count > 0);
-        }
-        sum
+    /// Its process; `None` when the history does not know it.
+    pub(super) fn process(&self) -> Option<&'a ProcessView> {
+        self.view.process(self.key.instance)
     }
+}
+
+/// What became of a site's blocks of whole cohorts that are at least `min_age_s` and at most `max_age_s` old.
+pub(super) fn survival(history: &SiteHistory, now_s: f64, min_age_s: f64, max_age_s: f64) -> Survival {
+    let mut sum = Survival::default();
+    for cohort in &history.latest.cohorts {
+        if now_s - cohort.end_s < min_age_s || now_s - cohort.start_s > max_age_s || cohort.born_count == 0 {
+            continue;
+        }
+        sum.born_count += cohort.born_count;
+        sum.outstanding_count += cohort.outstanding_count;
+        sum.outstanding_bytes += cohort.outstanding_bytes;
+        sum.cohorts += 1;
+        sum.cohorts_with_survivors += u64::from(cohort.outstanding_count > 0);
+    }
+    sum
 }
 
 /// Blocks of several cohorts together; all zero when no cohort is old enough.
@@ -251,42 +251,90 @@ impl Processes {
 pub(super) struct View {
     pub(super) time_s: f64,
     pub(super) snapshots: u64,
-    /// Largest outstanding bytes first.
-    pub(super) sites: Vec<SiteView>,
-    pub(super) totals: SeriesView,
-    pub(super) processes: Vec<Rc<ProcessView>>,
+    /// Sites of processes that run, in no order.
+    pub(super) glances: Vec<Glance>,
+    sites: Arc<Sites>,
+    /// By place.
+    known: Vec<OnceCell<Box<Known>>>,
+    by_size: OnceCell<Vec<u32>>,
+    totals: Series,
+    known_totals: Known,
+    /// By instance.
+    pub(super) processes: Vec<ProcessView>,
 }
 
 impl View {
     fn new(history: &History, tracks: &Processes) -> View {
-        let mut processes = HashMap::new();
-        for sample in history.processes().filter(|p| p.alive) {
+        let process = |sample: &ProcessSample| {
             let track = tracks.tracks.get(&sample.process.instance).cloned().unwrap_or_default();
-            processes.insert(sample.process.instance, Rc::new(ProcessView { sample: sample.clone(), track }));
-        }
-        let mut sites: Vec<SiteView> = (history.live_sites())
-            .map(|h| SiteView {
-                totals: h.latest.totals,
-                samples: h.series.samples().len() as u32,
-                scanned: h.latest.reachability.is_some(),
-                key: h.site().key,
-                history: Arc::clone(h),
-                series: SeriesView::new(Source::Site(Arc::clone(h))),
-                process: processes.get(&h.site().key.instance).cloned(),
-            })
-            .collect();
-        // The history has no order; findings and the first errors should not change from run to run.
-        sites.sort_unstable_by_key(|s| (std::cmp::Reverse(s.totals.outstanding_bytes()), s.key));
-        let mut processes: Vec<_> = processes.into_values().collect();
+            ProcessView { sample: sample.clone(), track }
+        };
+        let mut processes: Vec<_> = history.processes().filter(|p| p.alive).map(process).collect();
         processes.sort_unstable_by_key(|p| p.sample.process.instance);
-        View {
+        let sites = history.shared_sites();
+        let mut view = View {
             time_s: history.time_s(),
             snapshots: history.snapshots(),
-            sites,
-            totals: SeriesView::new(Source::Totals(history.totals().clone())),
+            glances: Vec::with_capacity(sites.places()),
+            known: vec![OnceCell::new(); sites.places()],
+            by_size: OnceCell::new(),
+            totals: history.totals().clone(),
+            known_totals: Known::default(),
+            sites: Arc::clone(&sites),
             processes,
+        };
+        for (place, key, h) in sites.iter().filter(|(_, _, h)| h.ended_s.is_none()) {
+            let glance = Glance {
+                place,
+                key,
+                outstanding_bytes: h.latest.totals.outstanding_bytes(),
+                has_blocks: h.latest.totals.outstanding_count() > 0,
+                rise: h.series.rise(),
+                scanned: h.latest.reachability.is_some(),
+                kernel: h.latest.kernel.is_some(),
+                windows: view.process(key.instance).is_some_and(|p| p.sample.mode == Mode::Estimated),
+            };
+            view.glances.push(glance);
         }
+        view
     }
+
+    /// One site by its place.
+    pub(super) fn site(&self, place: u32) -> Option<SiteView<'_>> {
+        let (key, history) = self.sites.at(place)?;
+        let known = self.known.get(place as usize)?.get_or_init(Box::default);
+        let series = SeriesView { samples: history.series.samples(), known };
+        Some(SiteView { history, series, key, view: self })
+    }
+
+    /// A process that runs.
+    pub(super) fn process(&self, instance: u32) -> Option<&ProcessView> {
+        let found = self.processes.binary_search_by_key(&instance, |p| p.sample.process.instance);
+        found.ok().map(|at| &self.processes[at])
+    }
+
+    /// Totals over all sites.
+    pub(super) fn totals(&self) -> SeriesView<'_> {
+        SeriesView { samples: self.totals.samples(), known: &self.known_totals }
+    }
+
+    /// Places of all sites, those with the largest outstanding bytes first.
+    pub(super) fn by_size(&self) -> &[u32] {
+        self.by_size.get_or_init(|| places(self.glances.iter().collect()))
+    }
+
+    /// Places of the sites that have what a rule needs, those with the largest outstanding bytes first.
+    pub(super) fn sites_with(&self, needs: &Needs) -> Vec<u32> {
+        let history = |g: &Glance| self.sites.at(g.place).map(|(_, h)| h);
+        let met = |g: &&Glance| needs.met(g, || history(g), self.time_s);
+        places(self.glances.iter().filter(met).collect())
+    }
+}
+
+/// In an order that does not change from run to run, as that of the history's sites may.
+fn places(mut glances: Vec<&Glance>) -> Vec<u32> {
+    glances.sort_unstable_by_key(|g| (std::cmp::Reverse(g.outstanding_bytes), g.key));
+    glances.into_iter().map(|g| g.place).collect()
 }
 
 /// Holds the current snapshot's view while rules run; shared by all Lua states.
@@ -346,12 +394,14 @@ impl Context {
     }
 
     /// Whether it cannot be known what became of a site's blocks.
-    pub(super) fn is_unverifiable(&self, index: usize) -> bool {
-        let look = |view: &View| {
-            let site = view.sites.get(index)?;
-            Some(site.history.latest.kernel.as_ref()?.unverifiable.is_some())
-        };
+    pub(super) fn is_unverifiable(&self, place: u32) -> bool {
+        let look = |view: &View| Some(view.site(place)?.history.latest.kernel.as_ref()?.unverifiable.is_some());
         self.with(self.epoch(), look).flatten().unwrap_or(false)
+    }
+
+    /// A site of the current view.
+    pub(super) fn site(&self, place: u32) -> Option<Arc<Site>> {
+        self.with(self.epoch(), |view| view.site(place).map(|s| Arc::clone(s.site()))).flatten()
     }
 
     /// Looks at the view of `epoch`; `None` when that snapshot is over.

@@ -33,6 +33,7 @@ fn sites() -> Vec<Arc<Site>> {
         function: "malloc".into(),
         addresses: vec![stack, stack + 1],
         truncated: None,
+        first_thread: None,
         frames: OnceLock::new(),
     };
     (1..=SITES).map(|stack| Arc::new(site(stack))).collect()

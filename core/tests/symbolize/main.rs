@@ -53,6 +53,7 @@ fn site(process: &Arc<Process>, addresses: Vec<u64>) -> Site {
         function: "malloc".into(),
         addresses,
         truncated: None,
+        first_thread: None,
         frames: std::sync::OnceLock::new(),
     }
 }

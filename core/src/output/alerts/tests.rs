@@ -47,6 +47,7 @@ pub(crate) fn event(rule: &str) -> AlertEvent {
         function: "malloc".into(),
         addresses: vec![1],
         truncated: Some("page not present".into()),
+        first_thread: None,
         frames: vec![known, unknown].into(),
     };
     AlertEvent {
@@ -153,6 +154,7 @@ fn site_copy(event: &AlertEvent) -> Site {
         function: s.function.clone(),
         addresses: s.addresses.clone(),
         truncated: s.truncated.clone(),
+        first_thread: s.first_thread.clone(),
         frames: s.frames.clone(),
     }
 }

@@ -61,6 +61,7 @@ pub(super) fn report() -> Report {
         detail: detail.into(),
     };
     let run = RunInfo {
+        gaps: vec!["The recording has a gap at 12s: 3 snapshots are missing.".into()],
         title: "sample".into(),
         version: env!("CARGO_PKG_VERSION").into(),
         host: "host".into(),
@@ -104,6 +105,7 @@ fn site(process: &Arc<Process>, number: u64, truncated: bool) -> Arc<Site> {
         function: "malloc".into(),
         addresses: vec![0x1000, 0x2000],
         truncated: truncated.then(|| "no unwind information".into()),
+        first_thread: None,
         frames: OnceLock::from(frames),
     })
 }

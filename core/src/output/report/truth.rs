@@ -34,6 +34,8 @@ pub struct Truth {
     pub truncated_reasons: Vec<Reason>,
     /// Sites without a single named function.
     pub unnamed_sites: usize,
+    /// What is missing in the recording that the report was made of, one sentence each.
+    pub gaps: Vec<String>,
     /// What was not seen at all, one sentence each.
     pub unseen: Vec<String>,
     /// How much of the growth of each process its sites explain, one sentence each.
@@ -113,6 +115,7 @@ impl Truth {
             truncated_sites: truncated_reasons.iter().map(|r| r.sites).sum(),
             truncated_reasons,
             unnamed_sites: sites.iter().filter(|s| s.frames.iter().all(|f| f.function.is_none())).count(),
+            gaps: run.gaps.clone(),
             unseen: if imported {
                 vec![NOT_LOGGED.to_owned()]
             } else {

@@ -282,6 +282,7 @@ pub fn site(process: &Arc<Process>, id: u64, name: &str) -> Arc<Site> {
         function: Arc::from("malloc"),
         addresses: vec![0x1000 + id, 0x2000, 0x3000],
         truncated: None,
+        first_thread: None,
         frames: OnceLock::from(frames),
     })
 }

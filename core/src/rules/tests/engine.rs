@@ -10,7 +10,7 @@ use crate::config::RuleSettings;
 use crate::history::History;
 use crate::labels::Labels;
 use crate::rules::{Origin, ParamValue, RuleEngine, finding_id, loss_factor};
-use crate::snapshot::{LIFETIME_CLASSES, Losses, Process, ProcessSample, Site, SiteSample, Snapshot, Totals};
+use crate::snapshot::{LIFETIME_CLASSES, Losses, Mode, Process, ProcessSample, Site, SiteSample, Snapshot, Totals};
 use crate::symbolize::Frame;
 
 fn in_dir(dir: &Path) -> RuleSettings {
@@ -88,7 +88,7 @@ fn shipped_rules_describe_themselves() {
 #[test]
 fn a_rule_sees_only_sites_that_are_large_enough_for_it() {
     let dir = tempfile::tempdir().expect("folder");
-    let text = "return { name = 'n', description = 'x', params = { size = '300B' }, min_outstanding = 'size', \
+    let text = "return { name = 'n', description = 'x', params = { size = '300B' }, needs = { outstanding = 'size' }, \
                 evaluate = function() return { severity = 'info', confidence = 1, reason = 'seen' } end }";
     fs::write(dir.path().join("n.lua"), text).expect("rule file");
     for (size, expected) in [("", 3), ("n.size = \"500B\"", 1), ("n.size = \"0B\"", 5)] {
@@ -96,6 +96,61 @@ fn a_rule_sees_only_sites_that_are_large_enough_for_it() {
         let evaluation = evaluate(&mut RuleEngine::new(&settings).expect("rule"), &history(5, Losses::default()));
         let seen = evaluation.findings.iter().filter(|f| &*f.rule == "n").count();
         assert_eq!(seen, expected, "{size}: {:?}", evaluation.errors);
+    }
+}
+
+/// What a rule says that it needs decides which sites it is called for, and nothing else does.
+#[test]
+fn a_rule_is_called_for_sites_that_have_what_it_needs() {
+    let once: Shape = Box::new(|heap, _, _| {
+        if heap.now_s < 0.15 {
+            (0..100).for_each(|_| heap.alloc(1_000));
+        }
+    });
+    let shapes = vec![("once", once), ("leak", shapes::leak(10_000.0, 1_000)), ("queue", shapes::queue(1.0, 3.0))];
+    let mut simulation = Simulation::new(1.0, 1, shapes);
+    (0..60).for_each(|_| simulation.step());
+    let dir = tempfile::tempdir().expect("folder");
+    let called_for = |simulation: &Simulation, needs: &str| -> Vec<&'static str> {
+        let text = format!(
+            "return {{ name = 'n', description = 'x', params = {{ size = '300KiB', old = '5s' }}, needs = {{ {needs} }}, \
+             evaluate = function() return {{ severity = 'info', confidence = 1, reason = 'seen' }} end }}"
+        );
+        fs::write(dir.path().join("n.lua"), text).expect("rule file");
+        let evaluation = evaluate(&mut RuleEngine::new(&in_dir(dir.path())).expect("rule"), &simulation.history);
+        let of_site = |id| simulation.sites.iter().find(|s| s.site.id == id).map_or("", |s| s.name);
+        let mut names: Vec<_> =
+            evaluation.findings.iter().filter(|f| &*f.rule == "n").map(|f| of_site(f.site.id)).collect();
+        names.sort_unstable();
+        names
+    };
+    for (needs, expected) in [
+        ("", &["leak", "once", "queue"][..]),
+        ("outstanding = 99999", &["leak", "once", "queue"]),
+        ("outstanding = 'size'", &["leak"]),
+        ("rise = 1", &["leak", "queue"]),
+        ("rise = 'size'", &["leak"]),
+        ("generations = 3, age = 'old'", &["leak"]),
+        ("generations = 1, age = 'old'", &["leak", "once"]),
+        ("snapshots = 59", &["leak", "once", "queue"]),
+        ("snapshots = 60", &[]),
+        ("time = 58", &["leak", "once", "queue"]),
+        ("time = 59", &[]),
+        ("scan = true", &[]),
+        ("kernel = true", &[]),
+        ("kernel = false, windows = false", &["leak", "once", "queue"]),
+        ("windows = true", &[]),
+    ] {
+        assert_eq!(called_for(&simulation, needs), expected, "{needs}");
+    }
+    simulation.process.mode = Mode::Estimated;
+    simulation.kernel = Some(Arc::default());
+    simulation.reachability = Some(Arc::default());
+    simulation.step();
+    for (needs, count) in
+        [("windows = true, kernel = true, scan = true", 3), ("windows = false", 0), ("kernel = false", 0)]
+    {
+        assert_eq!(called_for(&simulation, needs).len(), count, "{needs}");
     }
 }
 
@@ -181,13 +236,15 @@ fn check_reports_every_problem() {
     rule("k.lua", "return { name = 'k', evaluate = function() end }");
     rule("l.lua", "\u{1b}Lua");
     let least = |name: &str| {
-        let rule =
-            format!("name = 'n', description = 'x', params = {{ size = '1KiB', n = 1 }}, min_outstanding = {name}");
+        let rule = format!("name = 'n', description = 'x', params = {{ size = '1KiB', t = '1s' }}, needs = {name}");
         format!("return {{ {rule}, evaluate = function() end }}")
     };
-    rule("n.lua", &least("'siz'"));
-    rule("o.lua", &least("'n'"));
+    rule("n.lua", &least("{ outstanding = 'siz' }"));
+    rule("o.lua", &least("{ rise = 't' }"));
     rule("p.lua", &least("1024"));
+    rule("q.lua", &least("{ outstandin = 1 }"));
+    rule("r.lua", &least("{ scan = 1 }"));
+    rule("s.lua", &least("{ age = 't' }"));
     rule(".hidden.lua", "not lua");
     rule("readme.txt", "not lua");
     fs::create_dir(dir.path().join("m.lua")).expect("folder");
@@ -206,9 +263,12 @@ fn check_reports_every_problem() {
         ("j.lua:1", "more than 1000000 instructions"),
         ("k.lua", "the table needs description, a text"),
         ("l.lua", ""),
-        ("n.lua", "min_outstanding names no parameter: 'siz'; did you mean size?"),
-        ("o.lua", "min_outstanding names the parameter n, which is no size"),
-        ("p.lua", "min_outstanding must be the name of a parameter"),
+        ("n.lua", "needs.outstanding names no parameter: 'siz'; did you mean size?"),
+        ("o.lua", "needs.rise must be a size"),
+        ("p.lua", "needs must be a table, not a integer"),
+        ("q.lua", "needs has an unknown key 'outstandin'; did you mean outstanding?"),
+        ("r.lua", "needs.scan must be true or false, not a integer"),
+        ("s.lua", "needs.age says how old generations must be"),
     ];
     assert_eq!(errors.len(), expected.len(), "{errors:#?}");
     for (error, (place, why)) in errors.iter().zip(expected) {
