@@ -291,6 +291,23 @@ static __always_inline enum unwind_result unwind_frame(struct memleak_unwind_reg
 	return UNWIND_ON;
 }
 
+/*
+ * Adds a frame. Whoever names it looks at the byte before its address, where the call is. Code that a signal has interrupted
+ * has called nothing, and may stand at the first instruction of a function: it is kept with an address one higher. So is
+ * the code that the handler returns to, which is known only now: it is entered at its first instruction.
+ */
+static __always_inline void keep_frame(struct memleak_stack *stack, u32 at, const struct memleak_unwind_regs *regs)
+{
+	u32 before = at - 1;
+
+	barrier_var(at);
+	barrier_var(before);
+	stack->addresses[at & MEMLEAK_MAX_FRAMES] = regs->ip + regs->exact;
+	if (regs->exact)
+		stack->addresses[before & MEMLEAK_MAX_FRAMES] += 1;
+	stack->count = at + 1;
+}
+
 /* One turn of unwind_by_loop(): frame `index` is known, the next one is looked for. */
 static long unwind_turn(u32 index, struct unwind_state *state)
 {
@@ -303,8 +320,7 @@ static long unwind_turn(u32 index, struct unwind_state *state)
 	}
 	if (at >= max_frames || at >= MEMLEAK_MAX_FRAMES)
 		return 1; /* STACK_CUT, as it was set before */
-	stack->addresses[at & MEMLEAK_MAX_FRAMES] = state->regs.ip;
-	stack->count = at + 1;
+	keep_frame(stack, at, &state->regs);
 	return 0;
 }
 
@@ -342,9 +358,7 @@ __noinline int unwind_some(u64 pid_tgid, u32 tgid, u32 domain)
 		}
 		if (at >= max_frames || at >= MEMLEAK_MAX_FRAMES)
 			return UNWIND_ENDED;
-		barrier_var(at);
-		thread->stack.addresses[at & MEMLEAK_MAX_FRAMES] = regs.ip;
-		thread->stack.count = at + 1;
+		keep_frame(&thread->stack, at, &regs);
 	}
 	thread->regs = regs;
 	return UNWIND_ON;

@@ -211,6 +211,8 @@ pub struct Collector {
     unwinder: Option<Unwinder>,
     /// Python interpreters of processes; or why their frames are not read.
     pythons: HashMap<u32, std::result::Result<Interpreter, Unread>>,
+    /// The setting `python_frames`.
+    reads_python: bool,
     notices: Vec<Notice>,
     scans: scans::Scans,
     /// What tracing may cost, by target.
@@ -311,6 +313,7 @@ impl Collector {
             libraries: attach::Libraries::default(),
             unwinder,
             pythons: HashMap::new(),
+            reads_python: c.python_frames,
             notices: Vec::new(),
             scans: scans::Scans::new(config.reachability.clone()),
             budgets,
