@@ -458,7 +458,10 @@ fn info_of(prog: &Program<'_>) -> libbpf_rs::Result<libbpf_sys::bpf_prog_info> {
 
 /// Has the kernel measure what all BPF programs cost, for as long as it lives.
 #[derive(Debug)]
-pub struct Measuring(#[allow(dead_code)] OwnedFd);
+pub struct Measuring {
+    /// The kernel measures while this is open.
+    _enabled: OwnedFd,
+}
 
 impl Measuring {
     /// Begins; costs some 30 ns per run of any program.
@@ -473,7 +476,7 @@ impl Measuring {
             return Err(Error::new(ErrorKind::Kernel, format!("failed to measure BPF programs: {cause}")));
         }
         // SAFETY: a new descriptor that nobody else owns.
-        Ok(Measuring(unsafe { OwnedFd::from_raw_fd(fd) }))
+        Ok(Measuring { _enabled: unsafe { OwnedFd::from_raw_fd(fd) } })
     }
 }
 

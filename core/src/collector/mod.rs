@@ -13,8 +13,9 @@ use memleak_probes::{ErrorKind as ProbeErrorKind, Prices, ProcessEvent, SiteTota
 use crate::config::{Backend, BudgetSettings, Config, Placement, Stacks};
 use crate::governor::{Governor, StopReason};
 use crate::live;
+use crate::maps::Maps;
 use crate::plugin::{self, Plugin};
-use crate::process::{self, ProcessStat};
+use crate::process::{self, ProcDir, ProcessStat};
 use crate::python::{Interpreter, PythonCall, Unread};
 use crate::reachability::scanner::Cost;
 use crate::recording::Location;
@@ -189,8 +190,6 @@ pub enum Notice {
 
 /// See the module.
 pub struct Collector {
-    /// Only with a budget: without one there is nothing to watch over.
-    watchdog: Option<Watchdog>,
     tracker: Userspace,
     /// The kernel, when it is a target.
     kernel: Option<Kernel>,
@@ -201,7 +200,10 @@ pub struct Collector {
     watched: HashMap<u32, Watched>,
     /// Pid and start of every process that is watched or has been refused.
     known: HashSet<(u32, u64)>,
-    /// Behind the tracker, which is thus dropped first: whoever is let go on at the end is not stopped once more.
+    /// Behind the tracker, which is thus dropped first: it helps while there are probes. There are none without processes, and
+    /// the kernel's need it only with a budget.
+    watchdog: Option<Watchdog>,
+    /// Behind the tracker, too: whoever is let go on at the end is not stopped once more.
     launched: Vec<Launched>,
     /// Forked by watched processes and not watched, as far as they may have breakpoints.
     children: Vec<children::Child>,
@@ -265,8 +267,14 @@ impl Collector {
             .map(|budget| BudgetSettings { share: budget.share.filter(|_| !trace_events), ..budget })
             .collect();
         let of_kernel = config.kernel.enabled && config.kernel.budget.is_some();
-        let watched_over = of_kernel || budgets.iter().any(|b| b.share.is_some());
-        let watchdog = watched_over.then(Watchdog::start).transpose()?;
+        let watchdog = (of_kernel || !config.targets.is_empty()).then(Watchdog::start).transpose()?;
+        let mut unwinder = match c.stacks {
+            Stacks::Auto => Unwinder::start(c.unwind_cache.folder().map(Cache::new))?,
+            Stacks::FramePointers => None,
+        };
+        if let Some(unwinder) = &mut unwinder {
+            prepare_tables(unwinder, &mut matcher)?;
+        }
         let settings = memleak_probes::Settings {
             backend: match c.backend {
                 Backend::Auto => None,
@@ -287,7 +295,10 @@ impl Collector {
             stop_children: purpose == Purpose::Run,
         };
         // Targets stay what they are: nothing that needs it can come later.
-        let tracker = Userspace::load(!config.targets.is_empty() || !config.kernel.enabled, settings)?;
+        let mut tracker = Userspace::load(!config.targets.is_empty() || !config.kernel.enabled, settings)?;
+        if let (Some(tracker), Some(watchdog)) = (tracker.loaded_mut(), &watchdog) {
+            tracker.set_witness(watchdog.witness());
+        }
         let mut collector = Collector {
             watchdog,
             tracker,
@@ -310,10 +321,7 @@ impl Collector {
             locations: config.recording.path.is_some().then(HashMap::new),
             generations: Generations::new(config.interval.as_secs_f64()),
             libraries: attach::Libraries::default(),
-            unwinder: match c.stacks {
-                Stacks::Auto => Unwinder::start(c.unwind_cache.folder().map(Cache::new))?,
-                Stacks::FramePointers => None,
-            },
+            unwinder,
             pythons: HashMap::new(),
             reads_python: c.python_frames,
             notices: Vec::new(),
@@ -949,6 +957,17 @@ impl Collector {
         }
         Ok(())
     }
+}
+
+/// Has unwind tables made while the programs are being loaded: for those who are there already.
+fn prepare_tables(unwinder: &mut Unwinder, matcher: &mut Matcher) -> Result<()> {
+    for (process, _) in matcher.scan(&HashSet::new())? {
+        let dir = ProcDir::open_same(process.pid, process.start_ticks);
+        if let Ok((maps, dir)) = dir.and_then(|dir| Ok((Maps::read(&dir)?, dir))) {
+            unwinder.prepare(&maps, &dir);
+        }
+    }
+    Ok(())
 }
 
 fn to_totals(totals: &SiteTotals) -> Totals {
