@@ -274,13 +274,19 @@ pub fn notice_line(notice: &Notice) -> String {
             process.pid,
             visible(&process.comm)
         ),
-        Notice::Sampled { process, mean_bytes } => format!(
-            "{} {}: recording every allocation would exceed the budget; a sample is recorded from here on, one in {} on \
-             average, and numbers are estimates",
-            process.pid,
-            visible(&process.comm),
-            format_bytes(*mean_bytes)
-        ),
+        Notice::Limited { process, what } => format!("{} {}: {what}", process.pid, visible(&process.comm)),
+        Notice::Sampled { process, mean_bytes, too_costly } => {
+            let why =
+                if *too_costly { "recording more would exceed the budget" } else { "there is budget for more again" };
+            let what = match mean_bytes {
+                0 => "every allocation is recorded from here on".to_owned(),
+                n => format!(
+                    "a sample is recorded from here on, one allocation in {} on average, and numbers are estimates",
+                    format_bytes(*n)
+                ),
+            };
+            format!("{} {}: {why}; {what}", process.pid, visible(&process.comm))
+        }
         Notice::Stopped { process, why, cool_down_s } => format!(
             "{} {}: all tracing stopped for {}, because {}",
             process.pid,
@@ -307,13 +313,13 @@ pub fn notice_line(notice: &Notice) -> String {
 /// What a series of scans took, in one line.
 pub fn scan_line(cost: &Cost) -> String {
     let mut line = format!(
-        "{} scan{} of {} in {} told what it can still reach ({} of CPU time, {:.2} GB/s)",
+        "{} scan{} of {} in {} told what it can still reach ({} of CPU time, memory at {:.2} GB/s)",
         cost.scans,
         if cost.scans == 1 { "" } else { "s" },
         format_bytes(cost.read_bytes / u64::from(cost.scans.max(1))),
         format_duration_s(cost.wall_s),
         format_duration_s(cost.cpu_s),
-        cost.read_bytes as f64 / cost.cpu_s.max(1e-9) / 1e9
+        cost.read_bytes as f64 / cost.memory_cpu_s.max(1e-9) / 1e9
     );
     match &cost.stop {
         Some(Stopped::Done { for_s, copied_bytes, cut_short, threads }) => {

@@ -265,7 +265,7 @@ impl SiteReach {
             text.push_str(&format!(", up to {} may be held by the kernel in requests under way", c.in_requests));
         }
         if c.lost_blocks() > 0 && c.device_bytes > 0 {
-            text.push_str(", the process maps memory of a device, which is not read");
+            text.push_str(", the process has memory that is not read (of a device, or that cannot be read)");
         }
         let scans = if c.scans == 1 { "scan" } else { "scans" };
         text.push_str(&format!("; {} {scans}{}", c.scans, if c.still { ", the process standing still" } else { "" }));

@@ -27,7 +27,7 @@ char *odd_interior[19];
 uintptr_t coded[33];
 static uintptr_t turned[31];
 static int epoll_fd;
-static void **shared, **frozen;
+static void **shared, **frozen, **sealed;
 static void *in_registers[IN_REGISTERS];
 static volatile int registers_hold;
 static char *filler;
@@ -174,6 +174,15 @@ SITE static void keep_frozen(void)
 	mprotect(frozen, 4096, PROT_READ);
 }
 
+/* In memory that not even the program may read at the moment. */
+SITE static void keep_sealed(void)
+{
+	sealed = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	for (int i = 0; i < 7; i++)
+		sealed[100 + i] = malloc(707);
+	mprotect(sealed, 4096, PROT_NONE);
+}
+
 SITE static void fill_registers(void)
 {
 	for (int i = 0; i < IN_REGISTERS; i++)
@@ -308,6 +317,7 @@ int main(int argc, char **argv)
 	keep_in_epoll();
 	keep_shared();
 	keep_frozen();
+	keep_sealed();
 	fill_rotated();
 	scrub();
 	if (pthread_create(&threads[0], NULL, grow, NULL) || pthread_create(&threads[1], NULL, rotate, NULL) ||

@@ -25,8 +25,15 @@ fn memory(pid: u32, field: &str) -> u64 {
     line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
 }
 
+/// What memleak has said of each scan.
 fn scans(memleak: &Memleak) -> Vec<String> {
     memleak.stderr().lines().filter(|l| l.contains("told what it can still reach")).map(str::to_owned).collect()
+}
+
+/// The speed that such a line tells, GB per second of CPU time.
+fn speed(line: &str) -> f64 {
+    let number = line.split("memory at ").nth(1).and_then(|rest| rest.split(" GB/s").next());
+    number.and_then(|text| text.parse().ok()).unwrap_or_else(|| panic!("no speed in {line}"))
 }
 
 // 0.8 GB/s per core while the target keeps 95 % of its throughput; at most 64 bytes per block and 64 MB.
@@ -64,14 +71,20 @@ fn bars_of_speed_and_memory() {
     }
     let peak = memory(memleak.pid(), "VmHWM:");
     ratios.sort_by(f64::total_cmp);
+    let mut speeds: Vec<f64> = scans(&memleak).iter().map(|line| speed(line)).collect();
+    speeds.sort_by(f64::total_cmp);
     let per_block = peak.saturating_sub(before) as f64 / outstanding as f64;
     eprintln!(
-        "target's throughput while it is scanned: {:.3} (median of 5); {outstanding} blocks; memory {} MiB before, {} MiB at \
-         most: {per_block:.1} bytes per block",
+        "target's throughput while it is scanned: {:.3}; {:.2} GB/s (medians of 5); {outstanding} blocks; memory {} MiB \
+         before, {} MiB at most: {per_block:.1} bytes per block more, allowed are {} MiB in all",
         ratios[2],
+        speeds[2],
         before >> 20,
-        peak >> 20
+        peak >> 20,
+        (64 * outstanding + (64 << 20)) >> 20
     );
+    assert!(speeds[2] >= 0.8, "{speeds:?} GB/s");
+    assert!(ratios[2] >= 0.95, "{ratios:?} of the target's throughput");
     assert!(peak <= 64 * outstanding + (64 << 20), "{peak} bytes for {outstanding} blocks");
 }
 

@@ -2,7 +2,7 @@
 
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use memleak_tests::{
@@ -85,6 +85,7 @@ fn check_what_is_held(snapshot: &Snapshot, by_name: bool) {
         ("keep_in_epoll", 7, "data that the kernel keeps for epoll or a timer"),
         ("keep_shared", 7, "shared memory"),
         ("keep_frozen", 7, "memory that is not tracked"),
+        ("keep_sealed", 7, "memory that is not tracked"),
         // Wherever the scan comes by, some are somewhere else.
         ("fill_rotated", 2000, "global rotated"),
     ] {
@@ -103,7 +104,7 @@ fn check_what_is_held(snapshot: &Snapshot, by_name: bool) {
     assert!(cache.starts_with("global newest") || cache.starts_with("global oldest"), "{cache}");
 }
 
-// Lost, indirectly lost, ring, interior, global, stack, thread-local, kernel, shared, read-only, coded, freed later, growing,
+// Lost, indirectly lost, ring, interior, global, stack, thread-local, kernel, shared, read-only, sealed, coded, freed later, growing,
 // cached and moved blocks: each verdict right, the program unstopped. Only registers need the stop.
 #[test]
 fn every_shape_is_told_apart() {
@@ -397,6 +398,69 @@ fn doctor_plans_a_scan() {
         .and_then(|n| n.parse().ok())
         .unwrap_or_else(|| panic!("{line}"));
     assert!((64.0..80.0).contains(&mib), "{line}");
+}
+
+// Runtimes that move their objects, or pack what refers to them, are refused by name: everything would look lost.
+#[test]
+fn runtimes_that_move_objects_are_refused() {
+    needs!(Feature::Bpf, Feature::Command("node"), Feature::Command("go"));
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let jvm = folder.path().join("libjvm.so");
+    std::fs::copy(program_path("libpool.so").expect("it was built"), &jvm).expect("it can be copied");
+    let mut node = Command::new("node");
+    node.args(["-e", "setTimeout(() => {}, 60000)"]);
+    // It waits for what comes from its input.
+    let mut go = Command::new("go");
+    go.args(["mod", "edit", "-json", "/dev/stdin"]).env("HOME", folder.path()).stdout(Stdio::null());
+    let mut java = Command::new("sleep");
+    java.arg("60").env("LD_PRELOAD", &jvm);
+    for (mut command, runtime) in
+        [(node, "the V8 engine of node"), (go, "the Go runtime"), (java, "the Java virtual machine")]
+    {
+        let mut child = command.stdin(Stdio::piped()).spawn().expect("it starts");
+        // What it is shows when its libraries are mapped.
+        std::thread::sleep(Duration::from_millis(500));
+        let pid = child.id().to_string();
+        let (_, stdout, stderr) = output_within(memleak_command().args(["doctor", "-p", &pid]));
+        let expected = format!("no verdict on leak or cache: failed to scan process {pid}: {runtime} moves");
+        assert!(stdout.contains(&expected), "{runtime}: {stdout}{stderr}");
+        child.kill().expect("our child");
+        child.wait().expect("our child");
+    }
+}
+
+// Without CAP_SYS_PTRACE a process with more rights cannot be read; what is missing is said by name.
+#[test]
+fn what_a_scan_lacks_is_named() {
+    needs!(Feature::Bpf, Feature::Command("setpriv"));
+    let program = Program::start("shapes");
+    let pid = program.pid().to_string();
+    let mut command = Command::new("setpriv");
+    command.args(["--inh-caps=-sys_ptrace", "--bounding-set=-sys_ptrace"]).arg(memleak_command().get_program());
+    let (_, stdout, stderr) = output_within(command.args(["doctor", "-p", &pid]));
+    assert!(format!("{stdout}{stderr}").contains("CAP_SYS_PTRACE"), "{stdout}{stderr}");
+}
+
+// With more blocks than a scan may judge, those of suspected sites come first, and it is told.
+#[test]
+fn suspects_come_first_when_there_are_too_many_blocks() {
+    needs!(Feature::Bpf);
+    let rules = tempfile::tempdir().expect("a folder can be made");
+    let rule = "return { name = 'ask', description = 'asks', params = {}, evaluate = function(site, p)\n\
+                if site.outstanding_count == 5000 then return { scan = true } end end }";
+    std::fs::write(rules.path().join("ask.lua"), rule).expect("the rule can be written");
+    let mut program = Program::start("shapes");
+    let dir = rules.path().to_str().expect("it is text");
+    let settings = ["reachability.automatic=false", "reachability.every=2s", "reachability.max_blocks=6000"];
+    let mut args: Vec<&str> = settings.iter().flat_map(|s| ["--set", s]).collect();
+    args.extend(["--rules", dir]);
+    let mut memleak = Memleak::watch_with(program.pid(), &args);
+    memleak.settled();
+    program.step("done");
+    let snapshot =
+        memleak.wait_until("a scan of suspects", |s| reach(s, "lose_many").is_some_and(|r| r.verdict == "definite"));
+    memleak.wait_for_message("only those of suspected sites were judged");
+    assert!(reach(&snapshot, "insert").is_none() && reach(&snapshot, "lose").is_none());
 }
 
 // A rule may ask for a scan of the process before it makes up its mind, also where scans are not automatic.

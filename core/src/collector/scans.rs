@@ -8,6 +8,7 @@ use super::{Collector, Life, Notice};
 use crate::config::ReachabilitySettings;
 use crate::error::Result;
 use crate::reachability::Limits;
+use crate::reachability::plan::Plan;
 use crate::reachability::scanner::Options;
 use crate::reachability::service::{Outcome, Service, Step, Subject, Way};
 use crate::snapshot::{Process, ReachStep, ReachWay, Site, SiteKey, SiteReach};
@@ -115,11 +116,10 @@ impl Collector {
         let options = s.options(exact);
         let subject = self.subject(instance, &watched.process, suspects);
         // The resident set is about what is read, and known already.
-        let bytes = watched.usage.rss_bytes;
-        let about_s = f64::from(s.limits.scans) * bytes as f64 / PLANNED_SPEED / s.core_share;
-        if about_s >= ANNOUNCED_S {
-            let process = Arc::clone(&watched.process);
-            self.notices.push(Notice::Scanning { process, bytes, scans: s.limits.scans, about_s });
+        let plan = Plan::of(watched.usage.rss_bytes, PLANNED_SPEED, &options);
+        if plan.about_s >= ANNOUNCED_S {
+            let Plan { bytes, scans, about_s, .. } = plan;
+            self.notices.push(Notice::Scanning { process: Arc::clone(&watched.process), bytes, scans, about_s });
         }
         self.scans.service.start(subject, self.tracker.get()?.block_reader()?, options)
     }
@@ -137,6 +137,7 @@ impl Collector {
             limits: Limits { min_lost: 1, ..s.limits },
             min_age: Duration::ZERO,
             core_share: 1.0,
+            bandwidth: f64::INFINITY,
             stop: None,
             still: true,
             ..s.options(watched.governor.is_exact())

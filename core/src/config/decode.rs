@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::read::{Reader, Section, boolean, size, string, wrong_type};
 use super::tree::{Entries, Node, Problem, Value};
 use super::{Backend, Budget, Config, Latency, Placement, Stacks, TargetSpec, UnwindCache, WebhookSettings};
-use crate::units::{Bytes, format_duration, parse_duration};
+use crate::units::{Bytes, format_duration, parse_duration, parse_rate};
 
 const MS: Duration = Duration::from_millis(1);
 const DAY: Duration = Duration::from_secs(86_400);
@@ -75,6 +75,7 @@ fn collector(mut s: Section<'_>, config: &mut Config) {
     }
     s.choice("placement", &[("best", Placement::Best), ("entry", Placement::Entry)], &mut c.placement);
     s.choice("stacks", &[("auto", Stacks::Auto), ("frame-pointers", Stacks::FramePointers)], &mut c.stacks);
+    s.boolean("python_frames", &mut c.python_frames);
     if let Some(cache) = s.read("unwind_cache", unwind_cache) {
         c.unwind_cache = cache;
     }
@@ -177,11 +178,24 @@ fn set_percent(s: &mut Section<'_>, key: &str, out: &mut f64) {
     }
 }
 
+/// Bytes per second: a string such as "1GiB/s".
+fn bandwidth(node: &Node) -> Result<f64, String> {
+    let text = string(node)?;
+    match parse_rate(text)? {
+        rate if rate >= (1_u32 << 20).into() => Ok(rate),
+        _ => Err(format!("{text:?} is too little: it must be at least 1MiB/s")),
+    }
+}
+
 fn reachability(mut s: Section<'_>, config: &mut Config) {
     let r = &mut config.reachability;
     s.boolean("automatic", &mut r.automatic);
     s.duration("every", 1000 * MS..=DAY, &mut r.every);
     set_percent(&mut s, "core_share", &mut r.core_share);
+    if let Some(value) = s.read("max_bandwidth", bandwidth) {
+        r.max_bandwidth = value;
+    }
+    s.integer("max_blocks", 1_000..=1 << 30, &mut r.max_blocks);
     s.bytes("max_memory", Bytes(1 << 20)..=Bytes(1 << 50), &mut r.max_memory);
     s.choice("stop", &[("never", false), ("brief", true)], &mut r.stop);
     s.duration("max_stop", MS..=1000 * MS, &mut r.max_stop);

@@ -219,6 +219,8 @@ pub struct CollectorSettings {
     pub sample_bytes: Bytes,
     /// How call stacks are taken.
     pub stacks: Stacks,
+    /// Whether frames of Python functions are read.
+    pub python_frames: bool,
     /// Where unwind tables are kept on disk.
     pub unwind_cache: UnwindCache,
     /// Which instruction of a function is probed.
@@ -238,6 +240,7 @@ impl Default for CollectorSettings {
             min_size: Bytes(0),
             sample_bytes: Bytes(0),
             stacks: Stacks::default(),
+            python_frames: true,
             unwind_cache: UnwindCache::default(),
             placement: Placement::default(),
             budget: BudgetSettings::default(),
@@ -494,6 +497,10 @@ pub struct ReachabilitySettings {
     pub every: Duration,
     /// Part of one core that a scan may use, above 0 to 1.
     pub core_share: f64,
+    /// Bytes of a process's memory that a scan may read per second.
+    pub max_bandwidth: f64,
+    /// With more outstanding blocks only those of suspected sites are judged.
+    pub max_blocks: usize,
     /// Processes with more writable memory are not scanned.
     pub max_memory: Bytes,
     /// Stop the process for a moment at the end of a series, for registers and a copy of memory.
@@ -514,6 +521,8 @@ impl ReachabilitySettings {
             // Of what was allocated in a window nobody knows the frees: it must be older to be judged.
             min_age: Duration::from_secs(if exact { 1 } else { 10 }),
             core_share: self.core_share,
+            bandwidth: self.max_bandwidth,
+            max_blocks: self.max_blocks,
             max_bytes: self.max_memory.0,
             stop: self.stop.then_some(self.max_stop),
             still: false,
@@ -528,6 +537,8 @@ impl Default for ReachabilitySettings {
             automatic: true,
             every: Duration::from_secs(60),
             core_share: 0.5,
+            max_bandwidth: (1_u64 << 30) as f64,
+            max_blocks: 16 << 20,
             max_memory: Bytes(64 << 30),
             stop: false,
             max_stop: Duration::from_millis(50),

@@ -97,6 +97,7 @@ fn every_key_reaches_its_field() {
         sample_bytes = "16KiB"
         placement = "entry"
         stacks = "frame-pointers"
+        python_frames = false
         unwind_cache = "u"
         budget = "6%"
         budget_floor = "7 %"
@@ -144,6 +145,8 @@ fn every_key_reaches_its_field() {
         automatic = false
         every = "27s"
         core_share = "28%"
+        max_bandwidth = "37MiB/s"
+        max_blocks = 3800
         max_memory = "29MiB"
         stop = "brief"
         max_stop = "33ms"
@@ -217,6 +220,7 @@ fn every_key_reaches_its_field() {
             sample_bytes: Bytes(16 << 10),
             placement: Placement::Entry,
             stacks: Stacks::FramePointers,
+            python_frames: false,
             unwind_cache: UnwindCache::Folder("u".into()),
             budget: BudgetSettings {
                 share: Some(0.06),
@@ -259,6 +263,8 @@ fn every_key_reaches_its_field() {
             automatic: false,
             every: secs(27),
             core_share: 0.28,
+            max_bandwidth: f64::from(37 << 20),
+            max_blocks: 3800,
             max_memory: Bytes(29 << 20),
             stop: true,
             max_stop: Duration::from_millis(33),

@@ -2,7 +2,8 @@
 //!
 //! Memory is shown to a [`Scan`] piece by piece. A reference from a root or from a block that is already known to be
 //! reached marks its block at once; one from any other block is kept until the walk at the end. What is kept is
-//! bounded: blocks whose references do not fit are read a second time if the walk comes to them.
+//! bounded: blocks whose references do not fit are read a second time if the walk comes to them. The walk can be given up,
+//! and told to rest, like the reading.
 //!
 //! References differ in strength. One to a block's start is strong. So is one to an offset at which most blocks of the
 //! site are referenced ([`Learned`]): allocators' and strings' headers, members of intrusive lists. Any other reference
@@ -11,8 +12,9 @@
 use std::collections::{HashMap, VecDeque};
 
 use super::coded::Coded;
-use super::index::Index;
+use super::index::{ADDRESS_BITS, Hit, Index, fetch};
 use super::memory::Memory;
+use crate::error::Result;
 
 /// References are kept for so many per block, on average, and this many more.
 const KEPT_PER_BLOCK: usize = 1;
@@ -22,10 +24,15 @@ const LARGE: u64 = 64 << 10;
 /// Bytes read at once in the walk.
 const CHUNK: usize = 1 << 20;
 /// Bits of an address that hold the address: the rest may be a tag (`NaN` boxing, top-byte tags).
-const UNTAGGED: u64 = (1 << 47) - 1;
+const UNTAGGED: u64 = (1 << ADDRESS_BITS) - 1;
+/// Blocks of the walk between two rests.
+const STEPS: u32 = 1024;
+/// So many blocks ahead of the walk what it needs is fetched.
+const AHEAD: usize = 8;
 
-/// Blocks of each site whose offsets are looked at.
+/// Blocks of each site whose offsets are looked at, and of all sites together.
 const SAMPLED_PER_SITE: u32 = 128;
+const SAMPLED: usize = 1 << 17;
 /// Offsets that are kept for each of them.
 const OFFSETS_PER_BLOCK: usize = 8;
 /// Fewest sampled blocks that say something about their site.
@@ -40,13 +47,14 @@ const WEAK: u8 = 2;
 const TAGGED: u8 = 4;
 /// Its references are not kept: it is read again when the walk comes to it.
 const REREAD: u8 = 8;
-const SAMPLED: u8 = 16;
+const IN_SAMPLE: u8 = 16;
 /// Referenced by a block that is lost itself.
 const INDIRECT: u8 = 32;
 
-/// In a kept reference: it is weak.
-const WEAK_EDGE: u64 = 1 << 31;
-const TARGET: u64 = WEAK_EDGE - 1;
+/// In a kept reference: it is weak; it is the last of its source.
+const WEAK_EDGE: u32 = 1 << 31;
+const LAST_EDGE: u32 = 1 << 30;
+const TARGET: u32 = LAST_EDGE - 1;
 /// In `parents`: the reference came from the block with this number, not from an address.
 const FROM_BLOCK: u64 = 1 << 63;
 
@@ -67,18 +75,33 @@ pub enum Reach {
 
 /// Per site: offsets behind a block's start at which most of its blocks are referenced, ascending.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Learned(HashMap<u32, Vec<u64>>);
+pub struct Learned(Vec<Vec<u64>>);
 
 impl Learned {
     /// Whether blocks of a site are habitually referenced at an offset.
     fn knows(&self, site: u32, offset: u64) -> bool {
-        self.0.get(&site).is_some_and(|offsets| offsets.binary_search(&offset).is_ok())
+        self.offsets(site).binary_search(&offset).is_ok()
     }
 
     /// The offsets of a site, ascending; empty when none is known.
     pub fn offsets(&self, site: u32) -> &[u64] {
-        self.0.get(&site).map_or(&[], Vec::as_slice)
+        self.0.get(site as usize).map_or(&[], Vec::as_slice)
     }
+
+    fn add(&mut self, site: u32, offset: u64) {
+        let offsets = at(&mut self.0, site);
+        if let Err(place) = offsets.binary_search(&offset) {
+            offsets.insert(place, offset);
+        }
+    }
+}
+
+/// The entry of a site in a table that grows as needed.
+fn at<T: Clone + Default>(table: &mut Vec<T>, site: u32) -> &mut T {
+    if table.len() <= site as usize {
+        table.resize(site as usize + 1, T::default());
+    }
+    &mut table[site as usize]
 }
 
 /// Where a reference is.
@@ -110,30 +133,42 @@ pub struct Scan<'a> {
     learned: &'a Learned,
     flags: Vec<u8>,
     parents: Vec<u64>,
-    /// Kept references: source in the upper half, strength and target in the lower.
-    edges: Vec<u64>,
+    /// Kept references: target, strength, and whether another one of the same source follows.
+    edges: Vec<u32>,
+    /// Per block: one more than the place of its first kept reference; 0 when none is kept.
+    first_edges: Vec<u32>,
+    /// The block whose references were kept last: they lie together.
+    newest_source: u32,
     most_edges: usize,
     /// Reached, and not yet walked from.
     queue: VecDeque<u32>,
     offsets: HashMap<u32, Vec<u64>>,
-    words: u64,
     /// Looks for pointers that were XOR-ed.
     coded: Option<&'a mut Coded>,
-    /// Looks for free lists; see [`Scan::with_free_lists`].
-    free_lists: Option<FreeLists>,
+    /// Blocks in glibc's lists of free blocks; see [`Scan::with_free_lists`].
+    linked: Option<Vec<u32>>,
 }
 
-/// glibc's lists of free blocks: their links are XOR-ed with where they lie, shifted by 12 ("safe linking", glibc 2.32).
-#[derive(Debug, Default)]
-struct FreeLists {
-    /// Upper bits of the addresses of blocks, from and to.
-    span: (u64, u64),
-    /// Blocks that such a link leads to.
-    linked: Vec<u32>,
+/// What the walk at the end of a scan needs beside the scan.
+struct Walk<'w> {
+    memory: &'w mut dyn Memory,
+    buffer: Vec<u8>,
+    go_on: &'w mut dyn FnMut() -> Result<()>,
+    steps: u32,
 }
 
-/// A link differs from an address in fewer low bits than this.
-const LINK_BITS: u32 = 36;
+impl Walk<'_> {
+    /// To be called for every block.
+    fn step(&mut self) -> Result<()> {
+        self.steps += 1;
+        if self.steps < STEPS {
+            return Ok(());
+        }
+        self.steps = 0;
+        (self.go_on)()
+    }
+}
+
 /// Most blocks in free lists that are kept.
 const MAX_LINKED: usize = 1 << 20;
 /// Links of fast bins lead to the header, which lies so many bytes before the block.
@@ -150,12 +185,13 @@ impl<'a> Scan<'a> {
             flags: vec![0; count],
             parents: vec![0; count],
             edges: Vec::new(),
-            most_edges: count * KEPT_PER_BLOCK + KEPT_MORE,
+            first_edges: vec![0; count],
+            newest_source: u32::MAX,
+            most_edges: (count * KEPT_PER_BLOCK + KEPT_MORE).min(u32::MAX as usize),
             queue: VecDeque::new(),
             offsets: HashMap::new(),
-            words: 0,
             coded: None,
-            free_lists: None,
+            linked: None,
         };
         scan.choose_samples();
         scan
@@ -167,41 +203,46 @@ impl<'a> Scan<'a> {
         self
     }
 
-    /// Also looks for blocks in glibc's free lists: they have been freed, and nobody saw it.
+    /// Also looks for blocks in glibc's free lists: they have been freed, and nobody saw it. The links of those lists are
+    /// XOR-ed with where they lie, shifted by 12 ("safe linking", glibc 2.32).
     pub fn with_free_lists(mut self) -> Self {
-        let blocks = self.index.blocks();
-        let upper = |block: Option<&super::Block>| block.map_or(0, |b| b.address >> LINK_BITS);
-        self.free_lists = Some(FreeLists { span: (upper(blocks.first()), upper(blocks.last())), linked: Vec::new() });
+        self.linked = Some(Vec::new());
         self
     }
 
-    /// Looks whether the word at the start of a free block is a link to another one.
-    fn look_at_link(&mut self, at: u64, word: u64) {
-        let Some(lists) = &mut self.free_lists else { return };
-        let upper = word >> LINK_BITS;
-        if upper < lists.span.0 || upper > lists.span.1 || lists.linked.len() >= MAX_LINKED {
+    /// Looks whether the word at a place where a free block may begin is a link to another one.
+    fn look_at_link(&mut self, place: u64, word: u64) {
+        let address = word ^ (place >> 12);
+        let starts = [address, address.wrapping_add(HEADER)];
+        if !starts.iter().any(|start| self.index.may_find(*start)) {
             return;
         }
-        let address = word ^ (at >> 12);
-        for start in [address, address.wrapping_add(HEADER)] {
-            if let Some((target, 0)) = self.index.find(start) {
-                lists.linked.push(target);
+        // Within a block there is only what was left over in it.
+        if matches!(self.index.find(place), Some((_, offset)) if offset > 0) {
+            return;
+        }
+        let targets = starts.iter().filter_map(|start| self.index.find(*start));
+        for (target, _) in targets.filter(|(_, offset)| *offset == 0) {
+            if let Some(linked) = self.linked.as_mut().filter(|linked| linked.len() < MAX_LINKED) {
+                linked.push(target);
             }
         }
     }
 
     /// Blocks spread evenly over each site's.
     fn choose_samples(&mut self) {
-        let mut sizes: HashMap<u32, u32> = HashMap::new();
+        let mut sizes: Vec<u32> = Vec::new();
         for block in self.index.blocks() {
-            *sizes.entry(block.site).or_default() += 1;
+            *at(&mut sizes, block.site) += 1;
         }
-        let mut seen: HashMap<u32, u32> = HashMap::new();
+        let sites = sizes.iter().filter(|size| **size > 0).count();
+        let most = (SAMPLED / sites.max(1)).clamp(MIN_SAMPLED as usize, SAMPLED_PER_SITE as usize) as u32;
+        let mut seen = vec![0_u32; sizes.len()];
         for (block, flags) in self.index.blocks().iter().zip(&mut self.flags) {
-            let stride = sizes[&block.site].div_ceil(SAMPLED_PER_SITE);
-            let number = seen.entry(block.site).or_default();
+            let stride = sizes[block.site as usize].div_ceil(most);
+            let number = &mut seen[block.site as usize];
             if number.is_multiple_of(stride) {
-                *flags |= SAMPLED;
+                *flags |= IN_SAMPLE;
             }
             *number += 1;
         }
@@ -209,105 +250,86 @@ impl<'a> Scan<'a> {
 
     /// Shows the scan what lies at `address` (a multiple of 8; a rest of less than 8 bytes is left out).
     pub fn visit(&mut self, address: u64, bytes: &[u8]) {
-        let mut at = address;
-        let mut rest = bytes;
-        let mut next = self.index.first_ending_behind(address);
-        while rest.len() >= 8 {
-            // A stretch of memory within one block, or between blocks.
-            let (source, until) = match self.index.blocks().get(next as usize) {
-                Some(b) if b.address <= at => (Some(next), b.end()),
-                Some(b) => (None, b.address),
-                None => (None, u64::MAX),
-            };
-            let length = (until - at).next_multiple_of(8).min((rest.len() & !7) as u64) as usize;
-            let (stretch, behind) = rest.split_at(length);
-            match source {
-                Some(number) => self.visit_block(number, at, stretch),
-                None => self.visit_root(at, stretch),
-            }
-            at += length as u64;
-            rest = behind;
-            while self.index.blocks().get(next as usize).is_some_and(|b| b.end() <= at) {
-                next += 1;
+        let words = bytes.as_chunks::<8>().0;
+        self.look_behind_tags(words);
+        if self.linked.is_some() {
+            // Blocks begin at multiples of 16.
+            let first = usize::from(!address.is_multiple_of(16));
+            for (n, word) in words.iter().enumerate().skip(first).step_by(2) {
+                self.look_at_link(address + 8 * n as u64, u64::from_ne_bytes(*word));
             }
         }
+        let index = self.index;
+        let mut next = index.first_ending_behind(address);
+        index.find_all(words, |hits| {
+            for hit in hits {
+                fetch(&self.flags, hit.block as usize);
+                fetch(&self.parents, hit.block as usize);
+            }
+            for hit in hits {
+                let place = address + 8 * hit.place as u64;
+                while index.blocks().get(next as usize).is_some_and(|b| b.end() <= place) {
+                    next += 1;
+                }
+                let is_within = index.blocks().get(next as usize).is_some_and(|b| b.address <= place);
+                let strong = self.is_strong(hit.block, hit.offset);
+                if !is_within {
+                    self.reach(hit.block, strong, Referrer::Root(place));
+                } else if self.flags[next as usize] & STRONG != 0 {
+                    self.reach(hit.block, strong, Referrer::Block(next));
+                } else {
+                    self.keep(next, hit.block, strong);
+                }
+            }
+        });
     }
 
     /// A root that is no memory: a register's value. `address` says in [`Marked::referrer`] where it came from.
     pub fn visit_register(&mut self, address: u64, value: u64) {
-        self.visit_root(address, &value.to_ne_bytes());
-    }
-
-    fn visit_root(&mut self, address: u64, bytes: &[u8]) {
-        for (i, word) in words(bytes).enumerate() {
-            let at = address + 8 * i as u64;
-            if let Some((target, strong)) = self.target(word) {
-                self.reach(target, strong, Referrer::Root(at));
-            }
-            if self.free_lists.is_some() && at.is_multiple_of(16) {
-                self.look_at_link(at, word);
-            }
+        self.look_behind_tags(&[value.to_ne_bytes()]);
+        if let Some((target, offset)) = self.index.find(value) {
+            let strong = self.is_strong(target, offset);
+            self.reach(target, strong, Referrer::Root(address));
         }
     }
 
-    fn visit_block(&mut self, source: u32, at: u64, bytes: &[u8]) {
-        if self.free_lists.is_some()
-            && self.index.blocks()[source as usize].address == at
-            && let Some(word) = words(bytes).next()
-        {
-            self.look_at_link(at, word);
-        }
-        let flags = self.flags[source as usize];
-        if flags & STRONG != 0 {
-            return self.follow(source, true, bytes);
-        }
-        if self.index.blocks()[source as usize].size >= LARGE {
-            self.flags[source as usize] |= REREAD;
-        }
-        // Its references are needed in any case to learn offsets.
-        for word in words(bytes) {
-            let Some((target, strong)) = self.target(word) else { continue };
-            if target == source || self.flags[source as usize] & REREAD != 0 {
-                continue;
-            }
-            let edge = u64::from(source) << 32 | u64::from(target) | if strong { 0 } else { WEAK_EDGE };
-            if self.edges.last() == Some(&edge) {
-                continue;
-            }
-            if self.edges.len() == self.most_edges {
-                self.flags[source as usize] |= REREAD;
-            } else {
-                self.edges.push(edge);
-            }
-        }
-    }
-
-    /// Marks what the content of a reached block refers to.
-    fn follow(&mut self, source: u32, strongly: bool, bytes: &[u8]) {
-        for word in words(bytes) {
-            if let Some((target, strong)) = self.target(word) {
-                self.reach(target, strong && strongly, Referrer::Block(source));
-            }
-        }
-    }
-
-    /// The block that a word refers to, and whether strongly.
-    #[inline]
-    fn target(&mut self, word: u64) -> Option<(u32, bool)> {
-        self.words += 1;
-        let Some((target, offset)) = self.index.find(word) else {
-            if word > UNTAGGED {
-                self.look_behind_tag(word);
-            }
-            return None;
-        };
+    /// Whether a reference so far behind a block's start is one that counts. Habits are learned from it.
+    fn is_strong(&mut self, target: u32, offset: u64) -> bool {
         if offset == 0 {
-            return Some((target, true));
+            return true;
         }
-        if self.flags[target as usize] & SAMPLED != 0 {
+        if self.flags[target as usize] & IN_SAMPLE != 0 {
             self.note_offset(target, offset);
         }
-        Some((target, self.learned.knows(self.index.blocks()[target as usize].site, offset)))
+        self.learned.knows(self.index.blocks()[target as usize].site, offset)
+    }
+
+    /// Keeps a reference for the walk.
+    fn keep(&mut self, source: u32, target: u32, strong: bool) {
+        let edge = if strong { target } else { target | WEAK_EDGE };
+        let number = source as usize;
+        // What is reached strongly already needs no other reference, and will not be lost.
+        if target == source || self.flags[number] & REREAD != 0 || self.flags[target as usize] & STRONG != 0 {
+            return;
+        }
+        let is_first = self.first_edges[number] == 0;
+        let goes_on = !is_first && self.newest_source == source;
+        if goes_on && self.edges.last() == Some(&(edge | LAST_EDGE)) {
+            return;
+        }
+        // A block that is seen in two parts, with others between them, is no exception worth more memory.
+        let is_apart = !is_first && !goes_on;
+        if is_apart || self.edges.len() >= self.most_edges || self.index.blocks()[number].size >= LARGE {
+            self.flags[number] |= REREAD;
+            return;
+        }
+        if is_first {
+            self.first_edges[number] = self.edges.len() as u32 + 1;
+        } else if let Some(last) = self.edges.last_mut() {
+            *last &= !LAST_EDGE;
+        }
+        self.newest_source = source;
+        self.edges.push(edge | LAST_EDGE);
     }
 
     #[cold]
@@ -318,13 +340,21 @@ impl<'a> Scan<'a> {
         }
     }
 
-    /// A word whose upper bits are set is no address, but may be one with a tag.
-    fn look_behind_tag(&mut self, word: u64) {
-        if let Some(coded) = &mut self.coded {
-            coded.see(word);
-        }
-        if let Some((target, 0)) = self.index.find(word & UNTAGGED) {
-            self.flags[target as usize] |= TAGGED;
+    /// Words whose upper bits are set are no addresses, but may be ones with a tag.
+    fn look_behind_tags(&mut self, words: &[[u8; 8]]) {
+        for word in words {
+            let word = u64::from_ne_bytes(*word);
+            if word <= UNTAGGED {
+                continue;
+            }
+            if let Some(coded) = &mut self.coded {
+                coded.see(word);
+            }
+            if self.index.may_find(word & UNTAGGED)
+                && let Some((target, 0)) = self.index.find(word & UNTAGGED)
+            {
+                self.flags[target as usize] |= TAGGED;
+            }
         }
     }
 
@@ -342,43 +372,50 @@ impl<'a> Scan<'a> {
     }
 
     /// Walks from what was reached and says how each block can be. `memory` is read again for blocks whose references
-    /// were not kept.
-    pub fn finish(mut self, memory: &mut dyn Memory) -> Marked {
-        self.edges.sort_unstable();
-        self.edges.dedup();
-        let mut buffer = vec![0; CHUNK];
+    /// were not kept; `go_on` is called now and then.
+    ///
+    /// # Errors
+    /// Those of `go_on`, which end the walk.
+    pub fn finish(mut self, memory: &mut dyn Memory, go_on: &mut dyn FnMut() -> Result<()>) -> Result<Marked> {
+        let mut walk = Walk { memory, buffer: vec![0; CHUNK], go_on, steps: 0 };
         // Breadth first, so that the way back to the root is short.
         while let Some(block) = self.queue.pop_front() {
-            self.walk_from(block, true, memory, &mut buffer);
+            self.look_ahead();
+            self.walk_from(block, true, &mut walk)?;
         }
         // Then onwards from what only a weak reference or a tagged pointer reaches: all that follows is only possible.
         self.queue = numbers(&self.flags, |f| f & STRONG == 0 && f & (WEAK | TAGGED) != 0).into();
         while let Some(block) = self.queue.pop_front() {
-            self.walk_from(block, false, memory, &mut buffer);
+            self.walk_from(block, false, &mut walk)?;
         }
-        self.tell_indirect(memory, &mut buffer);
+        self.tell_indirect(&mut walk)?;
         let learned = self.learn();
-        let mut linked = self.free_lists.map(|lists| lists.linked).unwrap_or_default();
+        let mut linked = self.linked.unwrap_or_default();
         linked.sort_unstable();
         linked.dedup();
-        Marked { flags: self.flags, parents: self.parents, learned, words: self.words, linked }
+        Ok(Marked { flags: self.flags, parents: self.parents, learned, linked })
     }
 
-    fn walk_from(&mut self, block: u32, strongly: bool, memory: &mut dyn Memory, buffer: &mut [u8]) {
-        let first = self.edges.partition_point(|e| e >> 32 < u64::from(block));
-        for at in first..self.edges.len() {
-            let edge = self.edges[at];
-            if edge >> 32 != u64::from(block) {
-                break;
-            }
-            let target = (edge & TARGET) as u32;
-            self.reach_onwards(target, strongly, edge & WEAK_EDGE == 0, block);
+    /// Fetches what the walk will need of the blocks that are next: they lie all over the tables.
+    fn look_ahead(&self) {
+        let first_edge = |block: &u32| (self.first_edges[*block as usize] as usize).checked_sub(1);
+        if let Some(block) = self.queue.get(3 * AHEAD) {
+            fetch(&self.first_edges, *block as usize);
         }
-        if self.flags[block as usize] & REREAD != 0 {
-            self.read_again(block, memory, buffer, &mut |scan, target, strong| {
-                scan.reach_onwards(target, strongly, strong, block);
-            });
+        if let Some(edge) = self.queue.get(2 * AHEAD).and_then(first_edge) {
+            fetch(&self.edges, edge);
         }
+        if let Some(edge) = self.queue.get(AHEAD).and_then(first_edge) {
+            let target = (self.edges[edge] & TARGET) as usize;
+            fetch(&self.flags, target);
+            fetch(&self.parents, target);
+        }
+    }
+
+    fn walk_from(&mut self, block: u32, strongly: bool, walk: &mut Walk<'_>) -> Result<()> {
+        self.for_each_target(block, walk, &mut |scan, target, strong| {
+            scan.reach_onwards(target, strongly, strong, block);
+        })
     }
 
     /// As [`Scan::reach`], from a block in the walk. In the second walk, which is not `strongly`, what is newly reached
@@ -391,47 +428,60 @@ impl<'a> Scan<'a> {
         }
     }
 
-    /// Calls `visit` with every block that the content of `block` refers to.
-    fn read_again(
+    /// Calls `visit` with the target of every reference in a block, and whether it is strong.
+    fn for_each_target(
         &mut self,
         block: u32,
-        memory: &mut dyn Memory,
-        buffer: &mut [u8],
+        walk: &mut Walk<'_>,
         visit: &mut dyn FnMut(&mut Self, u32, bool),
-    ) {
-        let b = self.index.blocks()[block as usize];
+    ) -> Result<()> {
+        walk.step()?;
+        let mut next = self.first_edges[block as usize] as usize;
+        while let Some(edge) = next.checked_sub(1).and_then(|at| self.edges.get(at).copied()) {
+            visit(self, edge & TARGET, edge & WEAK_EDGE == 0);
+            next = if edge & LAST_EDGE == 0 { next + 1 } else { 0 };
+        }
+        if self.flags[block as usize] & REREAD == 0 {
+            return Ok(());
+        }
+        let (index, learned) = (self.index, self.learned);
+        let b = index.blocks()[block as usize];
         let mut at = b.address.next_multiple_of(8);
         while at < b.end() {
-            let want = ((b.end() - at) as usize).min(buffer.len());
-            let got = memory.read(at, &mut buffer[..want]);
-            for word in words(&buffer[..got]) {
-                if let Some((target, strong)) = self.target(word) {
-                    visit(self, target, strong);
+            (walk.go_on)()?;
+            let want = ((b.end() - at) as usize).min(walk.buffer.len());
+            let got = walk.memory.read(at, &mut walk.buffer[..want]);
+            index.find_all(walk.buffer[..got].as_chunks::<8>().0, |hits| {
+                hits.iter().for_each(|hit| fetch(&self.flags, hit.block as usize));
+                for Hit { block, offset, .. } in hits {
+                    let strong = *offset == 0 || learned.knows(index.blocks()[*block as usize].site, *offset);
+                    visit(self, *block, strong);
                 }
-            }
+            });
             // What cannot be read refers to nothing.
             at = match got {
-                0 => memory.behind_gap(at),
+                0 => walk.memory.behind_gap(at),
                 _ => at.saturating_add(got.next_multiple_of(8) as u64),
             };
         }
+        Ok(())
     }
 
     /// Of the lost blocks, those that others of them refer to. Of a ring that nothing else refers to, the first block
     /// stands for all.
-    fn tell_indirect(&mut self, memory: &mut dyn Memory, buffer: &mut [u8]) {
+    fn tell_indirect(&mut self, walk: &mut Walk<'_>) -> Result<()> {
         let lost: Vec<bool> = self.flags.iter().map(|f| f & (STRONG | WEAK | TAGGED) == 0).collect();
         if !lost.contains(&true) {
-            return;
+            return Ok(());
         }
         let numbers = 0..lost.len() as u32;
         let mut referenced = vec![false; lost.len()];
         for block in numbers.clone().filter(|b| lost[*b as usize]) {
-            self.for_each_target(block, memory, buffer, &mut |target| {
+            self.for_each_target(block, walk, &mut |_, target, _| {
                 if target != block && lost[target as usize] {
                     referenced[target as usize] = true;
                 }
-            });
+            })?;
         }
         let mut walked = vec![false; lost.len()];
         let (mut queue, mut found) = (Vec::new(), Vec::new());
@@ -444,12 +494,12 @@ impl<'a> Scan<'a> {
                 walked[head as usize] = true;
                 queue.push(head);
                 while let Some(block) = queue.pop() {
-                    self.for_each_target(block, memory, buffer, &mut |target| {
+                    self.for_each_target(block, walk, &mut |_, target, _| {
                         if lost[target as usize] && !walked[target as usize] {
                             walked[target as usize] = true;
                             found.push(target);
                         }
-                    });
+                    })?;
                     for target in found.drain(..) {
                         self.flags[target as usize] |= INDIRECT;
                         queue.push(target);
@@ -457,25 +507,15 @@ impl<'a> Scan<'a> {
                 }
             }
         }
-    }
-
-    /// Calls `visit` with the target of every reference in a block, weak ones included.
-    fn for_each_target(&mut self, block: u32, memory: &mut dyn Memory, buffer: &mut [u8], visit: &mut dyn FnMut(u32)) {
-        let first = self.edges.partition_point(|e| e >> 32 < u64::from(block));
-        for edge in self.edges[first..].iter().take_while(|e| *e >> 32 == u64::from(block)) {
-            visit((edge & TARGET) as u32);
-        }
-        if self.flags[block as usize] & REREAD != 0 {
-            self.read_again(block, memory, buffer, &mut |_, target, _| visit(target));
-        }
+        Ok(())
     }
 
     /// What the sampled blocks say about their sites.
     fn learn(&self) -> Learned {
-        let mut sampled: HashMap<u32, u32> = HashMap::new();
+        let mut sampled: Vec<u32> = Vec::new();
         for (block, flags) in self.index.blocks().iter().zip(&self.flags) {
-            if flags & SAMPLED != 0 {
-                *sampled.entry(block.site).or_default() += 1;
+            if flags & IN_SAMPLE != 0 {
+                *at(&mut sampled, block.site) += 1;
             }
         }
         let mut counts: HashMap<(u32, u64), u32> = HashMap::new();
@@ -486,12 +526,11 @@ impl<'a> Scan<'a> {
         }
         let mut learned = Learned::default();
         for ((site, offset), count) in counts {
-            let of = sampled.get(&site).copied().unwrap_or(0);
+            let of = sampled[site as usize];
             if of >= MIN_SAMPLED && f64::from(count) >= HABIT * f64::from(of) {
-                learned.0.entry(site).or_default().push(offset);
+                learned.add(site, offset);
             }
         }
-        learned.0.values_mut().for_each(|offsets| offsets.sort_unstable());
         learned
     }
 }
@@ -503,8 +542,6 @@ pub struct Marked {
     parents: Vec<u64>,
     /// Offsets at which blocks are habitually referenced, for the next scan.
     pub learned: Learned,
-    /// Words that were looked at.
-    pub words: u64,
     /// Blocks in free lists of the allocator, ascending; see [`Scan::with_free_lists`].
     pub linked: Vec<u32>,
 }
@@ -536,10 +573,6 @@ impl Marked {
         };
         std::iter::successors(self.referrer(block), next).take(most).collect()
     }
-}
-
-fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
-    bytes.as_chunks::<8>().0.iter().map(|word| u64::from_ne_bytes(*word))
 }
 
 fn numbers(flags: &[u8], wanted: impl Fn(u8) -> bool) -> Vec<u32> {

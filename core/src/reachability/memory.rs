@@ -1,9 +1,12 @@
 //! Where a scan's words come from: the writable memory of a process.
 //!
-//! [`ProcessMemory`] reads with `process_vm_readv`, which neither stops nor changes the process. Only pages that are
-//! there are read: touching the others would make the process grow. [`Ranges`] lists what is worth reading.
+//! [`ProcessMemory`] reads with `process_vm_readv`, which neither stops nor changes the process, and through
+//! `/proc/PID/mem` what the process has protected from itself. Only pages that are there are read: touching the others would
+//! make the process grow. [`Ranges`] lists what is worth reading, [`Pagemap`] what of it is there.
 
+use std::cell::OnceCell;
 use std::fs::File;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -18,6 +21,14 @@ const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 /// It is a file's, or shared: not a private page that has been written.
 const OF_FILE: u64 = 1 << 61;
+/// Asks for runs of pages at once, and passes over what is not there (Linux 6.7): `_IOWR('f', 16, struct pm_scan_arg)`.
+const PAGEMAP_SCAN: u64 = 0xc060_6610;
+/// The same three, as categories of it (include/uapi/linux/fs.h).
+const PAGE_IS_FILE: u64 = 1 << 2;
+const PAGE_IS_PRESENT: u64 = 1 << 3;
+const PAGE_IS_SWAPPED: u64 = 1 << 4;
+/// Runs that are taken at once.
+const RUNS: usize = 1024;
 
 /// Memory that can be read by address.
 pub trait Memory {
@@ -30,22 +41,42 @@ pub trait Memory {
     }
 }
 
+impl<M: Memory + ?Sized> Memory for Box<M> {
+    fn read(&mut self, address: u64, buffer: &mut [u8]) -> usize {
+        (**self).read(address, buffer)
+    }
+
+    fn behind_gap(&self, address: u64) -> u64 {
+        (**self).behind_gap(address)
+    }
+}
+
 /// The memory of another process.
 #[derive(Debug)]
 pub struct ProcessMemory {
     pid: u32,
+    /// `/proc/PID/mem`, once it was needed; `None` when it cannot be opened.
+    forced: OnceCell<Option<File>>,
 }
 
 impl ProcessMemory {
     /// Memory of a process; whether it may be read shows when it is.
     pub fn new(pid: u32) -> Self {
-        ProcessMemory { pid }
+        ProcessMemory { pid, forced: OnceCell::new() }
     }
 }
 
 impl Memory for ProcessMemory {
     fn read(&mut self, address: u64, buffer: &mut [u8]) -> usize {
-        sys::read_memory(self.pid, address, buffer).unwrap_or(0)
+        match sys::read_memory(self.pid, address, buffer) {
+            Ok(got) => got,
+            // The process itself may not read it at the moment. Debuggers may.
+            Err(e) if e.raw_os_error() == Some(libc::EFAULT) => {
+                let forced = self.forced.get_or_init(|| File::open(format!("/proc/{}/mem", self.pid)).ok());
+                forced.as_ref().and_then(|file| file.read_at(buffer, address).ok()).unwrap_or(0)
+            }
+            Err(_) => 0,
+        }
     }
 }
 
@@ -107,7 +138,7 @@ pub struct Ranges {
     pub named: Vec<Range>,
     /// The other writable memory.
     pub others: Vec<Range>,
-    /// Private memory that is read-only by now: what of it has been written before may hold references.
+    /// Private memory that is read-only by now, or closed: what of it has been written before may hold references.
     pub frozen: Vec<Range>,
     /// Writable memory of devices, in bytes: reading it may act on the device, and can stall.
     pub device_bytes: u64,
@@ -117,10 +148,10 @@ impl Ranges {
     /// Sorts the mappings of a process.
     pub fn of(maps: &Maps) -> Ranges {
         let mut ranges = Ranges::default();
-        for m in maps.iter().filter(|m| m.perms.read) {
+        for m in maps.iter() {
             let range = Range { start: m.start, end: m.end };
             match &m.backing {
-                _ if !m.perms.write => {
+                _ if !m.perms.write || !m.perms.read => {
                     if !m.perms.shared && !m.perms.execute && !matches!(m.backing, Backing::Special(_)) {
                         ranges.frozen.push(range);
                     }
@@ -163,51 +194,135 @@ fn is_device(path: &Path) -> bool {
 #[derive(Debug)]
 pub struct Pagemap {
     file: Option<File>,
+    /// The kernel has told that it cannot do `PAGEMAP_SCAN`.
+    is_old: bool,
     /// Pages that were found to be swapped out, and are read all the same.
     pub swapped: u64,
+}
+
+/// `struct pm_scan_arg` (include/uapi/linux/fs.h).
+#[repr(C)]
+#[derive(Default)]
+struct ScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// `struct page_region`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Run {
+    start: u64,
+    end: u64,
+    categories: u64,
 }
 
 impl Pagemap {
     /// Opens `/proc/PID/pagemap`. Where that is not possible every page counts as being there.
     pub fn open(pid: u32) -> Self {
-        Pagemap { file: File::open(format!("/proc/{pid}/pagemap")).ok(), swapped: 0 }
+        Pagemap { file: File::open(format!("/proc/{pid}/pagemap")).ok(), is_old: false, swapped: 0 }
     }
 
     /// Calls `visit` with each run of pages of a range that are there.
     pub fn present(&mut self, range: Range, visit: &mut dyn FnMut(Range)) {
-        self.runs(range, |entry| entry & (PRESENT | SWAPPED) != 0, visit);
+        self.runs(range, false, visit);
     }
 
     /// Calls `visit` with each run of private pages of a range that have been written.
     pub fn written(&mut self, range: Range, visit: &mut dyn FnMut(Range)) {
-        self.runs(range, |entry| entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0, visit);
+        self.runs(range, true, visit);
     }
 
-    fn runs(&mut self, range: Range, wanted: impl Fn(u64) -> bool, visit: &mut dyn FnMut(Range)) {
+    fn runs(&mut self, range: Range, only_written: bool, visit: &mut dyn FnMut(Range)) {
+        // Runs that touch are one, also when they differ in what does not matter here.
+        let mut run: Option<Range> = None;
+        let mut join = |next: Range| match &mut run {
+            Some(before) if before.end == next.start => before.end = next.end,
+            _ => run.replace(next).into_iter().for_each(&mut *visit),
+        };
+        let mut from = range.start;
+        if !self.is_old {
+            from = self.ask(range, only_written, &mut join);
+        }
+        if from < range.end {
+            self.look_up(Range { start: from, end: range.end }, only_written, &mut join);
+        }
+        run.into_iter().for_each(visit);
+    }
+
+    /// Asks for runs of pages; returns how far that could be done.
+    fn ask(&mut self, range: Range, only_written: bool, visit: &mut dyn FnMut(Range)) -> u64 {
+        let Some(file) = &self.file else { return range.start };
+        let mut runs = vec![Run::default(); RUNS];
+        let not_of_file = if only_written { PAGE_IS_FILE } else { 0 };
+        // The kernel wants whole pages.
+        let end = range.end.next_multiple_of(PAGE);
+        let mut at = range.start;
+        while at < range.end {
+            let mut arg = ScanArg {
+                size: size_of::<ScanArg>() as u64,
+                start: at,
+                end,
+                vec: runs.as_mut_ptr() as u64,
+                vec_len: RUNS as u64,
+                category_inverted: not_of_file,
+                category_mask: not_of_file,
+                category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+                return_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+                ..ScanArg::default()
+            };
+            // SAFETY: `arg` and the runs that it names are writable over the call, for the lengths in it.
+            let got = unsafe { libc::ioctl(file.as_raw_fd(), PAGEMAP_SCAN as _, &raw mut arg) };
+            let Some(found) = usize::try_from(got).ok().and_then(|got| runs.get(..got)) else {
+                self.is_old = true;
+                return at;
+            };
+            for run in found {
+                if run.categories & PAGE_IS_SWAPPED != 0 {
+                    self.swapped += (run.end - run.start) / PAGE;
+                }
+                visit(Range { start: run.start, end: run.end.min(range.end) });
+            }
+            if arg.walk_end <= at {
+                break;
+            }
+            at = arg.walk_end;
+        }
+        range.end
+    }
+
+    /// Looks every page up.
+    fn look_up(&mut self, range: Range, only_written: bool, visit: &mut dyn FnMut(Range)) {
         let Some(file) = &self.file else { return visit(range) };
         let pages = (range.end - range.start).div_ceil(PAGE);
         let mut entries = vec![0_u8; 8 * pages.min(LOOKED_UP as u64) as usize];
-        let mut run: Option<Range> = None;
         let mut at = range.start;
         while at < range.end {
             let want = (((range.end - at).div_ceil(PAGE)) as usize).min(LOOKED_UP);
             let got = file.read_at(&mut entries[..8 * want], at / PAGE * 8).unwrap_or(0) / 8;
             if got == 0 {
-                break;
+                return;
             }
             for entry in entries[..8 * got].as_chunks::<8>().0 {
                 let entry = u64::from_ne_bytes(*entry);
                 let end = (at + PAGE).min(range.end);
-                if !wanted(entry) {
-                    run.take().into_iter().for_each(&mut *visit);
-                } else {
+                if entry & (PRESENT | SWAPPED) != 0 && !(only_written && entry & OF_FILE != 0) {
                     self.swapped += u64::from(entry & SWAPPED != 0);
-                    run = Some(Range { start: run.map_or(at, |r| r.start), end });
+                    visit(Range { start: at, end });
                 }
                 at = end;
             }
         }
-        run.into_iter().for_each(visit);
     }
 }
 
@@ -237,17 +352,46 @@ mod tests {
             at
         };
         let base = start as u64;
-        let mut runs = Vec::new();
-        Pagemap::open(std::process::id())
-            .present(Range { start: base, end: base + PAGES as u64 * PAGE }, &mut |r| runs.push(r));
         let page = |n: u64| base + n * PAGE;
-        assert_eq!(runs, [Range { start: page(3), end: page(5) }, Range { start: page(60), end: page(61) }]);
+        // Kernels of both kinds say the same.
+        for is_old in [false, true] {
+            let mut runs = Vec::new();
+            let mut pagemap = Pagemap { is_old, ..Pagemap::open(std::process::id()) };
+            pagemap.present(Range { start: base, end: base + PAGES as u64 * PAGE }, &mut |r| runs.push(r));
+            assert_eq!(runs, [Range { start: page(3), end: page(5) }, Range { start: page(60), end: page(61) }]);
+        }
         let mut word = [0; 8];
         assert_eq!(ProcessMemory::new(std::process::id()).read(page(4), &mut word), 8);
         assert_eq!(u64::from_ne_bytes(word), 4);
         // SAFETY: the mapping made above, which nothing refers to any more.
         unsafe { libc::munmap(start, PAGES * PAGE as usize) };
         assert_eq!(ProcessMemory::new(std::process::id()).read(page(4), &mut word), 0);
+    }
+
+    // A sanitizer's shadow, or an arena for all times: terabytes of address space with next to nothing in it.
+    #[test]
+    fn reserved_address_space_costs_next_to_nothing() {
+        const LENGTH: usize = 1 << 42;
+        // SAFETY: a fresh anonymous mapping, unmapped below.
+        let start = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            let at = libc::mmap(std::ptr::null_mut(), LENGTH, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+            assert_ne!(at, libc::MAP_FAILED);
+            libc::madvise(at, LENGTH, libc::MADV_NOHUGEPAGE);
+            at.cast::<u8>().add(LENGTH / 2).write_volatile(1);
+            at
+        };
+        let base = start as u64;
+        let mut pagemap = Pagemap::open(std::process::id());
+        let mut runs = Vec::new();
+        let began = std::time::Instant::now();
+        if pagemap.ask(Range { start: base, end: base + LENGTH as u64 }, false, &mut |r| runs.push(r)) > base {
+            let middle = base + LENGTH as u64 / 2;
+            assert_eq!(runs, [Range { start: middle, end: middle + PAGE }]);
+            assert!(began.elapsed().as_secs() < 5, "{:?}", began.elapsed());
+        }
+        // SAFETY: the mapping made above, which nothing refers to any more.
+        unsafe { libc::munmap(start, LENGTH) };
     }
 
     /// Everything is there and zero.
@@ -283,12 +427,14 @@ mod tests {
               6000-6800 rw-p 0 00:00 0 \n\
               7000-8000 rw-s 0 00:01 9 /dev/dri/card0\n\
               8000-8800 rw-s 0 00:01 9 /dev/zero (deleted)\n\
-              9000-a000 rw-p 0 00:00 0 [stack]\n",
+              9000-a000 rw-p 0 00:00 0 [stack]\n\
+              b000-c000 ---p 0 00:00 0 \n\
+              c000-d000 ---s 0 00:00 0 \n",
         );
         let starts = |ranges: &[Range]| ranges.iter().map(|r| r.start).collect::<Vec<u64>>();
         let ranges = Ranges::of(&maps);
         assert_eq!(starts(&ranges.named), [0x5000, 0x6000, 0x8000, 0x9000]);
-        assert_eq!((starts(&ranges.others), starts(&ranges.frozen)), (vec![0x1000], vec![0x3000]));
+        assert_eq!((starts(&ranges.others), starts(&ranges.frozen)), (vec![0x1000], vec![0x3000, 0xb000]));
         assert_eq!(ranges.device_bytes, 0x1000);
     }
 
@@ -316,10 +462,22 @@ mod tests {
             at
         };
         let base = start as u64;
-        let mut runs = Vec::new();
         let range = Range { start: base, end: base + PAGES as u64 * PAGE };
+        for is_old in [false, true] {
+            let mut runs = Vec::new();
+            let mut pagemap = Pagemap { is_old, ..Pagemap::open(std::process::id()) };
+            pagemap.written(range, &mut |r| runs.push(r));
+            assert_eq!(runs, [Range { start: base + 2 * PAGE, end: base + 3 * PAGE }]);
+        }
+        // The process closes it for itself: what lies there may still be what holds a block.
+        // SAFETY: ours, and nothing refers to it.
+        unsafe { libc::mprotect(start, PAGES * PAGE as usize, libc::PROT_NONE) };
+        let mut runs = Vec::new();
         Pagemap::open(std::process::id()).written(range, &mut |r| runs.push(r));
         assert_eq!(runs, [Range { start: base + 2 * PAGE, end: base + 3 * PAGE }]);
+        let mut words = [0; 16];
+        assert_eq!(ProcessMemory::new(std::process::id()).read(runs[0].start, &mut words), 16);
+        assert_eq!(words[..8], 7_u64.to_ne_bytes());
         // SAFETY: the mapping made above, which nothing refers to any more.
         unsafe { libc::munmap(start, PAGES * PAGE as usize) };
     }

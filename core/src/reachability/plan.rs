@@ -1,6 +1,7 @@
 //! Whether a process can be scanned, what that would take, and why not: for `memleak doctor`, and for errors.
 
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::mark::{Learned, Scan};
@@ -14,7 +15,7 @@ use crate::process::ProcDir;
 /// Memory that is read to see how fast that is, bytes.
 const SAMPLE: u64 = 32 << 20;
 /// Bytes read at once.
-const CHUNK: u64 = 1 << 20;
+const CHUNK: u64 = 256 << 10;
 /// Longest time for it.
 const PATIENCE: Duration = Duration::from_millis(500);
 /// Distance of the blocks that the sample is looked up in, bytes: about as in a full heap of small blocks.
@@ -58,17 +59,23 @@ pub fn plan(dir: &ProcDir, options: &Options) -> Result<Plan> {
         return Err(scanner::too_large(pid, bytes, options.max_bytes));
     }
     let bytes_per_s = speed(dir, &present)?;
-    // Of a process without memory there is no speed either.
-    let cpu_s = if bytes == 0 { 0.0 } else { f64::from(options.limits.scans) * bytes as f64 / bytes_per_s };
     Ok(Plan {
-        bytes,
-        scans: options.limits.scans,
-        bytes_per_s,
-        cpu_s,
-        about_s: cpu_s / options.core_share,
         device_bytes: ranges.device_bytes,
         no_stop: stop::tracer_of(pid).map(|tracer| format!("process {tracer} is debugging it")),
+        ..Plan::of(bytes, bytes_per_s, options)
     })
+}
+
+impl Plan {
+    /// For so much memory, read at such a speed.
+    pub fn of(bytes: u64, bytes_per_s: f64, options: &Options) -> Plan {
+        let scans = options.limits.scans;
+        let all = f64::from(scans) * bytes as f64;
+        // Of a process without memory there is no speed either.
+        let cpu_s = if bytes == 0 { 0.0 } else { all / bytes_per_s };
+        let about_s = (cpu_s / options.core_share).max(all / options.bandwidth);
+        Plan { bytes, scans, bytes_per_s, cpu_s, about_s, device_bytes: 0, no_stop: None }
+    }
 }
 
 /// Reads and looks up a sample, spread over all of the memory.
@@ -105,14 +112,17 @@ fn speed(dir: &ProcDir, present: &[Range]) -> Result<f64> {
 
 /// Why nothing of a process's memory could be read.
 pub(super) fn unreadable(dir: &ProcDir) -> Error {
+    why_unreadable(dir, Path::new("/proc/sys/kernel/yama/ptrace_scope"))
+}
+
+fn why_unreadable(dir: &ProcDir, scope: &Path) -> Error {
     let pid = dir.pid();
     if dir.stat().map_or(true, |s| !s.is_running()) {
         return Error::new(ErrorKind::Target, format!("failed to scan process {pid}: it has ended"));
     }
-    let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").ok().and_then(|s| s.trim().parse().ok());
     let why = denied(&Facts {
         has_capability: own_capabilities() & CAP_SYS_PTRACE != 0,
-        scope,
+        scope: std::fs::read_to_string(scope).ok().and_then(|s| s.trim().parse().ok()),
         same_user: std::fs::metadata(format!("/proc/{pid}/task"))
             // SAFETY: takes nothing, returns a number.
             .is_ok_and(|m| m.uid() == unsafe { libc::geteuid() }),
@@ -173,6 +183,13 @@ mod tests {
     fn a_plan_is_made_of_a_live_process() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let dir = ProcDir::open(child.id()).unwrap();
+        let is_asleep = || {
+            let call = std::fs::read_to_string(format!("/proc/{}/syscall", child.id())).unwrap_or_default();
+            call.starts_with(&format!("{} ", libc::SYS_clock_nanosleep))
+        };
+        while !is_asleep() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         let plan = plan(&dir, &Options::default()).unwrap();
         assert!(plan.bytes > 4096 && plan.bytes < 64 << 20, "{plan:?}");
         assert!(plan.bytes_per_s > 1e6 && plan.cpu_s > 0.0 && plan.about_s > plan.cpu_s, "{plan:?}");
@@ -182,6 +199,33 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(super::plan(&dir, &Options::default()).is_err());
+    }
+
+    // The largest process that is scanned by default: hours are told beforehand, not found out.
+    #[test]
+    fn large_processes_are_planned_by_what_limits_them() {
+        const GIB: f64 = (1_u64 << 30) as f64;
+        let plan = |core_share, bandwidth| {
+            Plan::of(64 << 30, 1.5 * GIB, &Options { core_share, bandwidth, ..Options::default() })
+        };
+        let by_core = plan(0.5, 4.0 * GIB);
+        assert_eq!((by_core.scans, by_core.bytes, by_core.cpu_s, by_core.about_s), (3, 64 << 30, 128.0, 256.0));
+        let by_bandwidth = plan(1.0, 0.25 * GIB);
+        assert_eq!((by_bandwidth.cpu_s, by_bandwidth.about_s), (128.0, 768.0));
+        assert_eq!(Plan::of(0, 0.0, &Options::default()).about_s, 0.0);
+    }
+
+    // The same of a live process, on a system where nobody may debug anything.
+    #[test]
+    fn yama_is_named() {
+        let dir = ProcDir::open(std::process::id()).unwrap();
+        let scope = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(scope.path(), "3\n").unwrap();
+        let error = why_unreadable(&dir, scope.path());
+        assert_eq!(error.kind(), ErrorKind::Permission);
+        assert!(error.to_string().contains("kernel.yama.ptrace_scope is 3"), "{error}");
+        std::fs::write(scope.path(), "no number").unwrap();
+        assert!(!why_unreadable(&dir, scope.path()).to_string().contains("is 3"));
     }
 
     // Each obstacle has another remedy.

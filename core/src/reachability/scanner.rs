@@ -1,8 +1,8 @@
 //! A series of scans of a live process.
 //!
-//! Runs in whatever thread calls it and takes its time: the reading is paced, so that it uses no more than a share of a
-//! core, and it can be told to stop. It writes nothing to the process, and stops it only if that was asked for: once, for
-//! a moment, after the other scans; see [`super::stop`].
+//! Runs in whatever thread calls it and takes its time: everything long is paced, so that it uses no more than a share of a
+//! core and of the memory's bandwidth, and it can be told to stop. It writes nothing to the process, and stops it only if
+//! that was asked for: once, for a moment, after the other scans; see [`super::stop`].
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -17,12 +17,15 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::maps::Maps;
 use crate::process::ProcDir;
 
-/// Bytes read at once.
-const CHUNK: usize = 1 << 20;
+/// Bytes read at once: what has just been read should still be in the core's own cache.
+const CHUNK: usize = 256 << 10;
 /// Pause between two scans, so that pointers on their way from one place to another have arrived.
 const BETWEEN: Duration = Duration::from_millis(300);
 /// Shortest pause for pacing: shorter ones are saved up.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(2);
+/// Longest time in a pause without a look whether to go on at all.
+const LOOK: Duration = Duration::from_millis(20);
+const PAGE: u64 = 4096;
 /// CPU time for the search for keys of coded pointers. Sites with most lost bytes come first.
 const KEY_SEARCH: Duration = Duration::from_secs(2);
 
@@ -33,8 +36,12 @@ pub struct Options {
     pub limits: Limits,
     /// Age from which on a block is judged: what is younger may still be on its way to its owner.
     pub min_age: Duration,
-    /// Share of one core that reading may use, above 0 to 1.
+    /// Share of one core that a scan may use, above 0 to 1.
     pub core_share: f64,
+    /// Bytes of the process's memory that may be read per second.
+    pub bandwidth: f64,
+    /// With more outstanding blocks than this only those of suspected sites are judged.
+    pub max_blocks: usize,
     /// Most bytes of memory that are read in a scan; a larger process is refused.
     pub max_bytes: u64,
     /// Stop the process at the end, for at most this long: for registers, and memory that stands still.
@@ -51,6 +58,8 @@ impl Default for Options {
             limits: Limits::default(),
             min_age: Duration::from_secs(1),
             core_share: 0.5,
+            bandwidth: (1_u64 << 30) as f64,
+            max_blocks: 16 << 20,
             max_bytes: 64 << 30,
             stop: None,
             still: false,
@@ -88,10 +97,12 @@ pub struct Cost {
     pub scans: u32,
     /// Bytes read, over all scans.
     pub read_bytes: u64,
-    /// Bytes that could not be read, or had gone meanwhile, over all scans.
+    /// Bytes that had gone meanwhile, or could not be read, over all scans.
     pub unread_bytes: u64,
     /// CPU time used, seconds.
     pub cpu_s: f64,
+    /// Of that: for reading memory, looking it up, and the walks.
+    pub memory_cpu_s: f64,
     /// From the first scan's begin to the last one's end, seconds.
     pub wall_s: f64,
     /// Pages that were read although they were swapped out.
@@ -119,7 +130,7 @@ pub struct Scanned {
     pub gone: Vec<u32>,
     coded: Coded,
     in_requests: u64,
-    device_bytes: u64,
+    hidden_bytes: u64,
     /// Nothing could move during the last scan.
     still: bool,
 }
@@ -147,7 +158,7 @@ impl Scanned {
         }
         for verdict in sites.values_mut() {
             verdict.in_requests = self.in_requests;
-            verdict.device_bytes = self.device_bytes;
+            verdict.device_bytes = self.hidden_bytes;
             verdict.still = self.still;
         }
         Ok(sites)
@@ -174,11 +185,12 @@ impl Scanned {
 struct Work<'a> {
     dir: &'a ProcDir,
     options: &'a Options,
-    is_over: &'a dyn Fn() -> bool,
+    tempo: Tempo<'a>,
     cost: Cost,
     coded: Coded,
     in_requests: u64,
-    device_bytes: u64,
+    /// Memory that may hold pointers and was not read in the last scan: of devices, and what cannot be read.
+    hidden_bytes: u64,
 }
 
 /// Scans a process until the series is long enough.
@@ -193,13 +205,14 @@ pub fn scan(
     dir: &ProcDir,
     options: &Options,
     learned: &mut Learned,
-    mut blocks: impl FnMut() -> Result<Vec<Block>>,
+    mut blocks: impl FnMut(&mut Tempo<'_>) -> Result<Vec<Block>>,
     is_over: &dyn Fn() -> bool,
 ) -> Result<Scanned> {
     let mut series = Series::new();
+    let tempo = Tempo::new(options, is_over);
     let mut work =
-        Work { dir, options, is_over, cost: Cost::default(), coded: Coded::default(), in_requests: 0, device_bytes: 0 };
-    let began = Instant::now();
+        Work { dir, options, tempo, cost: Cost::default(), coded: Coded::default(), in_requests: 0, hidden_bytes: 0 };
+    let (began, cpu) = (Instant::now(), thread_cpu());
     // The only one of a process that stands still.
     let mut still = options.still;
     loop {
@@ -208,7 +221,8 @@ pub fn scan(
         if options.still {
             (limits.scans, limits.most_scans) = (1, 1);
         }
-        let index = Index::new(blocks()?);
+        let index = Index::new(blocks(&mut work.tempo)?);
+        work.tempo.go_on()?;
         let maps = Maps::read(dir)?;
         // The last of several is the one with a stop.
         let stop = options.stop.filter(|_| series.scans() > 0 && !series.wants_more(&limits));
@@ -220,20 +234,17 @@ pub fn scan(
         // A stop is the last that is done; it is done if there is something that it may find.
         let more = stop.is_none() && (series.wants_more(&limits) || (options.stop.is_some() && series.unreached() > 0));
         if !more {
-            work.cost.wall_s = began.elapsed().as_secs_f64();
             let gone = work.gone(&index, &marked, &series);
-            stop_if(is_over)?;
-            let Work { cost, mut coded, in_requests, device_bytes, .. } = work;
+            work.tempo.go_on()?;
+            work.cost.wall_s = began.elapsed().as_secs_f64();
+            work.cost.cpu_s = (thread_cpu() - cpu).as_secs_f64();
+            let Work { cost, mut coded, in_requests, hidden_bytes, .. } = work;
             coded.close();
-            let scanned = Scanned { index, marked, series, maps, cost, gone, coded, in_requests, device_bytes, still };
+            let scanned = Scanned { index, marked, series, maps, cost, gone, coded, in_requests, hidden_bytes, still };
             return Ok(scanned);
         }
         drop((index, marked));
-        let next = Instant::now() + BETWEEN;
-        while Instant::now() < next {
-            stop_if(is_over)?;
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        work.tempo.rest(BETWEEN)?;
     }
 }
 
@@ -249,7 +260,6 @@ impl Work<'_> {
         learned: &Learned,
         stop: Option<Duration>,
     ) -> Result<(Marked, bool)> {
-        let cpu = thread_cpu();
         let pid = self.dir.pid();
         let mut pagemap = Pagemap::open(pid);
         let ranges = Ranges::of(maps);
@@ -258,8 +268,8 @@ impl Work<'_> {
         if total > self.options.max_bytes {
             return Err(too_large(pid, total, self.options.max_bytes));
         }
-        let held = kernel::held(self.dir, maps, self.is_over);
-        (self.in_requests, self.device_bytes) = (held.in_requests, ranges.device_bytes);
+        let held = kernel::held(self.dir, maps, self.tempo.is_over);
+        (self.in_requests, self.hidden_bytes) = (held.in_requests, ranges.device_bytes);
         self.coded.begin(self.options.still);
         let mut coded = std::mem::take(&mut self.coded);
         let mut scan = Scan::new(index, learned).with_coded(&mut coded);
@@ -283,19 +293,11 @@ impl Work<'_> {
             Some(taken) => without_dead_stack(present, maps, taken, pid),
             None => present,
         };
-        let give_back = |scan: &mut Scan<'_>| {
-            held.words.iter().enumerate().for_each(|(n, word)| scan.visit_register(of_kernel(n), *word));
-        };
-        let tempo = || Tempo::new(self.options.core_share, self.is_over);
+        let cpu = thread_cpu();
         // What has a name comes first, so that the way to a block begins there if it can.
-        let marked = match taken {
-            None => {
-                let mut memory = ProcessMemory::new(pid);
-                self.read(&mut scan, &present, &mut memory)?;
-                give_back(&mut scan);
-                scan.finish(&mut Within::new(Paced(memory, tempo()), present))
-            }
-            Some(mut taken) => {
+        let (mut memory, registers): (Box<dyn Memory>, _) = match taken {
+            None => (Box::new(ProcessMemory::new(pid)), Vec::new()),
+            Some(taken) => {
                 if !self.options.still {
                     self.cost.stop = Some(Stopped::Done {
                         for_s: taken.stopped.as_secs_f64(),
@@ -304,39 +306,52 @@ impl Work<'_> {
                         threads: taken.registers.len(),
                     });
                 }
-                self.read(&mut scan, &present, &mut taken.memory)?;
-                give_back(&mut scan);
-                for (tid, values) in &taken.registers {
-                    values.iter().for_each(|value| scan.visit_register(of_register(*tid), *value));
-                }
-                scan.finish(&mut Within::new(Paced(taken.memory, tempo()), present))
+                (Box::new(taken.memory), taken.registers)
             }
         };
-        stop_if(self.is_over)?;
+        self.read(&mut scan, &present, memory.as_mut(), &mut pagemap)?;
+        held.words.iter().enumerate().for_each(|(n, word)| scan.visit_register(of_kernel(n), *word));
+        for (tid, values) in &registers {
+            values.iter().for_each(|value| scan.visit_register(of_register(*tid), *value));
+        }
+        let tempo = &mut self.tempo;
+        let marked = scan.finish(&mut Within::new(memory, present), &mut || tempo.go_on())?;
         self.coded = coded;
         self.cost.swapped_pages += pagemap.swapped;
         self.cost.scans += 1;
-        self.cost.cpu_s += (thread_cpu() - cpu).as_secs_f64();
+        self.cost.memory_cpu_s += (thread_cpu() - cpu).as_secs_f64();
         Ok((marked, stood_still))
     }
 
     /// Shows a scan everything.
-    fn read(&mut self, scan: &mut Scan<'_>, present: &[Range], memory: &mut dyn Memory) -> Result<()> {
+    fn read(
+        &mut self,
+        scan: &mut Scan<'_>,
+        present: &[Range],
+        memory: &mut dyn Memory,
+        pagemap: &mut Pagemap,
+    ) -> Result<()> {
         let mut buffer = vec![0; CHUNK];
-        let mut tempo = Tempo::new(self.options.core_share, self.is_over);
         let (mut read, mut unread) = (0, 0);
         for &Range { start, end } in present {
             let mut at = start;
             while at < end {
-                tempo.go_on()?;
+                self.tempo.go_on()?;
                 let want = ((end - at) as usize).min(CHUNK);
                 let got = memory.read(at, &mut buffer[..want]);
                 scan.visit(at, &buffer[..got]);
                 read += got as u64;
+                self.tempo.count(got);
                 // A page that has gone meanwhile, or cannot be read, is passed over.
-                let next = if got > 0 { at + got as u64 } else { (at / 4096 + 1) * 4096 };
+                let next = if got > 0 { at + got as u64 } else { ((at / PAGE + 1) * PAGE).min(end) };
                 if got == 0 {
-                    unread += next.min(end) - at;
+                    unread += next - at;
+                    let mut is_there = false;
+                    pagemap.present(Range { start: at, end: next }, &mut |_| is_there = true);
+                    // It may have come back just now. If not, it may hold anything.
+                    if is_there && memory.read(at, &mut buffer[..(next - at) as usize]) == 0 {
+                        self.hidden_bytes = self.hidden_bytes.saturating_add(next - at);
+                    }
                 }
                 at = next;
             }
@@ -353,7 +368,7 @@ impl Work<'_> {
         }
         let mut memory = ProcessMemory::new(self.dir.pid());
         let lost = (0_u32..).zip(index.blocks()).filter(|(n, b)| series.is_lost(*n, b, marked, &[]));
-        books::gone(lost, &marked.linked, &mut memory, self.is_over)
+        books::gone(lost, &marked.linked, &mut memory, self.tempo.is_over)
     }
 }
 
@@ -383,17 +398,32 @@ fn stop_if(is_over: &dyn Fn() -> bool) -> Result<()> {
     if is_over() { Err(Error::new(ErrorKind::Target, "the scan was stopped")) } else { Ok(()) }
 }
 
-/// Keeps long work within a share of a core, and ends it when it is told to.
+/// Keeps long work within a share of a core and of the memory's bandwidth, and ends it when it is told to.
 pub struct Tempo<'a> {
     share: f64,
-    since: Duration,
+    bandwidth: f64,
+    /// When the work went on last, on the clock, and in CPU time of this thread.
+    since: (Instant, Duration),
+    /// Bytes read since then.
+    read: usize,
     is_over: &'a dyn Fn() -> bool,
 }
 
 impl<'a> Tempo<'a> {
     /// Work that begins now.
-    pub fn new(share: f64, is_over: &'a dyn Fn() -> bool) -> Self {
-        Tempo { share, since: thread_cpu(), is_over }
+    pub fn new(options: &Options, is_over: &'a dyn Fn() -> bool) -> Self {
+        Tempo {
+            share: options.core_share,
+            bandwidth: options.bandwidth,
+            since: (Instant::now(), thread_cpu()),
+            read: 0,
+            is_over,
+        }
+    }
+
+    /// So many bytes have been read.
+    fn count(&mut self, bytes: usize) {
+        self.read += bytes;
     }
 
     /// To be called between pieces of the work: rests if it has to.
@@ -402,26 +432,21 @@ impl<'a> Tempo<'a> {
     /// The work is to be given up.
     pub fn go_on(&mut self) -> Result<()> {
         stop_if(self.is_over)?;
-        let used = thread_cpu().saturating_sub(self.since);
-        let pause = used.mul_f64(1.0 / self.share - 1.0);
-        if pause >= SHORTEST_PAUSE {
-            std::thread::sleep(pause);
-            self.since = thread_cpu();
+        let used = thread_cpu().saturating_sub(self.since.1);
+        let due = (used.as_secs_f64() / self.share).max(self.read as f64 / self.bandwidth);
+        let pause = Duration::try_from_secs_f64(due).unwrap_or(Duration::MAX).saturating_sub(self.since.0.elapsed());
+        if pause >= SHORTEST_PAUSE { self.rest(pause) } else { Ok(()) }
+    }
+
+    /// Does nothing for a while.
+    fn rest(&mut self, pause: Duration) -> Result<()> {
+        let began = Instant::now();
+        while let Some(left) = pause.checked_sub(began.elapsed()).filter(|left| !left.is_zero()) {
+            std::thread::sleep(left.min(LOOK));
+            stop_if(self.is_over)?;
         }
+        (self.since, self.read) = ((Instant::now(), thread_cpu()), 0);
         Ok(())
-    }
-}
-
-/// Memory that is read at a [`Tempo`]: when that says that it is over, nothing is there any more.
-struct Paced<'a, M>(M, Tempo<'a>);
-
-impl<M: Memory> Memory for Paced<'_, M> {
-    fn read(&mut self, address: u64, buffer: &mut [u8]) -> usize {
-        if self.1.go_on().is_ok() { self.0.read(address, buffer) } else { 0 }
-    }
-
-    fn behind_gap(&self, address: u64) -> u64 {
-        if (self.1.is_over)() { u64::MAX } else { self.0.behind_gap(address) }
     }
 }
 

@@ -32,10 +32,8 @@ const CHUNK: usize = 1 << 20;
 const MAX_CHAIN: usize = 100_000;
 /// Most links of a way that are kept, at each end.
 const KEPT_LINKS: usize = 4;
-
-/// With more outstanding blocks than this only those of suspected sites are judged, if there are any: what a scan keeps of
-/// a block is about 60 bytes.
-const MAX_ALL: usize = 16 << 20;
+/// Outstanding blocks that are read between two rests.
+const READ: u32 = 4096;
 
 /// What to scan.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -211,39 +209,52 @@ fn work(
     let mut learned = std::mem::take(&mut memory.learned);
     let suspects: HashSet<(u32, u64)> = subject.suspects.iter().map(|key| (key.probe_set, key.stack)).collect();
     let mut suspects_only = false;
-    let blocks = || {
-        let mut blocks = Vec::new();
+    let blocks = |tempo: &mut Tempo<'_>| {
+        let (mut blocks, mut seen, mut over) = (Vec::new(), 0_u32, Ok(()));
+        let mut newest: Option<(u32, u64, u32)> = None;
         reader.for_each(subject.instance, |b| {
-            let suspected = || suspects.contains(&(b.probe_set, b.stack));
-            if blocks.len() == MAX_ALL && !suspects_only && !suspects.is_empty() {
-                suspects_only = true;
-                let of_suspects = |b: &Block| {
-                    memory.keys.get(b.site as usize).is_some_and(|k| suspects.contains(&(k.probe_set, k.stack)))
-                };
-                blocks.retain(of_suspects);
+            seen = seen.wrapping_add(1);
+            if over.is_ok() && seen.is_multiple_of(READ) {
+                over = tempo.go_on();
             }
-            if suspects_only && !suspected() {
+            if over.is_err() {
                 return;
             }
-            let key = SiteKey { instance: subject.instance, probe_set: b.probe_set, stack: b.stack };
-            let site = memory.number(key);
+            let of_suspect = |probe_set, stack| suspects.contains(&(probe_set, stack));
+            if blocks.len() == options.max_blocks && !suspects_only && !suspects.is_empty() {
+                suspects_only = true;
+                let of_suspects =
+                    |b: &Block| memory.keys.get(b.site as usize).is_some_and(|k| of_suspect(k.probe_set, k.stack));
+                blocks.retain(of_suspects);
+            }
+            if suspects_only && !of_suspect(b.probe_set, b.stack) {
+                return;
+            }
+            // Looked up again only when it is another one.
+            let site = match newest {
+                Some((probe_set, stack, site)) if (probe_set, stack) == (b.probe_set, b.stack) => site,
+                _ => memory.number(SiteKey { instance: subject.instance, probe_set: b.probe_set, stack: b.stack }),
+            };
+            newest = Some((b.probe_set, b.stack, site));
             let glibc = subject.glibc.contains(&b.probe_set);
             blocks.push(Block { address: b.address, size: b.size, birth_ns: b.birth_ns, site, glibc });
         })?;
-        Ok(blocks)
+        over.map(|()| blocks)
     };
     let is_over = || over.load(Ordering::Relaxed);
     let scanned = scanner::scan(&dir, options, &mut learned, blocks, &is_over);
     memory.learned = learned;
     let mut scanned = scanned?;
     scanned.cost.suspects_only = suspects_only;
-    let mut tempo = Tempo::new(options.core_share, &is_over);
+    let cpu = scanner::thread_cpu();
+    let mut tempo = Tempo::new(options, &is_over);
     let verdicts = scanned.verdicts(&mut tempo)?;
     let mut lost = scanned.series.lost_names(&scanned.index, &scanned.marked, &scanned.gone);
     // Those that turned out to be hidden were not called lost.
     lost.retain(|site, _| verdicts.get(site).is_some_and(|v| v.lost_blocks() > 0));
     memory.ledger.call(lost);
     let mut ways = ways(&scanned, subject.instance, reader, dir, memory, &mut tempo)?;
+    scanned.cost.cpu_s += (scanner::thread_cpu() - cpu).as_secs_f64();
     let sites = verdicts.into_iter().filter_map(|(site, mut verdict)| {
         memory.ledger.apply(site, &mut verdict);
         Some((*memory.keys.get(site as usize)?, verdict, ways.remove(&site)))

@@ -4,10 +4,9 @@
 //! that attaches to every thread with PTRACE_SEIZE, stops them with PTRACE_INTERRUPT, copies, and detaches. The time is
 //! capped by a timer that kills the helper: the kernel then detaches all threads and lets them run on, whatever state
 //! memleak is in. The helper also dies with the thread that forked it. A process that is being debugged is refused.
-//!
-//! The helper was forked from a process with threads, so it makes system calls only: no allocation, no locks, no panics.
 
-use std::os::fd::RawFd;
+mod helper;
+
 use std::ptr;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -17,20 +16,12 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// Most memory that is copied, bytes: memleak holds the copy for the time of the scan.
 pub const MAX_COPY: u64 = 256 << 20;
-/// Bytes copied at once: between two pieces the clock is looked at.
-const PIECE: u64 = 1 << 20;
-/// Share of the cap after which no further piece is copied, so that an orderly end fits.
-const ORDERLY: f64 = 0.8;
 /// Most threads that are stopped; with more, the process is refused.
 const MAX_THREADS: usize = 4096;
 /// Words of registers that are kept per thread: general ones, then vector ones.
 const WORDS: usize = 27 + 64;
 /// Ranges that a copy may consist of.
 const MAX_PIECES: usize = 65_536;
-/// How long the helper may take before anything is stopped.
-const PREPARATION: Duration = Duration::from_secs(5);
-/// Room for a listing of threads, bytes.
-const LISTING: usize = 32 << 10;
 
 /// Place of the stack pointer among the general registers (`struct user_regs_struct`, `struct user_pt_regs`).
 #[cfg(target_arch = "x86_64")]
@@ -209,10 +200,10 @@ pub fn take(pid: u32, ranges: &[Range], most: u64, cap: Duration) -> Result<Take
     let mapping = Mapping::new(wanted.min(most).next_multiple_of(4096)).map_err(failed)?;
     let folder = std::ffi::CString::new(format!("/proc/{pid}/task")).map_err(|e| failed(e.into()))?;
     let parent = std::process::id().cast_signed();
-    // SAFETY: the child makes system calls only, see the module.
+    // SAFETY: the child makes system calls only, see [`helper`].
     let helper = match unsafe { libc::fork() } {
         -1 => return Err(failed(std::io::Error::last_os_error())),
-        0 => helper(&mapping, pid.cast_signed(), &folder, ranges, cap, parent),
+        0 => helper::live(&mapping, pid.cast_signed(), &folder, ranges, cap, parent),
         helper => helper,
     };
     let mut status = 0;
@@ -266,254 +257,6 @@ pub fn tracer_of(pid: u32) -> Option<u32> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"))?.trim().parse().ok()?;
     (tracer != 0).then_some(tracer)
-}
-
-/// A thread in the helper's hands.
-#[derive(Clone, Copy)]
-struct Thread {
-    tid: libc::pid_t,
-    /// Stopped, and not waited for any more.
-    is_stopped: bool,
-    /// A signal that was on its way and is passed on at the end.
-    signal: libc::c_int,
-}
-
-/// The helper's life: system calls only.
-fn helper(
-    mapping: &Mapping,
-    pid: libc::pid_t,
-    folder: &std::ffi::CStr,
-    ranges: &[Range],
-    cap: Duration,
-    parent: libc::pid_t,
-) -> ! {
-    // SAFETY: the mapping holds a `Shared`; the parent does not touch it while this process lives.
-    let shared = unsafe { &mut *mapping.shared() };
-    // SAFETY: plain system calls on valid buffers.
-    unsafe {
-        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-        if libc::getppid() != parent {
-            libc::_exit(1);
-        }
-    }
-    let Some(timer) = Deadline::new(PREPARATION) else { end(shared, outcome::FAILED) };
-    touch(mapping);
-    // SAFETY: `folder` is a C string.
-    let tasks = unsafe { libc::open(folder.as_ptr(), libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC) };
-    if tasks < 0 {
-        end(shared, outcome::GONE);
-    }
-    let mut threads = [Thread { tid: 0, is_stopped: false, signal: 0 }; MAX_THREADS];
-    let mut count = 0;
-    // Nothing is stopped by this; afterwards stopping takes a moment only.
-    seize_all(shared, tasks, &mut threads, &mut count);
-    timer.set(cap);
-    let began_ns = now_ns();
-    loop {
-        for thread in threads[..count].iter().filter(|t| !t.is_stopped) {
-            // SAFETY: no memory is involved; a thread that has ended is an error and no more.
-            unsafe { libc::ptrace(libc::PTRACE_INTERRUPT, thread.tid, 0, 0) };
-        }
-        for thread in threads[..count].iter_mut().filter(|t| !t.is_stopped) {
-            wait_for(thread);
-        }
-        // Threads that others have started meanwhile.
-        let before = count;
-        seize_all(shared, tasks, &mut threads, &mut count);
-        if count == before {
-            break;
-        }
-    }
-    if count == 0 {
-        end(shared, outcome::GONE);
-    }
-    shared.stopped.store(1, Ordering::Release);
-    for thread in &threads[..count] {
-        keep_registers(shared, thread.tid);
-    }
-    copy(shared, mapping, pid, ranges, began_ns + (cap.as_nanos() as f64 * ORDERLY) as u64);
-    for thread in &threads[..count] {
-        // SAFETY: no memory is involved. A signal that was on its way goes on.
-        unsafe { libc::ptrace(libc::PTRACE_DETACH, thread.tid, 0, thread.signal) };
-    }
-    shared.stopped_ns.store((now_ns() - began_ns).max(1), Ordering::Release);
-    end(shared, outcome::DONE)
-}
-
-fn end(shared: &Shared, outcome: u32) -> ! {
-    if outcome != outcome::DONE {
-        // SAFETY: errno of this thread.
-        shared.errno.store(unsafe { *libc::__errno_location() }.cast_unsigned(), Ordering::Release);
-    }
-    shared.outcome.store(outcome, Ordering::Release);
-    // SAFETY: ends this process at once; attached threads are let go by the kernel.
-    unsafe { libc::_exit(0) }
-}
-
-/// Kills this process when the time is up, even if somebody has stopped it.
-struct Deadline(libc::timer_t);
-
-impl Deadline {
-    fn new(time: Duration) -> Option<Deadline> {
-        // SAFETY: `sigevent` is plain data for which all-zero is valid.
-        let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
-        event.sigev_notify = libc::SIGEV_SIGNAL;
-        event.sigev_signo = libc::SIGKILL;
-        let mut timer: libc::timer_t = ptr::null_mut();
-        // SAFETY: both live over the call.
-        if unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer) } != 0 {
-            return None;
-        }
-        let deadline = Deadline(timer);
-        deadline.set(time);
-        Some(deadline)
-    }
-
-    fn set(&self, time: Duration) {
-        let value = libc::timespec { tv_sec: time.as_secs() as i64, tv_nsec: i64::from(time.subsec_nanos()).max(1) };
-        let once = libc::itimerspec { it_interval: libc::timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
-        // SAFETY: `once` lives over the call; the old value is not asked for.
-        unsafe { libc::timer_settime(self.0, 0, &raw const once, ptr::null_mut()) };
-    }
-}
-
-/// Makes the pages of the copy present, so that copying does not have to.
-fn touch(mapping: &Mapping) {
-    let start = mapping.copy_at();
-    // SAFETY: within the mapping.
-    let populated = unsafe { libc::madvise(start.cast(), mapping.copy as usize, libc::MADV_POPULATE_WRITE) } == 0;
-    let mut at = 0;
-    // Before Linux 5.14.
-    while !populated && at < mapping.copy as usize {
-        // SAFETY: within the mapping.
-        unsafe { start.add(at).write_volatile(0) };
-        at += 4096;
-    }
-}
-
-/// Attaches to every thread that is not attached to yet; ends the helper when one cannot be.
-fn seize_all(shared: &Shared, tasks: RawFd, threads: &mut [Thread; MAX_THREADS], count: &mut usize) {
-    let mut listing = [0_u64; LISTING / 8];
-    // SAFETY: the descriptor is open.
-    unsafe { libc::lseek(tasks, 0, libc::SEEK_SET) };
-    loop {
-        // SAFETY: the buffer is writable for its length.
-        let got = unsafe { libc::syscall(libc::SYS_getdents64, tasks, listing.as_mut_ptr(), LISTING) };
-        let Ok(got @ 1..) = usize::try_from(got) else { return };
-        // SAFETY: the kernel has just filled so many bytes of the buffer.
-        let bytes = unsafe { std::slice::from_raw_parts(listing.as_ptr().cast::<u8>(), got.min(LISTING)) };
-        let mut rest = bytes;
-        // ino (8), offset (8), length (2), type (1), name.
-        while let (Some(length), Some(name)) = (rest.get(16..18), rest.get(19..)) {
-            let length = usize::from(u16::from_ne_bytes([length[0], length[1]]));
-            let mut tid: libc::pid_t = 0;
-            for digit in name.iter().take_while(|b| b.is_ascii_digit()) {
-                tid = tid.wrapping_mul(10).wrapping_add(libc::pid_t::from(digit - b'0'));
-            }
-            if tid > 0 && !threads[..*count].iter().any(|t| t.tid == tid) {
-                seize(shared, tid, threads, count);
-            }
-            match rest.get(length..) {
-                Some(next) if length > 0 => rest = next,
-                _ => break,
-            }
-        }
-    }
-}
-
-fn seize(shared: &Shared, tid: libc::pid_t, threads: &mut [Thread; MAX_THREADS], count: &mut usize) {
-    // SAFETY: no memory is involved.
-    if unsafe { libc::ptrace(libc::PTRACE_SEIZE, tid, 0, 0) } != 0 {
-        // SAFETY: errno of this thread.
-        match unsafe { *libc::__errno_location() } {
-            // It has ended.
-            libc::ESRCH => return,
-            _ => end(shared, outcome::REFUSED),
-        }
-    }
-    match threads.get_mut(*count) {
-        Some(thread) => *thread = Thread { tid, is_stopped: false, signal: 0 },
-        None => end(shared, outcome::TOO_MANY),
-    }
-    *count += 1;
-}
-
-/// Waits until a thread that was interrupted stands still.
-fn wait_for(thread: &mut Thread) {
-    let mut status = 0;
-    // SAFETY: `status` is writable. A thread that cannot be interrupted is left when the time is up.
-    while unsafe { libc::waitpid(thread.tid, &raw mut status, libc::__WALL) } < 0 {
-        // SAFETY: errno of this thread.
-        if unsafe { *libc::__errno_location() } != libc::EINTR {
-            // It has ended.
-            thread.is_stopped = true;
-            return;
-        }
-    }
-    thread.is_stopped = true;
-    // Stopped by a signal on its way, not by the interruption (PTRACE_EVENT_STOP).
-    if libc::WIFSTOPPED(status) && status >> 16 == 0 {
-        thread.signal = libc::WSTOPSIG(status);
-    }
-}
-
-fn keep_registers(shared: &mut Shared, tid: libc::pid_t) {
-    let number = shared.threads.load(Ordering::Relaxed) as usize;
-    let Some(kept) = shared.registers.get_mut(number) else { return };
-    kept.tid = tid.cast_unsigned();
-    let mut words = 0;
-    for set in [libc::NT_PRSTATUS, libc::NT_PRFPREG] {
-        let Some(room) = kept.values.get_mut(words..) else { break };
-        let mut area = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: size_of_val(room) };
-        // SAFETY: the area is writable for the length that is passed.
-        if unsafe { libc::ptrace(libc::PTRACE_GETREGSET, tid, set, &raw mut area) } == 0 {
-            words += area.iov_len / 8;
-        }
-    }
-    kept.words = words as u32;
-    shared.threads.store(number as u32 + 1, Ordering::Release);
-}
-
-/// Copies until there is no more, no more room, or no more time.
-fn copy(shared: &mut Shared, mapping: &Mapping, pid: libc::pid_t, ranges: &[Range], until_ns: u64) {
-    let (mut filled, mut count) = (0, 0_usize);
-    for range in ranges {
-        let mut at = range.start;
-        while at < range.end {
-            let want = (range.end - at).min(PIECE).min(mapping.copy - filled);
-            let Some(piece) = shared.piece.get_mut(count) else { return cut(shared) };
-            if want == 0 || now_ns() >= until_ns {
-                return cut(shared);
-            }
-            // SAFETY: within the copy, see `want`.
-            let room = unsafe { mapping.copy_at().add(filled as usize) };
-            let local = libc::iovec { iov_base: room.cast(), iov_len: want as usize };
-            let remote = libc::iovec { iov_base: at as *mut libc::c_void, iov_len: want as usize };
-            // SAFETY: `local` is writable for its length; the kernel checks the other side.
-            let got = unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) };
-            let Ok(got @ 1..) = u64::try_from(got) else {
-                // A page that cannot be read.
-                at = (at / 4096 + 1) * 4096;
-                continue;
-            };
-            *piece = (at, got);
-            filled += got;
-            count += 1;
-            shared.pieces.store(count as u32, Ordering::Release);
-            at += if got == want { got } else { (got / 4096 + 1) * 4096 };
-        }
-    }
-}
-
-fn cut(shared: &Shared) {
-    shared.cut_short.store(1, Ordering::Release);
-}
-
-fn now_ns() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `time` is writable over the call.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
-    time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned()
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ pub struct Limits {
     pub most_scans: u32,
     /// Fewest lost blocks of a definite site ...
     pub min_lost: u64,
-    /// ... and least share of them among the blocks that are lost or reachable.
+    /// ... and least share of them among all that could be judged, possibly lost ones included.
     pub min_fraction: f64,
 }
 
@@ -107,7 +107,7 @@ pub struct SiteVerdict {
     pub gone: Tally,
     /// Blocks of the process that the kernel may hold the only pointer to, in requests under way (`io_uring`, AIO).
     pub in_requests: u64,
-    /// Writable memory of the process that was not read, because it belongs to a device: it may hold pointers.
+    /// Memory of the process that was not read, because it belongs to a device or cannot be read: it may hold pointers.
     pub device_bytes: u64,
     /// Blocks that were called lost, and of these those that the program has freed since.
     pub called_lost: u64,
@@ -143,21 +143,21 @@ impl SiteVerdict {
     /// The verdict in one word.
     pub fn verdict(&self, limits: &Limits) -> Verdict {
         let lost = self.lost_blocks();
-        let judged = lost + self.reachable.blocks;
         let rest = self.possible.blocks + self.disguised.blocks;
+        let all = lost + self.reachable.blocks + rest;
         // What one scan has reached is reachable.
         let needed = if self.still || lost + rest == 0 { 1 } else { limits.scans };
         if self.scans < needed || self.refuted as f64 > REFUTED * self.called_lost as f64 {
             return Verdict::Unknown;
         }
-        let most = |n: u64| n > 0 && n as f64 >= limits.min_fraction * (judged + rest) as f64;
+        let most = |n: u64| n > 0 && n as f64 >= limits.min_fraction * all as f64;
         // What is not in the process's memory may be where the scan cannot look.
         let sure = if self.device_bytes > 0 { 0 } else { lost.saturating_sub(self.in_requests) };
-        if sure >= limits.min_lost && lost as f64 >= limits.min_fraction * judged as f64 {
+        if sure >= limits.min_lost && most(lost) {
             Verdict::Definite
-        } else if most(self.disguised.blocks) || judged + rest == 0 {
+        } else if most(self.disguised.blocks) || all == 0 {
             Verdict::Unknown
-        } else if most(self.possible.blocks) || most(lost) {
+        } else if most(self.possible.blocks + lost) {
             Verdict::Possible
         } else {
             Verdict::Reachable
@@ -171,8 +171,9 @@ pub struct Series {
     scans: u32,
     /// Blocks born later are not judged, nanoseconds on the clock of their births.
     judged_until_ns: u64,
-    /// Blocks that no scan has reached, in order.
-    unreached: Vec<BlockName>,
+    /// Addresses of the judged blocks that no scan has reached, in order. A judged block is older than the first scan, so its
+    /// address names it in all of them.
+    unreached: Vec<u64>,
     shrinking: bool,
 }
 
@@ -195,18 +196,22 @@ impl Series {
     /// Takes a scan in. Blocks born after the `judged_until_ns` of the first scan are not judged: what has just been
     /// allocated may still be on its way to its owner.
     pub fn push(&mut self, index: &Index, marked: &Marked, judged_until_ns: u64) {
-        let unreached = |number: u32| marked.reach(number) != Reach::Reachable;
-        let names = (0_u32..).zip(index.blocks()).filter(|(n, _)| unreached(*n)).map(|(_, b)| (b.address, b.birth_ns));
         if self.scans == 0 {
             self.judged_until_ns = judged_until_ns;
-            self.unreached = names.collect();
+        }
+        let judged_until_ns = self.judged_until_ns;
+        let unreached = |(number, block): &(u32, &Block)| {
+            block.birth_ns < judged_until_ns && marked.reach(*number) != Reach::Reachable
+        };
+        let mut addresses = (0_u32..).zip(index.blocks()).filter(unreached).map(|(_, block)| block.address).peekable();
+        if self.scans == 0 {
+            self.unreached = addresses.collect();
         } else {
             // Both are in order.
-            let mut names = names.peekable();
             let before = self.unreached.len();
-            self.unreached.retain(|name| {
-                while names.next_if(|n| n < name).is_some() {}
-                names.peek() == Some(name)
+            self.unreached.retain(|address| {
+                while addresses.next_if(|a| a < address).is_some() {}
+                addresses.peek() == Some(address)
             });
             self.shrinking = self.unreached.len() < before;
         }
@@ -219,17 +224,22 @@ impl Series {
             || self.scans == 0
     }
 
-    /// Whether a block was unreachable in every scan.
-    pub fn is_unreached(&self, address: u64, birth_ns: u64) -> bool {
-        self.unreached.binary_search(&(address, birth_ns)).is_ok()
+    /// Whether a block is old enough to be judged.
+    fn is_judged(&self, block: &Block) -> bool {
+        block.birth_ns < self.judged_until_ns
+    }
+
+    /// Whether a block that is judged was unreachable in every scan.
+    fn is_unreached(&self, block: &Block) -> bool {
+        self.unreached.binary_search(&block.address).is_ok()
     }
 
     /// Whether a block is lost by all scans. `marked` is the last one's, `gone` as for [`Series::verdicts`].
     pub fn is_lost(&self, number: u32, block: &Block, marked: &Marked, gone: &[u32]) -> bool {
         matches!(marked.reach(number), Reach::Lost | Reach::IndirectlyLost)
             && gone.binary_search(&number).is_err()
-            && block.birth_ns < self.judged_until_ns
-            && self.is_unreached(block.address, block.birth_ns)
+            && self.is_judged(block)
+            && self.is_unreached(block)
     }
 
     /// What is to be said of each site. `index` and `marked` are those of the last scan; `gone` are the blocks, ascending,
@@ -242,9 +252,9 @@ impl Series {
             let reached = marked.reach(number) == Reach::Reachable;
             let tally = if reached {
                 &mut site.reachable
-            } else if block.birth_ns >= self.judged_until_ns {
+            } else if !self.is_judged(block) {
                 &mut site.young
-            } else if !self.is_unreached(block.address, block.birth_ns) {
+            } else if !self.is_unreached(block) {
                 &mut site.reachable
             } else if gone.binary_search(&number).is_ok() {
                 &mut site.gone
@@ -362,6 +372,12 @@ mod tests {
         assert_eq!(verdict(5, 6, 0).verdict(&limits), Verdict::Reachable);
         assert_eq!(verdict(4, 0, 0).verdict(&limits), Verdict::Possible);
         assert_eq!(verdict(0, 3, 9).verdict(&limits), Verdict::Possible);
+        // What may be reachable counts as if it were.
+        assert_eq!(verdict(5, 2, 3).verdict(&limits), Verdict::Definite);
+        assert_eq!(verdict(5, 0, 6).verdict(&limits), Verdict::Possible);
+        assert_eq!(verdict(40, 20, 41).verdict(&limits), Verdict::Possible);
+        let disguised = SiteVerdict { disguised: Tally { blocks: 6, bytes: 600 }, ..verdict(5, 0, 0) };
+        assert_eq!(disguised.verdict(&limits), Verdict::Unknown);
         assert_eq!(verdict(0, 0, 0).verdict(&limits), Verdict::Unknown);
         assert_eq!(SiteVerdict { scans: 2, ..verdict(50, 0, 0) }.verdict(&limits), Verdict::Unknown);
     }

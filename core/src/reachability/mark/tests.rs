@@ -53,7 +53,7 @@ impl Simulated {
             scan.visit(HEAP + 192 * n as u64, chunk);
         }
         scan.visit(GLOBALS, &bytes(&self.globals));
-        let marked = scan.finish(&mut Replay(&self.heap));
+        let marked = scan.finish(&mut Replay(&self.heap), &mut || Ok(())).unwrap();
         (index, marked)
     }
 
@@ -198,5 +198,106 @@ fn a_register_is_a_root() {
     let learned = Learned::default();
     let mut scan = Scan::new(&index, &learned);
     scan.visit_register(0, memory.start(0));
-    assert_eq!(scan.finish(&mut Replay(&memory.heap)).reach(0), Reachable);
+    let marked = scan.finish(&mut Replay(&memory.heap), &mut || Ok(())).unwrap();
+    assert_eq!(marked.reach(0), Reachable);
+}
+
+// The walk of a scan that is told to stop ends within so many blocks, wherever it is: among what is reachable, what is lost,
+// or in the middle of a large block.
+#[test]
+fn the_walk_can_be_given_up() {
+    let stop = || Err(crate::Error::new(crate::ErrorKind::Target, "stop"));
+    for (is_held, is_large) in [(true, false), (false, false), (true, true)] {
+        let count = if is_large { 1 } else { STEPS as usize + 1 };
+        let mut memory = Simulated::new(&vec![(1, if is_large { LARGE } else { 16 }); count]);
+        for block in 1..count {
+            memory.store(block - 1, 0, memory.start(block));
+        }
+        if is_held {
+            memory.root(memory.start(0));
+        }
+        let index = Index::new(memory.blocks.clone());
+        let learned = Learned::default();
+        let run = |go_on: &mut dyn FnMut() -> Result<()>| {
+            let mut scan = Scan::new(&index, &learned);
+            let bytes = |words: &[u64]| words.iter().flat_map(|w| w.to_ne_bytes()).collect::<Vec<u8>>();
+            scan.visit(HEAP, &bytes(&memory.heap));
+            scan.flags[0] |= if is_large { REREAD } else { 0 };
+            scan.visit(GLOBALS, &bytes(&memory.globals));
+            scan.finish(&mut Replay(&memory.heap), go_on)
+        };
+        assert!(run(&mut || Ok(())).is_ok());
+        assert!(run(&mut { stop }).is_err(), "{is_held} {is_large}");
+    }
+}
+
+// Both parts of a block count, whatever is seen between them.
+#[test]
+fn a_block_may_be_seen_in_parts() {
+    let mut memory = Simulated::new(&[(1, 64), (1, 32), (1, 32), (1, 32)]);
+    memory.store(0, 0, memory.start(1));
+    memory.store(0, 5, memory.start(2));
+    memory.store(3, 0, memory.start(1));
+    let index = Index::new(memory.blocks.clone());
+    let learned = Learned::default();
+    let mut scan = Scan::new(&index, &learned);
+    let bytes = |words: &[u64]| words.iter().flat_map(|w| w.to_ne_bytes()).collect::<Vec<u8>>();
+    scan.visit(memory.start(0), &bytes(&memory.heap[..4]));
+    let third = ((memory.start(3) - HEAP) / 8) as usize;
+    scan.visit(memory.start(3), &bytes(&memory.heap[third..third + 4]));
+    scan.visit(memory.start(0) + 32, &bytes(&memory.heap[4..8]));
+    scan.visit(GLOBALS, &bytes(&[memory.start(0)]));
+    let marked = scan.finish(&mut Replay(&memory.heap), &mut || Ok(())).unwrap();
+    assert_eq!([0, 1, 2, 3].map(|n| marked.reach(n)), [Reachable, Reachable, Reachable, Lost]);
+}
+
+// Blocks freed unseen lie in glibc's thread caches and fast bins: links from one to the next are XOR-ed with their place, and
+// lead to the block (caches) or to its header (bins). What was left over inside of a block is no such link.
+#[test]
+fn links_of_free_lists_are_found() {
+    let mut memory = Simulated::new(&[(1, 32), (1, 32), (1, 32), (1, 32)]);
+    let link = |place: u64, to: u64| (place >> 12) ^ to;
+    memory.store(0, 0, link(memory.start(0), memory.start(1)));
+    memory.store(1, 0, link(memory.start(1), memory.start(2) - HEADER));
+    memory.store(2, 2, link(memory.start(2) + 16, memory.start(3)));
+    let index = Index::new(memory.blocks.clone());
+    let learned = Learned::default();
+    let mut scan = Scan::new(&index, &learned).with_free_lists();
+    let bytes: Vec<u8> = memory.heap.iter().flat_map(|w| w.to_ne_bytes()).collect();
+    scan.visit(HEAP, &bytes);
+    let marked = scan.finish(&mut Replay(&memory.heap), &mut || Ok(())).unwrap();
+    assert_eq!(marked.linked, [1, 2]);
+}
+
+// The same of the C library that this runs with: as many blocks as fit into a thread's cache.
+#[test]
+#[cfg(target_env = "gnu")]
+fn glibcs_thread_cache_is_found() {
+    use crate::reachability::memory::ProcessMemory;
+    const CACHED: usize = 7;
+    const SIZE: u64 = 1000;
+    // SAFETY: plain use of malloc and free; freed memory is read by the kernel only.
+    let (blocks, freed) = unsafe {
+        let blocks: Vec<u64> = (0..2 * CACHED).map(|_| libc::malloc(SIZE as usize) as u64).collect();
+        let freed: Vec<u64> = blocks[..CACHED].to_vec();
+        freed.iter().for_each(|b| libc::free(*b as *mut libc::c_void));
+        (blocks, freed)
+    };
+    let of = |address: &u64| Block { address: *address, size: SIZE, ..Block::default() };
+    let index = Index::new(blocks.iter().map(of).collect());
+    let learned = Learned::default();
+    let mut scan = Scan::new(&index, &learned).with_free_lists();
+    let mut memory = ProcessMemory::new(std::process::id());
+    let mut bytes = [0; SIZE as usize];
+    for address in &blocks {
+        assert_eq!(memory.read(*address, &mut bytes), bytes.len());
+        scan.visit(*address, &bytes);
+    }
+    let linked = scan.finish(&mut memory, &mut || Ok(())).unwrap().linked;
+    let is_linked = |address: &&u64| index.find(**address).is_some_and(|(n, _)| linked.binary_search(&n).is_ok());
+    // To the one freed last the list itself leads, which is elsewhere.
+    assert_eq!(freed.iter().filter(is_linked).count(), CACHED - 1);
+    assert_eq!(blocks[CACHED..].iter().filter(is_linked).count(), 0);
+    // SAFETY: allocated above, and not freed yet.
+    blocks[CACHED..].iter().for_each(|b| unsafe { libc::free(*b as *mut libc::c_void) });
 }

@@ -1,5 +1,6 @@
 use std::process::{Child, Command};
 
+use super::helper::{LOOK, State, Thread, decimal, has_ended, looks, wait_for};
 use super::*;
 use crate::maps::Maps;
 use crate::process::ProcDir;
@@ -167,4 +168,148 @@ fn the_cap_holds() {
     assert!("SR".contains(state(child.id())));
     child.kill().unwrap();
     child.wait().unwrap();
+}
+
+type Life = extern "C" fn(*mut libc::c_void) -> *mut libc::c_void;
+
+/// A process of our own making; `life` is what its first thread does, which may start others.
+fn forked(life: Life) -> u32 {
+    // SAFETY: the child does not return from here. It starts threads, which glibc allows after a fork.
+    match unsafe { libc::fork() } {
+        0 => {
+            life(ptr::null_mut());
+            // SAFETY: ends the child.
+            unsafe { libc::_exit(0) }
+        }
+        child => {
+            assert!(child > 0);
+            child.cast_unsigned()
+        }
+    }
+}
+
+fn start_thread(life: Life) -> libc::pthread_t {
+    let mut thread = 0;
+    // SAFETY: `thread` is writable; `life` needs no argument.
+    if unsafe { libc::pthread_create(&raw mut thread, ptr::null(), life, ptr::null_mut()) } != 0 {
+        // SAFETY: ends the child.
+        unsafe { libc::_exit(1) }
+    }
+    thread
+}
+
+fn end_forked(pid: u32) {
+    // SAFETY: ends and waits for our own child.
+    unsafe {
+        libc::kill(pid.cast_signed(), libc::SIGKILL);
+        libc::waitpid(pid.cast_signed(), ptr::null_mut(), libc::__WALL);
+    }
+}
+
+extern "C" fn pause_for_ever(_: *mut libc::c_void) -> *mut libc::c_void {
+    loop {
+        // SAFETY: waits for a signal.
+        unsafe { libc::pause() };
+    }
+}
+
+/// Leaves another thread alone, after a while.
+extern "C" fn leave_behind(_: *mut libc::c_void) -> *mut libc::c_void {
+    start_thread(pause_for_ever);
+    // SAFETY: ends this thread alone.
+    unsafe {
+        libc::usleep(300_000);
+        libc::syscall(libc::SYS_exit, 0);
+    }
+    ptr::null_mut()
+}
+
+/// The first thread may end before the others: it stays behind as a zombie, which can be neither attached to nor waited for.
+#[test]
+fn a_first_thread_that_has_ended_is_left_out() {
+    let pid = forked(leave_behind);
+    while state(pid) != 'Z' {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let taken = take(pid, &[], 0, Duration::from_millis(500));
+    end_forked(pid);
+    let taken = taken.unwrap();
+    assert_eq!(taken.registers.len(), 1);
+    assert_ne!(taken.registers[0].0, pid);
+}
+
+/// It may also end after it was attached to, when only a look at it tells.
+#[test]
+fn a_first_thread_that_ends_meanwhile_is_not_waited_for() {
+    let pid = forked(leave_behind);
+    let folder = std::ffi::CString::new(format!("/proc/{pid}/task")).unwrap();
+    // SAFETY: the child makes system calls only; its exit code is what `wait_for` says.
+    let helper = unsafe { libc::fork() };
+    if helper == 0 {
+        // SAFETY: as above.
+        unsafe {
+            let tasks = libc::open(folder.as_ptr(), libc::O_RDONLY | libc::O_DIRECTORY);
+            let tid = pid.cast_signed();
+            let seized = libc::ptrace(libc::PTRACE_SEIZE, tid, 0, 0);
+            let Some(looks) = looks().filter(|_| seized == 0 && tasks >= 0) else { libc::_exit(9) };
+            looks.set(LOOK, LOOK);
+            let mut thread = Thread { tid, state: State::Runs, signal: 0 };
+            wait_for(&mut thread, tasks);
+            libc::_exit(i32::from(thread.state != State::Ended));
+        }
+    }
+    let mut status = 0;
+    // SAFETY: our own child.
+    unsafe { libc::waitpid(helper, &raw mut status, 0) };
+    end_forked(pid);
+    assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0, "{status:x}");
+}
+
+extern "C" fn end_at_once(_: *mut libc::c_void) -> *mut libc::c_void {
+    ptr::null_mut()
+}
+
+extern "C" fn start_threads_for_ever(_: *mut libc::c_void) -> *mut libc::c_void {
+    loop {
+        let thread = start_thread(end_at_once);
+        // SAFETY: started above, and joined once.
+        unsafe { libc::pthread_join(thread, ptr::null_mut()) };
+    }
+}
+
+extern "C" fn come_and_go(unused: *mut libc::c_void) -> *mut libc::c_void {
+    for _ in 0..3 {
+        start_thread(start_threads_for_ever);
+    }
+    pause_for_ever(unused)
+}
+
+/// Threads that come and go are no reason to give up, or to blame permissions for it.
+#[test]
+fn threads_that_end_meanwhile_are_left_out() {
+    let pid = forked(come_and_go);
+    let outcomes: Vec<_> = (0..50).map(|_| take(pid, &[], 0, Duration::from_millis(500))).collect();
+    let state = state(pid);
+    end_forked(pid);
+    for outcome in outcomes {
+        let taken = outcome.unwrap();
+        assert!(taken.registers.iter().any(|(tid, _)| *tid == pid), "{:?}", taken.registers.len());
+    }
+    assert!("SRD".contains(state), "{state}");
+}
+
+/// What is looked at decides between "has ended" and "may not": both are one error number.
+#[test]
+fn the_state_of_a_thread_is_told() {
+    let tasks = std::fs::File::open("/proc/self/task").unwrap();
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&tasks);
+    // SAFETY: takes nothing, returns a number.
+    let own = unsafe { libc::gettid() };
+    assert!(!has_ended(fd, own));
+    assert!(has_ended(fd, i32::MAX));
+    let mut text = [0; 32];
+    for (number, expected) in [(0, "0"), (7, "7"), (4_294_967_295, "4294967295"), (10_200, "10200")] {
+        let count = decimal(number, &mut text);
+        assert_eq!(std::str::from_utf8(&text[..count]), Ok(expected));
+    }
 }
