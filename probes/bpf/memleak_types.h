@@ -403,6 +403,7 @@ struct memleak_event {
 	__u32 name; /* the function that was called; nothing for an implicit free */
 	__u32 pid;
 	__u32 tid;
+	__u64 cgroup; /* id of the thread's */
 	char comm[16];
 };
 

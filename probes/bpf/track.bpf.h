@@ -160,6 +160,7 @@ static __always_inline void emit(struct memleak_actor *actor, enum memleak_event
 	e->name = name;
 	e->pid = actor->pid_tgid >> 32;
 	e->tid = actor->pid_tgid;
+	e->cgroup = bpf_get_current_cgroup_id();
 	bpf_get_current_comm(e->comm, sizeof(e->comm));
 	bpf_ringbuf_submit(e, 0);
 }
@@ -466,7 +467,8 @@ static __always_inline bool track_free(struct memleak_actor *actor, const struct
 	}
 	settle(&block, actor->instance, now);
 	emit(actor, EVENT_FREE, address, block_size(&block), now, block_age(&block, now),
-	     stack_hash ? stack_hash : block.stack, function->probe_set, function->name);
+	     stack_hash ? stack_hash : block.stack, stack_hash ? function->probe_set : block_probe_set(&block),
+	     function->name);
 	return true;
 }
 

@@ -29,7 +29,7 @@ use open::open;
 pub(crate) use open::{pid_namespace, seed};
 
 /// Size of the ring buffer of a trace, bytes.
-const TRACE_RING_BYTES: u32 = 32 << 20;
+pub(crate) const TRACE_RING_BYTES: u32 = 32 << 20;
 
 /// Bounds and behaviour of the kernel side.
 #[derive(Clone, Debug)]
@@ -129,7 +129,7 @@ impl Tracker {
         progs.process_fork_stop.set_autoload(stops_children);
         let mut skel = open.load().map_err(|e| Error::bpf("load the BPF programs", &e))?;
         let events: Option<&dyn MapCore> = settings.trace_events.then_some(&skel.maps.events);
-        let rings = Rings::new(&skel.maps.process_events, events)?;
+        let rings = Rings::new(Some(&skel.maps.process_events), events)?;
         let attach = |prog: &mut ProgramMut<'_>, name: &str| {
             prog.attach().map_err(|e| Error::bpf(format!("attach to tracepoint {name}"), &e))
         };

@@ -46,6 +46,7 @@ pub use attach::{PluginState, PluginStatus};
 use cohorts::{Generations, SiteCohorts};
 pub use end::{End, Ended};
 use kernel::Kernel;
+pub use kernel::KernelEvent;
 use launch::Launched;
 use userspace::Userspace;
 
@@ -119,6 +120,13 @@ struct KnownSite {
 pub enum Notice {
     /// A process is watched now.
     Watching(Arc<Process>, Vec<PluginStatus>),
+    /// Part of what was asked for cannot be followed, or has no name.
+    Limited {
+        /// Of what process.
+        process: Arc<Process>,
+        /// What, why, and what to do.
+        what: String,
+    },
     /// A process has ended or runs another program.
     Ended(Arc<Process>),
     /// A process makes too many calls for its budget, or few enough again: its books were started anew.
@@ -139,12 +147,14 @@ pub enum Notice {
         /// How long they take together by plan, seconds.
         about_s: f64,
     },
-    /// Recording everything that the kernel allocates exceeds the budget: a sample is recorded from here on.
+    /// Another sample of what the kernel allocates is recorded from here on: its books were started anew.
     Sampled {
         /// The kernel, under its new instance number.
         process: Arc<Process>,
-        /// Mean bytes between two allocations that are recorded.
+        /// Mean bytes between two allocations that are recorded; 0: all are.
         mean_bytes: u64,
+        /// True: what was recorded so far exceeds the budget. False: more is affordable again.
+        too_costly: bool,
     },
     /// The memory of a process has been scanned for references.
     Scanned {
@@ -294,7 +304,7 @@ impl Collector {
             tracker,
             plugins,
             matcher,
-            kernel: Kernel::start(config, &kernel_plugins, KERNEL_INSTANCE)?,
+            kernel: Kernel::start(config, &kernel_plugins, KERNEL_INSTANCE, trace_events)?,
             closed_set: !config.kernel.enabled && !config.targets.iter().any(|t| t.pid.is_empty() && t.searches()),
             watched: HashMap::new(),
             known: HashSet::new(),
@@ -333,7 +343,12 @@ impl Collector {
             collector.launch(&target.command, number)?;
         }
         if let Some(kernel) = &collector.kernel {
-            collector.notices.push(Notice::Watching(Arc::clone(kernel.process()), kernel.statuses()));
+            let process = Arc::clone(kernel.process());
+            collector.notices.push(Notice::Watching(Arc::clone(&process), kernel.statuses()));
+            let gaps = collector.kernel_gaps();
+            collector
+                .notices
+                .extend(gaps.into_iter().map(|what| Notice::Limited { process: Arc::clone(&process), what }));
         }
         collector.scan()?;
         // Those that are found meanwhile are none of this: there may always be more of them.
@@ -390,6 +405,14 @@ impl Collector {
     /// Where the return addresses of a site lie; once per site, and only with a recording.
     pub fn take_locations(&mut self, key: SiteKey) -> Vec<Location> {
         self.locations.as_mut().and_then(|known| known.remove(&key)).unwrap_or_default()
+    }
+
+    /// The next event of a trace of the kernel that passes the filters.
+    ///
+    /// # Errors
+    /// What is known of its site cannot be read.
+    pub fn next_kernel_event(&mut self) -> Result<Option<KernelEvent>> {
+        self.kernel.as_mut().map_or(Ok(None), Kernel::next_event)
     }
 
     /// Name of a probe set by its number.
@@ -471,9 +494,10 @@ impl Collector {
         // Nobody tells us that a scan is over.
         let timeout = if self.exit_waits() { timeout.min(EXIT_TICK) } else { timeout };
         let timeout = timeout.min(self.until_governed());
-        match self.tracker.loaded_mut() {
-            Some(tracker) => tracker.poll(timeout)?,
-            None => std::thread::sleep(timeout),
+        match (self.tracker.loaded_mut(), &self.kernel) {
+            (Some(tracker), _) => tracker.poll(timeout)?,
+            (None, Some(kernel)) => kernel.poll(timeout)?,
+            (None, None) => std::thread::sleep(timeout),
         }
         self.end_exit_scans()?;
         // First the windows: they are short.
