@@ -397,6 +397,24 @@ fn every_way_to_a_history_leads_to_the_same() {
     }
 }
 
+/// Sites come with the time of their first snapshot, once each.
+#[test]
+fn sites_have_the_time_at_which_they_were_first_seen() {
+    let (_dir, path, written) = write(Limits { keyframe_every: 9, ..Limits::default() }, 60, 24);
+    let reader = Reader::open(&path).expect("opens");
+    let seen: Vec<_> = reader.first_seen().expect("reads").into_iter().map(|(site, at)| (site.key, at)).collect();
+    let mut expected: Vec<(SiteKey, f64)> = Vec::new();
+    for snapshot in &written {
+        for sample in &snapshot.sites {
+            if expected.iter().all(|(key, _)| *key != sample.site.key) {
+                expected.push((sample.site.key, snapshot.time_s));
+            }
+        }
+    }
+    assert_eq!(seen.len(), expected.len());
+    assert!(expected.iter().all(|e| seen.contains(e)) && seen.windows(2).all(|w| w[0].1 <= w[1].1), "{seen:?}");
+}
+
 /// A reader that begins in the middle must see the same as one that begins at the start.
 #[test]
 fn a_part_is_read_as_in_the_whole() {
