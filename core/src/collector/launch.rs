@@ -27,7 +27,7 @@ use crate::{Error, ErrorKind, Result};
 const STOPS_FOR_S: f64 = 10.0;
 
 /// How long a command waits for the tables by which its stacks are unwound.
-const WAIT_FOR_TABLES: Duration = Duration::from_secs(2);
+const WAIT_FOR_TABLES: Duration = Duration::from_secs(5);
 
 /// A command that runs, or a descendant of it. Once nobody has this any more, nobody would let the process go on.
 pub(super) struct Launched {
