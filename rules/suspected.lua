@@ -22,8 +22,6 @@
 
 local grow = require("lib.grow")
 
-local grow = require("lib.grow")
-
 -- Sums of surviving bytes by process id, over the sites of processes that are watched through windows.
 local function surviving_bytes(sites)
   local sums = {}

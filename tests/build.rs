@@ -37,6 +37,10 @@ struct Build<'a> {
 const BUILDS: &[Build] = &[
     lib("libpool.so", "programs/libpool.c"),
     lib("libplugin.so", "programs/libplugin.c"),
+    // Without frame pointers, and with frames of different sizes.
+    gcc("libplugin-small.so", "programs/libplugin.c", &["-shared", "-fPIC", "-fomit-frame-pointer"]),
+    gcc("libplugin-large.so", "programs/libplugin.c", &["-shared", "-fPIC", "-fomit-frame-pointer", "-DROOM=900"]),
+    gcc("libsteps.so", "programs/libsteps.c", &["-shared", "-fPIC", "-fomit-frame-pointer"]),
     gcc("kinds", "programs/kinds.c", &[]),
     gcc("kinds-static", "programs/kinds.c", &["-static"]),
     // For allocators that lack pvalloc: one's block is none of the other's business.
@@ -66,6 +70,7 @@ const BUILDS: &[Build] = &[
     gcc("fork_busy", "programs/fork_busy.c", &[]),
     gcc("early", "programs/early.c", &[]),
     gcc("dlopen", "programs/dlopen.c", &["-ldl"]),
+    gcc("reload", "programs/reload.c", &["-ldl"]),
     gcc("sampled", "programs/sampled.c", &[]),
     gcc("mapper", "programs/mapper.c", &[]),
     gcc("files", "programs/files.c", &[]),
@@ -73,6 +78,12 @@ const BUILDS: &[Build] = &[
     gcc("hostile", "programs/hostile.c", &["-g0"]),
     gcc("pool", "programs/pool.c", &["-L.", "-l:libpool.so", "-Wl,-rpath,$ORIGIN"]),
     gcc("stepped", "programs/stepped.c", &[]),
+    // Functions of the library are bound at their first call, through stubs.
+    gcc(
+        "stepped_through",
+        "programs/stepped_through.c",
+        &["-fomit-frame-pointer", "-ldl", "-Wl,-z,lazy", "-L.", "-l:libsteps.so", "-Wl,-rpath,$ORIGIN"],
+    ),
     gcc("longjmp", "programs/longjmp.c", &["-L.", "-l:libpool.so", "-Wl,-rpath,$ORIGIN"]),
     gcc("jemalloc", "programs/jemalloc.c", &["-ldl"]),
     gcc("tcmalloc", "programs/tcmalloc.c", &["-ldl"]),

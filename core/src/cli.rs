@@ -418,6 +418,12 @@ struct KernelArgs {
     /// Only allocations in a cgroup and in those below it
     #[arg(long, value_name = "PATH", value_parser = config::parse_cgroup)]
     cgroup: Option<String>,
+    /// Print every allocation and free as a line, whatever it costs
+    ///
+    /// Each line has time, PID, TID, comm, address, size, at a free the lifetime, slab cache, flags, and the call stack of
+    /// the allocation. Nothing else is done with them: no rules, no report.
+    #[arg(long)]
+    trace: bool,
 }
 
 impl KernelArgs {
@@ -726,7 +732,11 @@ impl Cli {
                 settings.resolve(Command::Doctor { pids: pid }, config.file, &[], read_file)
             }
             Some(Subcommands::Kernel { kernel, watch }) => {
+                let json = watch.json;
                 let mut resolved = watch.resolve(kernel.backend.clone(), read_file)?;
+                if kernel.trace {
+                    resolved.command = Command::Trace { json };
+                }
                 kernel.apply(&mut resolved.config)?;
                 Ok(resolved)
             }

@@ -98,9 +98,10 @@ fn cost_line(collector: &Collector) -> String {
     let prices = collector.prices();
     format!(
         "  one hit of a well-placed probe costs {:.0} ns here, {:.1} us more where the kernel single-steps, {:.1} us more \
-         after a pause; a traced malloc and free are three hits\n",
+         between other work, {:.1} us more after a pause; a traced malloc and free are three hits\n",
         prices.hit_ns,
         prices.stepped_ns / 1e3,
+        prices.cool_ns / 1e3,
         prices.cold_ns / 1e3
     )
 }

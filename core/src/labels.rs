@@ -117,11 +117,11 @@ mod tests {
     const ID: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
     const POD: &str = "6f2c1f9e-93a1-4ee4-8d1b-1b7b2c0c7a11";
 
-    #[allow(clippy::type_complexity)]
-    fn labels(path: &str) -> (Option<String>, Option<String>, Option<String>, Option<String>, Option<String>) {
+    /// Container, runtime, pod, unit and slice.
+    fn labels(path: &str) -> [Option<String>; 5] {
         let path = path.replace("ID", ID).replace("POD_", &POD.replace('-', "_")).replace("POD", POD);
         let l = Labels::from_cgroup(&path);
-        (l.container, l.runtime, l.pod, l.unit, l.slice)
+        [l.container, l.runtime, l.pod, l.unit, l.slice]
     }
 
     fn text(s: &str) -> Option<String> {
@@ -141,14 +141,14 @@ mod tests {
             ("/libpod_parent/libpod-ID", Some("podman")),
             ("/system.slice/containerd.service/ID", None),
         ] {
-            let (container, r, pod, unit, _) = labels(path);
+            let [container, r, pod, unit, _] = labels(path);
             assert_eq!((container.as_deref(), r.as_deref(), pod, unit), (Some(ID), runtime, None, None), "{path}");
         }
-        assert_eq!(labels("/lxc.payload.web/system.slice/cron.service").0, text("web"));
-        assert_eq!(labels("/lxc.payload.web/system.slice/cron.service").3, text("cron.service"));
-        assert_eq!(labels("/lxc/web").0, text("web"));
-        let nspawn = labels("/machine.slice/systemd-nspawn@web.service/payload");
-        assert_eq!((nspawn.0, nspawn.1, nspawn.3), (text("web"), text("systemd-nspawn"), None));
+        assert_eq!(labels("/lxc.payload.web/system.slice/cron.service")[0], text("web"));
+        assert_eq!(labels("/lxc.payload.web/system.slice/cron.service")[3], text("cron.service"));
+        assert_eq!(labels("/lxc/web")[0], text("web"));
+        let [container, runtime, _, unit, _] = labels("/machine.slice/systemd-nspawn@web.service/payload");
+        assert_eq!((container, runtime, unit), (text("web"), text("systemd-nspawn"), None));
     }
 
     /// In Kubernetes the pod is what people look for.
@@ -166,7 +166,7 @@ mod tests {
                 Some("containerd"),
             ),
         ] {
-            let (container, r, pod, unit, _) = labels(path);
+            let [container, r, pod, unit, _] = labels(path);
             assert_eq!(
                 (container.as_deref(), r.as_deref(), pod.as_deref(), unit),
                 (Some(ID), runtime, Some(POD), None),
@@ -174,14 +174,14 @@ mod tests {
             );
         }
         let pause = "/kubepods/burstable/pod0123456789abcdef0123456789abcdef/ID";
-        assert_eq!(labels(pause).2, text("0123456789abcdef0123456789abcdef"));
+        assert_eq!(labels(pause)[2], text("0123456789abcdef0123456789abcdef"));
     }
 
     /// Services and sessions are no containers, and what only looks like one is not taken for one.
     #[test]
     fn units_are_recognized_and_nothing_is_guessed() {
         let unit = |path: &str| {
-            let (container, runtime, pod, unit, slice) = labels(path);
+            let [container, runtime, pod, unit, slice] = labels(path);
             assert_eq!((container, runtime, pod), (None, None, None), "{path}");
             (unit, slice)
         };

@@ -274,13 +274,19 @@ pub fn notice_line(notice: &Notice) -> String {
             process.pid,
             visible(&process.comm)
         ),
-        Notice::Sampled { process, mean_bytes } => format!(
-            "{} {}: recording every allocation would exceed the budget; a sample is recorded from here on, one in {} on \
-             average, and numbers are estimates",
-            process.pid,
-            visible(&process.comm),
-            format_bytes(*mean_bytes)
-        ),
+        Notice::Limited { process, what } => format!("{} {}: {what}", process.pid, visible(&process.comm)),
+        Notice::Sampled { process, mean_bytes, too_costly } => {
+            let why =
+                if *too_costly { "recording more would exceed the budget" } else { "there is budget for more again" };
+            let what = match mean_bytes {
+                0 => "every allocation is recorded from here on".to_owned(),
+                n => format!(
+                    "a sample is recorded from here on, one allocation in {} on average, and numbers are estimates",
+                    format_bytes(*n)
+                ),
+            };
+            format!("{} {}: {why}; {what}", process.pid, visible(&process.comm))
+        }
         Notice::Stopped { process, why, cool_down_s } => format!(
             "{} {}: all tracing stopped for {}, because {}",
             process.pid,

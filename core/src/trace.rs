@@ -9,8 +9,9 @@ use memleak_probes::{Event, EventKind, Tracker};
 use serde::Serialize;
 
 use crate::cli::is_closed_pipe;
-use crate::collector::{Collector, Purpose};
+use crate::collector::{Collector, KernelEvent, Purpose};
 use crate::config::Config;
+use crate::kernel::Origin;
 use crate::live::{frame_name, notice_line};
 use crate::output::alerts::json_line;
 use crate::output::text::visible;
@@ -33,7 +34,18 @@ struct TraceLine<'a> {
     lifetime_ns: Option<u64>,
     probe_set: &'a str,
     function: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kernel: Option<KernelPart<'a>>,
     frames: &'a [Frame],
+}
+
+/// What only the kernel's own allocations have.
+#[derive(Serialize)]
+struct KernelPart<'a> {
+    cache: Option<&'a str>,
+    object_bytes: u64,
+    gfp: &'a str,
+    cgroup: u64,
 }
 
 /// Prints events until the targets have ended, `config.duration` is over, or `stop` says so.
@@ -94,7 +106,21 @@ impl Tracer {
                 EventKind::ImplicitFree => &site.function,
                 EventKind::Alloc | EventKind::Free => collector.tracker().map_or("", |t| t.function_name(event.name)),
             };
-            let line = if self.json { json_event(&event, &site, function)? } else { text(&event, &site, function) };
+            let line = if self.json {
+                json_event(&event, &site, function, None)?
+            } else {
+                text(&event, &site, function, None)
+            };
+            writeln!(self.out, "{line}").map_err(failed)?;
+            self.printed += 1;
+        }
+        while let Some(KernelEvent { event, site, origin, function }) = collector.next_kernel_event()? {
+            let origin = Some(&*origin);
+            let line = if self.json {
+                json_event(&event, &site, &function, origin)?
+            } else {
+                text(&event, &site, &function, origin)
+            };
             writeln!(self.out, "{line}").map_err(failed)?;
             self.printed += 1;
         }
@@ -114,7 +140,7 @@ fn lifetime(event: &Event) -> Option<u64> {
     (event.kind != EventKind::Alloc).then_some(event.lifetime_ns)
 }
 
-fn json_event(event: &Event, site: &Site, function: &str) -> Result<String> {
+fn json_event(event: &Event, site: &Site, function: &str, origin: Option<&Origin>) -> Result<String> {
     json_line(&TraceLine {
         r#type: kind(event),
         time_s: event.time_ns as f64 / 1e9,
@@ -126,16 +152,26 @@ fn json_event(event: &Event, site: &Site, function: &str) -> Result<String> {
         lifetime_ns: lifetime(event),
         probe_set: &site.probe_set,
         function,
+        kernel: origin.map(|o| KernelPart {
+            cache: o.cache.as_deref(),
+            object_bytes: o.object_bytes,
+            gfp: &o.gfp,
+            cgroup: event.cgroup,
+        }),
         frames: site.frames(),
     })
 }
 
-/// `seconds.micros pid/tid comm kind function address size [lifetime] stack`.
-fn text(event: &Event, site: &Site, function: &str) -> String {
+/// `seconds.micros pid/tid comm kind function address size [lifetime] [cache flags] stack`.
+fn text(event: &Event, site: &Site, function: &str, origin: Option<&Origin>) -> String {
     let stack: Vec<String> = site.frames().iter().map(frame_name).collect();
     let lived = lifetime(event).map_or(String::new(), |ns| format!(" lived {}", format_duration_s(ns as f64 / 1e9)));
+    let of_kernel = origin.map_or(String::new(), |o| {
+        let cache = o.cache.as_deref().map_or(String::new(), |cache| format!(" {}", visible(cache)));
+        format!("{cache} {}", visible(&o.gfp))
+    });
     format!(
-        "{}.{:06} {}/{} {} {} {} 0x{:x} {} B{lived}  {}",
+        "{}.{:06} {}/{} {} {} {} 0x{:x} {} B{lived}{of_kernel}  {}",
         event.time_ns / 1_000_000_000,
         event.time_ns % 1_000_000_000 / 1_000,
         event.pid,

@@ -7,12 +7,23 @@
 //! While a target is traced exactly the collector is woken every now and then for the same reason: should the target make too
 //! many calls meanwhile, tracing ends. (A collector that a debugger has stopped cannot be woken, and is killed.)
 //!
-//! The helper is forked before any BPF object exists and holds nothing but its two pipes.
+//! A collector that is killed in the middle of attaching or detaching leaves breakpoints behind, see [`memleak_probes::sweep`]:
+//! the helper is told of all attachments, and sweeps them when the collector is gone.
+//!
+//! The helper is forked before any BPF object exists. It holds its ends of a socket and a pipe, and of what it is told.
 
 use std::ffi::{CStr, CString};
-use std::io::{PipeReader, PipeWriter, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::io::{IoSlice, IoSliceMut, PipeReader, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use memleak_probes::sweep::{Attachment, MAX_PLACES, Witness};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+};
 
 use crate::{Error, Result};
 
@@ -21,11 +32,75 @@ const GRACE: Duration = Duration::from_millis(400);
 /// How often the collector is woken, this long apart, before it is killed.
 const WAKEUPS: u32 = 8;
 const WAKEUP_EVERY_MS: libc::c_int = 250;
+/// So many attachments are kept in mind; further ones are not swept.
+const MAX_ATTACHMENTS: usize = 256;
+
+/// What the helper is told: a packet of a few numbers, with the program and the file of an attachment as descriptors.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Order<'a> {
+    /// Expect a sign of life within so many milliseconds; 0: expect none.
+    Arm { limit_ms: u32 },
+    /// Probes are about to be attached to a process.
+    Attaching { pid: u32, session: bool, offsets: &'a [u64] },
+    /// All probes of a process have been detached.
+    Detached { pid: u32 },
+}
+
+/// Numbers of an order: what it is, a number, whether sessions are meant, and offsets.
+const WORDS: usize = 3 + MAX_PLACES;
+type Packet = [u8; WORDS * 8];
+
+impl Order<'_> {
+    /// The packet, and how many bytes of it are used.
+    fn encode(&self) -> (Packet, usize) {
+        let (kind, number, session, offsets): (u64, u32, bool, &[u64]) = match *self {
+            Order::Arm { limit_ms } => (0, limit_ms, false, &[]),
+            Order::Attaching { pid, session, offsets } => (1, pid, session, offsets),
+            Order::Detached { pid } => (2, pid, false, &[]),
+        };
+        let mut packet = [0; WORDS * 8];
+        let words = [kind, number.into(), session.into()].into_iter().chain(offsets.iter().copied());
+        let mut used = 0;
+        for (place, word) in packet.as_chunks_mut::<8>().0.iter_mut().zip(words) {
+            *place = word.to_ne_bytes();
+            used += 8;
+        }
+        (packet, used)
+    }
+
+    /// Reads what [`Order::encode`] made; the offsets go to `offsets`.
+    fn decode<'a>(packet: &[u8], offsets: &'a mut [u64; MAX_PLACES]) -> Option<Order<'a>> {
+        let mut words = packet.as_chunks::<8>().0.iter().map(|word| u64::from_ne_bytes(*word));
+        let (kind, number, session) = (words.next()?, u32::try_from(words.next()?).ok()?, words.next()? != 0);
+        let mut count = 0;
+        for (place, word) in offsets.iter_mut().zip(words) {
+            *place = word;
+            count += 1;
+        }
+        match kind {
+            0 => Some(Order::Arm { limit_ms: number }),
+            1 => Some(Order::Attaching { pid: number, session, offsets: &offsets[..count] }),
+            2 => Some(Order::Detached { pid: number }),
+            _ => None,
+        }
+    }
+}
+
+/// Tells the helper. One that is gone cannot help: nothing depends on it until something else goes wrong.
+fn tell(socket: &OwnedFd, order: Order<'_>, files: &[BorrowedFd<'_>]) {
+    let (packet, used) = order.encode();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !files.is_empty() {
+        ancillary.push(SendAncillaryMessage::ScmRights(files));
+    }
+    let _ = sendmsg(socket, &[IoSlice::new(&packet[..used])], &mut ancillary, SendFlags::NOSIGNAL);
+}
 
 /// The collector's end.
 #[derive(Debug)]
 pub struct Watchdog {
-    orders: PipeWriter,
+    orders: Arc<OwnedFd>,
     wakeups: PipeReader,
     pid: libc::pid_t,
     /// When the helper was last told to expect something; `None` while it expects nothing.
@@ -39,7 +114,8 @@ impl Watchdog {
     /// No process or pipe can be made.
     pub fn start() -> Result<Watchdog> {
         let failed = |e| Error::io("failed to start the watchdog", e);
-        let (orders_reader, orders) = std::io::pipe().map_err(failed)?;
+        let (kind, flags) = (SocketType::SEQPACKET, SocketFlags::CLOEXEC);
+        let (theirs, orders) = socketpair(AddressFamily::UNIX, kind, flags, None).map_err(|e| failed(e.into()))?;
         let (wakeups, wakeups_writer) = std::io::pipe().map_err(failed)?;
         set_nonblocking(wakeups.as_raw_fd()).map_err(failed)?;
         let collector = std::process::id().cast_signed();
@@ -48,17 +124,16 @@ impl Watchdog {
         let pid = unsafe { libc::fork() };
         match pid {
             -1 => Err(failed(std::io::Error::last_os_error())),
-            0 => watch(collector, &stat, orders_reader.as_raw_fd(), wakeups_writer.as_raw_fd()),
-            pid => Ok(Watchdog { orders, wakeups, pid, armed: None }),
+            0 => watch(collector, &stat, theirs.as_fd(), wakeups_writer.as_raw_fd()),
+            pid => Ok(Watchdog { orders: Arc::new(orders), wakeups, pid, armed: None }),
         }
     }
 
     /// We shall look again within `length`, by which a window will be closed; replaces what was said before.
     pub fn arm(&mut self, length: Duration) {
         self.armed = Some(Instant::now());
-        let limit_ms = u32::try_from((length + GRACE).as_millis()).unwrap_or(u32::MAX);
-        // A helper that is gone cannot help; the window is short anyway.
-        let _ = self.orders.write_all(&limit_ms.max(1).to_ne_bytes());
+        let limit_ms = u32::try_from((length + GRACE).as_millis()).unwrap_or(u32::MAX).max(1);
+        tell(&self.orders, Order::Arm { limit_ms }, &[]);
     }
 
     /// We shall go on looking at least every `length`; `None`: there is nothing to look after any more. To be said again and
@@ -67,16 +142,37 @@ impl Watchdog {
         match length {
             Some(length) if self.armed.is_none_or(|at| at.elapsed() >= length / 2) => self.arm(length),
             None if self.armed.take().is_some() => {
-                let _ = self.orders.write_all(&0_u32.to_ne_bytes());
+                tell(&self.orders, Order::Arm { limit_ms: 0 }, &[]);
             }
             _ => {}
         }
+    }
+
+    /// Whom to tell of attachments.
+    pub fn witness(&self) -> Box<dyn Witness> {
+        Box::new(Teller { orders: Arc::clone(&self.orders) })
     }
 
     /// True when the helper has woken us since the last call: somebody had stopped us.
     pub fn has_woken_us(&mut self) -> bool {
         let mut bytes = [0; 16];
         matches!(self.wakeups.read(&mut bytes), Ok(1..))
+    }
+}
+
+/// Tells the helper of attachments.
+struct Teller {
+    orders: Arc<OwnedFd>,
+}
+
+impl Witness for Teller {
+    fn attaching(&self, attachment: &Attachment<'_>) {
+        let Attachment { pid, program, session, file, offsets } = *attachment;
+        tell(&self.orders, Order::Attaching { pid, session, offsets }, &[program, file]);
+    }
+
+    fn detached(&self, pid: u32) {
+        tell(&self.orders, Order::Detached { pid }, &[]);
     }
 }
 
@@ -98,34 +194,113 @@ fn set_nonblocking(fd: RawFd) -> std::io::Result<()> {
     }
 }
 
+/// An attachment as the helper keeps it in mind; free without a pid.
+#[derive(Clone, Copy)]
+struct Kept {
+    pid: u32,
+    session: bool,
+    program: RawFd,
+    file: RawFd,
+    count: usize,
+    offsets: [u64; MAX_PLACES],
+}
+
+impl Kept {
+    const FREE: Kept = Kept { pid: 0, session: false, program: -1, file: -1, count: 0, offsets: [0; MAX_PLACES] };
+
+    fn forget(&mut self) {
+        // SAFETY: both descriptors are ours, and nobody else's.
+        unsafe {
+            libc::close(self.program);
+            libc::close(self.file);
+        }
+        *self = Kept::FREE;
+    }
+
+    fn sweep(&self) {
+        // SAFETY: both descriptors are open until `forget`.
+        let (program, file) = unsafe { (BorrowedFd::borrow_raw(self.program), BorrowedFd::borrow_raw(self.file)) };
+        let offsets = &self.offsets[..self.count];
+        // The process may have ended, and then nothing is left.
+        let _ = Attachment { pid: self.pid, program, session: self.session, file, offsets }.sweep();
+    }
+}
+
+/// What a packet meant.
+enum Received {
+    /// Expect a sign of life within so many milliseconds; -1: expect none.
+    Limit(libc::c_int),
+    /// An attachment, or nothing.
+    Noted,
+    /// The collector has gone.
+    End,
+}
+
+/// Receives a packet. System calls only.
+fn receive(orders: BorrowedFd<'_>, kept: &mut [Kept; MAX_ATTACHMENTS]) -> Received {
+    let (mut packet, mut offsets): (Packet, _) = ([0; WORDS * 8], [0; MAX_PLACES]);
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = recvmsg(orders, &mut [IoSliceMut::new(&mut packet)], &mut ancillary, RecvFlags::CMSG_CLOEXEC);
+    let bytes = match received {
+        Ok(received) if received.bytes > 0 => received.bytes,
+        Err(rustix::io::Errno::INTR) => return Received::Noted,
+        _ => return Received::End,
+    };
+    let mut files = [-1; 2];
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = message {
+            files.iter_mut().zip(received).for_each(|(place, file)| *place = file.into_raw_fd());
+        }
+    }
+    match Order::decode(&packet[..bytes], &mut offsets) {
+        Some(Order::Arm { limit_ms: 0 }) => return Received::Limit(-1),
+        Some(Order::Arm { limit_ms }) => {
+            return Received::Limit(limit_ms.min(i32::MAX.unsigned_abs()).cast_signed());
+        }
+        Some(Order::Attaching { pid, session, offsets }) => {
+            let mut new = Kept { pid, session, program: files[0], file: files[1], count: offsets.len(), ..Kept::FREE };
+            new.offsets[..offsets.len()].copy_from_slice(offsets);
+            match kept.iter_mut().find(|kept| kept.pid == 0) {
+                Some(free) => *free = new,
+                None => new.forget(),
+            }
+        }
+        Some(Order::Detached { pid }) => kept.iter_mut().filter(|kept| kept.pid == pid).for_each(Kept::forget),
+        None => {}
+    }
+    Received::Noted
+}
+
 /// The helper's life: system calls only, because it was forked from a process with threads.
-fn watch(collector: libc::pid_t, stat: &CStr, orders: RawFd, wakeups: RawFd) -> ! {
+fn watch(collector: libc::pid_t, stat: &CStr, orders: BorrowedFd<'_>, wakeups: RawFd) -> ! {
+    let mut kept = [Kept::FREE; MAX_ATTACHMENTS];
     // SAFETY: plain system calls on descriptors that are open and buffers that live on this stack.
     unsafe {
         // A session of its own: ctrl-z and ctrl-c are meant for the collector.
         libc::setsid();
-        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
         libc::prctl(libc::PR_SET_NAME, c"memleak-watch".as_ptr());
         // What it has to do takes microseconds, and must not wait for others. Where that is not allowed, it waits.
         libc::setpriority(libc::PRIO_PROCESS, 0, -10);
         for fd in 0..1024 {
-            if fd != orders && fd != wakeups {
+            if fd != orders.as_raw_fd() && fd != wakeups {
                 libc::close(fd);
             }
         }
         let mut limit_ms: libc::c_int = -1;
         let mut woken = 0;
         loop {
-            let mut poll = libc::pollfd { fd: orders, events: libc::POLLIN, revents: 0 };
+            let mut poll = libc::pollfd { fd: orders.as_raw_fd(), events: libc::POLLIN, revents: 0 };
             let ready = libc::poll(&raw mut poll, 1, limit_ms);
             if ready > 0 {
-                let mut order = [0_u8; 4];
-                if libc::read(orders, order.as_mut_ptr().cast(), order.len()) != 4 {
-                    libc::_exit(0); // the collector has ended
+                match receive(orders, &mut kept) {
+                    Received::Limit(limit) => (limit_ms, woken) = (limit, 0),
+                    Received::Noted => {}
+                    Received::End => {
+                        kept.iter().filter(|kept| kept.pid != 0).for_each(Kept::sweep);
+                        libc::_exit(0);
+                    }
                 }
-                let order = u32::from_ne_bytes(order);
-                limit_ms = if order == 0 { -1 } else { order.min(i32::MAX.unsigned_abs()).cast_signed() };
-                woken = 0;
             } else if ready == 0 {
                 limit_ms = WAKEUP_EVERY_MS;
                 if !is_stopped(stat) {
@@ -134,7 +309,9 @@ fn watch(collector: libc::pid_t, stat: &CStr, orders: RawFd, wakeups: RawFd) -> 
                 woken += 1;
                 if woken > WAKEUPS {
                     libc::kill(collector, libc::SIGKILL);
-                    libc::_exit(0);
+                    // That ends the socket, too.
+                    limit_ms = -1;
+                    continue;
                 }
                 libc::write(wakeups, [1_u8].as_ptr().cast(), 1);
                 libc::kill(collector, libc::SIGCONT);
@@ -182,6 +359,23 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(!is_stopped(&stat), "gone");
+    }
+
+    /// What is told must arrive, whatever the number of places; packets of another size or kind are nothing.
+    #[test]
+    fn orders_arrive_as_they_were_told() {
+        let places: Vec<u64> = (0..MAX_PLACES as u64).map(|n| n << 40 | 7).collect();
+        for order in [
+            Order::Arm { limit_ms: 600 },
+            Order::Attaching { pid: 4_194_304, session: true, offsets: &places },
+            Order::Attaching { pid: 1, session: false, offsets: &places[..1] },
+            Order::Detached { pid: 77 },
+        ] {
+            let (packet, used) = order.encode();
+            assert_eq!(Order::decode(&packet[..used], &mut [0; MAX_PLACES]), Some(order));
+        }
+        assert_eq!(Order::decode(&[0; 23], &mut [0; MAX_PLACES]), None);
+        assert_eq!(Order::decode(&[9; 24], &mut [0; MAX_PLACES]), None);
     }
 
     /// A collector that is late but runs must not be signalled.

@@ -28,6 +28,10 @@ static __always_inline bool session_is_return(void *ctx)
 /* Signals to other tasks than the current one came with 6.13. */
 extern int bpf_send_signal_task(struct task_struct *task, int sig, enum pid_type type, u64 value) __ksym __weak;
 
+/* Interrupts of a CPU can be held off by a program since 6.14, and global functions be called meanwhile since 6.15. */
+extern void bpf_local_irq_save(unsigned long *flags) __ksym __weak;
+extern void bpf_local_irq_restore(unsigned long *flags) __ksym __weak;
+
 #if defined(__TARGET_ARCH_x86)
 /* `ret` pops the return address. */
 #define RETURN_SP_RISE 8

@@ -14,6 +14,24 @@ volatile u64 entries = 0;
 volatile u64 returns = 0;
 volatile u64 cookie = 0;
 
+/* What the verifier is asked about: a global function that is called while interrupts are held off. */
+__noinline int feature_global(int value)
+{
+	return value + 1;
+}
+
+SEC("raw_tp")
+int feature_hold_cpu(void *ctx)
+{
+	unsigned long flags;
+	int got;
+
+	bpf_local_irq_save(&flags);
+	got = feature_global(entries);
+	bpf_local_irq_restore(&flags);
+	return got;
+}
+
 SEC("uprobe.session")
 int feature_session(struct pt_regs *ctx)
 {

@@ -79,14 +79,18 @@ static __always_inline int on_tracepoint_alloc(struct bpf_raw_tracepoint_args *c
 		.caller = argument(ctx, at->caller),
 	};
 
-	kernel_alloc(ctx, &call);
+	held_alloc(ctx, &call);
 	return 0;
 }
 
 static __always_inline int on_tracepoint_free(struct bpf_raw_tracepoint_args *ctx, enum memleak_kernel_probe probe)
 {
+	unsigned long flags;
+
+	hold_cpu(&flags);
 	count(0, COUNTER_HITS);
-	kernel_free(domain_of(probe), argument(ctx, layouts[probe].block));
+	kernel_free(domain_of(probe), argument(ctx, layouts[probe].block), probe);
+	release_cpu(&flags);
 	return 0;
 }
 
@@ -144,7 +148,7 @@ int tp_mm_page_alloc(struct bpf_raw_tracepoint_args *ctx)
 	call.size = call.object_bytes = page_bytes << (order & 31);
 	/* A failed allocation is reported, too. */
 	if (call.address && !(movable_type >= 0 && call.migrate_type == (u32)movable_type))
-		kernel_alloc(ctx, &call);
+		held_alloc(ctx, &call);
 	else
 		count(0, COUNTER_HITS);
 	return 0;
@@ -171,7 +175,7 @@ int tp_percpu_alloc(struct bpf_raw_tracepoint_args *ctx)
 		.caller = argument(ctx, at->caller),
 	};
 
-	kernel_alloc(ctx, &call);
+	held_alloc(ctx, &call);
 	return 0;
 }
 
@@ -198,7 +202,7 @@ int tp_vmap_alloc(struct bpf_raw_tracepoint_args *ctx)
 	if (call.size > page_bytes)
 		call.size -= page_bytes;
 	if (!(u32)argument(ctx, at->failed))
-		kernel_alloc(ctx, &call);
+		held_alloc(ctx, &call);
 	else
 		count(0, COUNTER_HITS);
 	return 0;

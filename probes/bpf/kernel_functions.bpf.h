@@ -78,15 +78,15 @@ static __always_inline u64 register_argument(const struct memleak_arguments *arg
 }
 
 /* Blocks are freed: one, several, or one whose head is known. */
-static __always_inline void free_blocks(u32 role, u32 domain, u64 block, u64 size, u64 count_of)
+static __always_inline void free_blocks(u32 role, u32 domain, u32 name, u64 block, u64 size, u64 count_of)
 {
 	u32 known = 0, i;
 
 	count(0, COUNTER_HITS);
 	if (role == KERNEL_ROLE_FREE) {
-		kernel_free(domain, block);
+		kernel_free(domain, block, name);
 	} else if (role == KERNEL_ROLE_FREE_AT) {
-		kernel_free(domain, block ? block - size : size);
+		kernel_free(domain, block ? block - size : size, name);
 	} else {
 		for (i = 0; i < KERNEL_BULK; i++) {
 			u64 address = 0;
@@ -96,7 +96,7 @@ static __always_inline void free_blocks(u32 role, u32 domain, u64 block, u64 siz
 			if (bpf_probe_read_kernel(&address, sizeof(address), (void *)(block + i * sizeof(u64))))
 				count(0, COUNTER_POINTERS_UNREADABLE);
 			else
-				known |= kernel_free(domain, address);
+				known |= kernel_free(domain, address, name);
 		}
 		/* The rest goes the same way as these, most likely: of no interest when none of them was recorded. */
 		if (count_of > KERNEL_BULK && known)
@@ -157,7 +157,7 @@ int kp_free(struct pt_regs *ctx)
 	if (!function)
 		return 0;
 	read_arguments(ctx, &arguments);
-	free_blocks(function->role, function->domain, register_argument(&arguments, function->block),
+	free_blocks(function->role, function->domain, function->name, register_argument(&arguments, function->block),
 		    register_argument(&arguments, function->size), register_argument(&arguments, function->count));
 	return 0;
 }
@@ -179,6 +179,7 @@ int kp_return(struct pt_regs *ctx)
 	if (!is_block(block))
 		return 0;
 	actor.domain = pending.domain;
+	actor.pid_tgid = actor_id();
 	commit(&actor, block, pending.size, pending.stack, pending.probe_set, pending.name);
 	return 0;
 }
@@ -195,8 +196,13 @@ static __always_inline u64 traced_argument(void *ctx, u8 n)
 SEC("fentry")
 int fn_enter(void *ctx)
 {
-	free_blocks(this_function.role, this_function.domain, traced_argument(ctx, this_function.block),
-		    traced_argument(ctx, this_function.size), traced_argument(ctx, this_function.count));
+	unsigned long flags;
+
+	hold_cpu(&flags);
+	free_blocks(this_function.role, this_function.domain, this_function.name,
+		    traced_argument(ctx, this_function.block), traced_argument(ctx, this_function.size),
+		    traced_argument(ctx, this_function.count));
+	release_cpu(&flags);
 	return 0;
 }
 
@@ -215,7 +221,7 @@ int fn_return(void *ctx)
 	if (call.domain == 2)
 		call.size *= cpus;
 	if (!bpf_get_func_ret(ctx, &call.address))
-		kernel_alloc(ctx, &call);
+		held_alloc(ctx, &call);
 	return 0;
 }
 

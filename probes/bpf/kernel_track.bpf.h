@@ -7,6 +7,7 @@
 #define KERNEL_TRACK_BPF_H
 
 #include "track.bpf.h"
+#include "compat.bpf.h"
 #include <bpf/bpf_core_read.h>
 
 /* Settings, written before load. */
@@ -20,6 +21,7 @@ const volatile u64 cpus = 1; /* how often per-CPU memory exists */
 const volatile int movable_type = -1; /* migrate type of pages that are not recorded: those of programs and files */
 const volatile struct memleak_kernel_range inner[KERNEL_INNER] = {}; /* code whose allocations below count elsewhere */
 const volatile u32 inner_count = 0;
+const volatile bool can_hold_cpu = false; /* see hold_cpu() */
 
 /* What a program needs in the middle of something. */
 struct memleak_kernel_level {
@@ -51,8 +53,24 @@ struct {
 } origins SEC(".maps");
 
 /*
+ * While a program runs, the kernel keeps from it what happens on its CPU; a preempted one would miss all that other tasks do
+ * until it goes on (tracepoints since Linux 7.0, and trampolines, leave preemption on). So each keeps its CPU to itself.
+ */
+static __always_inline void hold_cpu(unsigned long *flags)
+{
+	if (can_hold_cpu)
+		bpf_local_irq_save(flags);
+}
+
+static __always_inline void release_cpu(unsigned long *flags)
+{
+	if (can_hold_cpu)
+		bpf_local_irq_restore(flags);
+}
+
+/*
  * A level that nobody uses, to be given back; NULL when there is none. Programs need not end in the opposite order of their
- * beginning: tracepoints (since Linux 7.0) and trampolines leave preemption on. Whoever adds first has the level; of two that
+ * beginning: where they cannot hold their CPU, tracepoints (since Linux 7.0) and trampolines leave preemption on. Whoever adds first has the level; of two that
  * add at once neither has it, and both look further.
  */
 static __always_inline struct memleak_kernel_level *take_level(struct memleak_kernel_cpu *cpu)
@@ -114,8 +132,11 @@ static __always_inline bool is_sampled(struct memleak_kernel_cpu *cpu, u64 size)
 	return true;
 }
 
-/* True for code of an allocator that takes what it hands out from another one: the block is counted there. */
-static __always_inline bool is_inner(u64 address, u32 domain)
+/*
+ * True for code of an allocator that takes what it hands out from another one: the block is counted there. A global function:
+ * the verifier of 5.10 gives up on a loop in a loop of so many rounds.
+ */
+__noinline int is_inner(u64 address, u32 domain)
 {
 	u32 i;
 
@@ -168,6 +189,7 @@ static __always_inline u64 kernel_hash(const struct memleak_stack *stack, const 
 
 	hash = (hash ^ call->cache) * 0xff51afd7ed558ccdULL;
 	hash = (hash ^ call->object_bytes) * 0xff51afd7ed558ccdULL;
+	hash = (hash ^ call->gfp) * 0xff51afd7ed558ccdULL;
 	for (i = 0; i < MEMLEAK_MAX_FRAMES; i++) {
 		u32 at = stack->start + i;
 		u64 address;
@@ -310,6 +332,12 @@ static __always_inline void commit(struct memleak_actor *actor, u64 address, u64
 		count(0, COUNTER_SITES_FULL);
 }
 
+/* Who allocates or frees; only a trace tells of each. */
+static __always_inline u64 actor_id(void)
+{
+	return trace_events ? current_pid_tgid() : 0;
+}
+
 /* NULL, or ZERO_SIZE_PTR: no memory. Errors in place of pointers are none either. */
 static __always_inline bool is_block(u64 address)
 {
@@ -319,7 +347,7 @@ static __always_inline bool is_block(u64 address)
 /* The kernel has handed out a block. */
 static __always_inline void kernel_alloc(void *ctx, struct memleak_kernel_call *call)
 {
-	struct memleak_actor actor = { .domain = call->domain };
+	struct memleak_actor actor = { .domain = call->domain, .pid_tgid = actor_id() };
 	u64 hash;
 
 	/* Every run has its price, whatever comes of it. */
@@ -330,14 +358,23 @@ static __always_inline void kernel_alloc(void *ctx, struct memleak_kernel_call *
 	commit(&actor, call->address, call->size, hash, call->probe_set, call->name);
 }
 
+static __always_inline void held_alloc(void *ctx, struct memleak_kernel_call *call)
+{
+	unsigned long flags;
+
+	hold_cpu(&flags);
+	kernel_alloc(ctx, call);
+	release_cpu(&flags);
+}
+
 /*
  * The kernel has taken a block back; true when it was in the table. A global function: the verifier looks at it once, and
  * not at each of many calls.
  */
-__noinline int kernel_free(u32 domain, u64 address)
+__noinline int kernel_free(u32 domain, u64 address, u32 name)
 {
-	struct memleak_function function = {};
-	struct memleak_actor actor = { .domain = domain };
+	struct memleak_function function = { .name = name };
+	struct memleak_actor actor = { .domain = domain, .pid_tgid = actor_id() };
 
 	if (!is_block(address))
 		return 0;

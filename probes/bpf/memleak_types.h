@@ -20,6 +20,7 @@
 #define MEMLEAK_UNWIND_PAGE_ROWS 65536 /* rows of one page: a power of two */
 #define MEMLEAK_UNWIND_PAGES 512 /* most pages: 256 MiB */
 #define MEMLEAK_UNWIND_CACHE 16384 /* remembered rules: a power of two */
+#define MEMLEAK_NEAR_WORDS 32 /* words of the stack that are read at once: a power of two */
 #define MEMLEAK_PYTHON_FRAMES 64 /* most Python frames of a stack: a power of two */
 #define MEMLEAK_PYTHON_WORDS 16 /* of an interpreter's frame that are read: a power of two */
 #define MEMLEAK_PYTHON_CODES 8192 /* Python functions that are remembered over all processes */
@@ -256,6 +257,9 @@ struct memleak_thread {
 	__u64 until_sample; /* bytes to the next point of the sampler, plus 1; 0: not drawn yet */
 	__u64 caller; /* return address, which a return probe may hide on the stack */
 	struct memleak_unwind_regs regs; /* of the frame that unwinding has come to */
+	__u64
+	    near_from; /* of the words of the stack that were read last: address of the first one; 0: there are none */
+	__u64 near[MEMLEAK_NEAR_WORDS];
 	__u32 filtered; /* below min_size or not sampled: do not record */
 	__u32 function; /* index of the pending function */
 	__u32 window; /* in which it was entered */
@@ -352,7 +356,8 @@ enum memleak_counter {
 	COUNTER_ALLOCATED_COUNT, /* with sampling: blocks handed out, recorded or not */
 	COUNTER_ALLOCATED_BYTES, /* the same in bytes */
 	COUNTER_HITS_STEPPED, /* of the hits: entries whose instruction the kernel single-steps */
-	COUNTER_HITS_COLD, /* of the hits: those after a pause of METER_COLD_NS on their CPU */
+	COUNTER_HITS_COOL, /* of the hits: those METER_COOL_NS to METER_COLD_NS after the last one on their CPU */
+	COUNTER_HITS_COLD, /* of the hits: later ones */
 	COUNTER_TIMED_NS, /* time in the programs, of the hits that were timed: see meter.bpf.h */
 	COUNTER_MAX,
 };
@@ -398,6 +403,7 @@ struct memleak_event {
 	__u32 name; /* the function that was called; nothing for an implicit free */
 	__u32 pid;
 	__u32 tid;
+	__u64 cgroup; /* id of the thread's */
 	char comm[16];
 };
 

@@ -19,9 +19,15 @@ struct memleak_actor {
 	u32 slot;
 	u32 domain;
 	u32 hit; /* number of this hit, and when it began: see meter.bpf.h */
-	u64 hit_ns;
+	u64 hit_ns; /* 0: not known */
 	const struct memleak_target *target;
 };
+
+/* The time: that of the hit where it is known, for a call to the clock costs 20-40 ns. */
+static __always_inline u64 time_of(const struct memleak_actor *actor)
+{
+	return actor->hit_ns ? actor->hit_ns : bpf_ktime_get_ns();
+}
 
 /* The low `bits` of a word. */
 #define LOW(word, bits) ((word) & ((1ULL << (bits)) - 1))
@@ -154,6 +160,7 @@ static __always_inline void emit(struct memleak_actor *actor, enum memleak_event
 	e->name = name;
 	e->pid = actor->pid_tgid >> 32;
 	e->tid = actor->pid_tgid;
+	e->cgroup = bpf_get_current_cgroup_id();
 	bpf_get_current_comm(e->comm, sizeof(e->comm));
 	bpf_ringbuf_submit(e, 0);
 }
@@ -273,28 +280,59 @@ static __always_inline bool is_code(const struct memleak_target *target, u64 add
  * the program's code: without them the walk follows whatever is in the register, and each stray value would make a site of
  * its own. (Unwind rows do not lead astray, and a library that has just been loaded may not be known as code yet.)
  */
-static __always_inline u64 hash_stack(const struct memleak_target *target, struct memleak_stack *stack, bool walked)
+struct memleak_hashing {
+	const struct memleak_target *target;
+	struct memleak_stack *stack;
+	u64 hash;
+	bool walked;
+};
+
+/* Takes frame `i` in; false when there is none. */
+static __always_inline bool hash_frame(struct memleak_hashing *hashing, u32 i)
 {
-	u64 hash = hash_seed ^ ((u64)stack->name + 1) * 0x9e3779b97f4a7c15ULL;
+	struct memleak_stack *stack = hashing->stack;
+	u32 at = stack->start + i;
+
+	if (i >= stack->count)
+		return false;
+	/* The mask bounds the index for the verifier; the barrier keeps clang from turning it into a pointer walk. */
+	barrier_var(at);
+	at &= MEMLEAK_MAX_FRAMES;
+	if (hashing->walked && i && !is_code(hashing->target, stack->addresses[at])) {
+		stack->count = i;
+		stack->end = STACK_STRAYED;
+		return false;
+	}
+	hashing->hash = (hashing->hash ^ stack->addresses[at]) * 0xff51afd7ed558ccdULL;
+	hashing->hash ^= hashing->hash >> 32;
+	return true;
+}
+
+static long hash_turn(u32 i, struct memleak_hashing *hashing)
+{
+	return !hash_frame(hashing, i);
+}
+
+/* `loop`: the kernel has bpf_loop(), with which the verifier looks at one frame and not at all. */
+static __always_inline u64 hash_stack(const struct memleak_target *target, struct memleak_stack *stack, bool walked,
+				      bool loop)
+{
+	struct memleak_hashing hashing = {
+		.target = target,
+		.stack = stack,
+		.hash = hash_seed ^ ((u64)stack->name + 1) * 0x9e3779b97f4a7c15ULL,
+		.walked = walked,
+	};
 	u32 i;
 
-	for (i = 0; i < MEMLEAK_MAX_FRAMES; i++) {
-		u32 at = stack->start + i;
-
-		if (i >= stack->count)
-			break;
-		/* The mask bounds the index for the verifier; the barrier keeps clang from turning it into a pointer walk. */
-		barrier_var(at);
-		at &= MEMLEAK_MAX_FRAMES;
-		if (walked && i && !is_code(target, stack->addresses[at])) {
-			stack->count = i;
-			stack->end = STACK_STRAYED;
-			break;
-		}
-		hash = (hash ^ stack->addresses[at]) * 0xff51afd7ed558ccdULL;
-		hash ^= hash >> 32;
+	if (loop) {
+		bpf_loop(MEMLEAK_MAX_FRAMES, hash_turn, &hashing, 0);
+		return hashing.hash;
 	}
-	return hash;
+	for (i = 0; i < MEMLEAK_MAX_FRAMES; i++)
+		if (!hash_frame(&hashing, i))
+			break;
+	return hashing.hash;
 }
 
 /*
@@ -321,7 +359,7 @@ static __always_inline struct memleak_site *site_of(struct memleak_actor *actor,
 	return site;
 }
 
-/* `address` is handed out again, so its last block is gone although nobody saw it being freed. */
+/* `address` is handed out again, so its last block, if there is one, is gone although nobody saw it being freed. */
 static __always_inline void end_missed(struct memleak_actor *actor, u64 address, u64 now)
 {
 	struct memleak_block missed;
@@ -340,6 +378,16 @@ static __always_inline void end_missed(struct memleak_actor *actor, u64 address,
 	     block_probe_set(&missed), 0);
 }
 
+/* Puts a block into the table; false when there is no room. */
+static __always_inline bool put_block(struct memleak_actor *actor, const struct memleak_block_key *key,
+				      const struct memleak_block *block, u64 now)
+{
+	if (!bpf_map_update_elem(&blocks, key, block, BPF_NOEXIST))
+		return true;
+	end_missed(actor, key->address, now);
+	return !bpf_map_update_elem(&blocks, key, block, BPF_ANY);
+}
+
 /* A block of `size` bytes at `address` has been handed out at a site. */
 static __always_inline void book_alloc(struct memleak_actor *actor, const struct memleak_function *function,
 				       u64 address, u64 size, u64 stack_hash, struct memleak_site *site, u64 now)
@@ -349,7 +397,7 @@ static __always_inline void book_alloc(struct memleak_actor *actor, const struct
 	struct memleak_share share;
 	u32 slot;
 
-	if (bpf_map_update_elem(&blocks, &key, &block, BPF_ANY)) {
+	if (!put_block(actor, &key, &block, now)) {
 		count(actor->slot, COUNTER_OUTSTANDING_FULL);
 		return;
 	}
@@ -374,13 +422,14 @@ static __always_inline void track_alloc(struct memleak_actor *actor, const struc
 	struct memleak_site_key site_key = { .stack = stack_hash,
 					     .instance = actor->instance,
 					     .probe_set = function->probe_set };
-	u64 now = bpf_ktime_get_ns();
+	u64 now = time_of(actor);
 	struct memleak_site *site;
 
-	end_missed(actor, address, now);
 	site = site_of(actor, &site_key, stack);
 	if (site)
 		book_alloc(actor, function, address, size, stack_hash, site, now);
+	else
+		end_missed(actor, address, now);
 }
 
 /*
@@ -399,7 +448,7 @@ static __always_inline bool track_free(struct memleak_actor *actor, const struct
 			count(actor->slot, COUNTER_UNMATCHED_FREES);
 		return false;
 	}
-	now = bpf_ktime_get_ns();
+	now = time_of(actor);
 	if (function->flags & FUNCTION_RANGE) {
 		/* The kernel unmaps whole pages. */
 		u64 old_size = block_size(&block);
@@ -418,7 +467,8 @@ static __always_inline bool track_free(struct memleak_actor *actor, const struct
 	}
 	settle(&block, actor->instance, now);
 	emit(actor, EVENT_FREE, address, block_size(&block), now, block_age(&block, now),
-	     stack_hash ? stack_hash : block.stack, function->probe_set, function->name);
+	     stack_hash ? stack_hash : block.stack, stack_hash ? function->probe_set : block_probe_set(&block),
+	     function->name);
 	return true;
 }
 

@@ -134,7 +134,7 @@ static __always_inline u64 take_stack(struct pt_regs *ctx, struct memleak_actor 
 				      u64 sp, u64 caller, const struct memleak_function *function, bool loop)
 {
 	bool by_tables = walk(ctx, actor, thread, sp, caller, function, loop);
-	u64 hash = hash_stack(actor->target, &thread->stack, !by_tables);
+	u64 hash = hash_stack(actor->target, &thread->stack, !by_tables, loop);
 	u64 python = python_walk(actor);
 
 	if (!python)
@@ -153,7 +153,7 @@ static __always_inline void abandon(struct memleak_actor *actor, struct memleak_
 	if (thread->window == actor->target->window)
 		count(actor->slot, COUNTER_MISSED_RETURNS);
 	if (thread->old_address)
-		settle(&thread->old, actor->instance, bpf_ktime_get_ns());
+		settle(&thread->old, actor->instance, actor->hit_ns);
 	thread->old_address = 0;
 	thread->sp = 0;
 }
@@ -272,14 +272,14 @@ static __always_inline int enter(struct pt_regs *ctx, struct memleak_actor *acto
 	}
 	sp = PT_REGS_SP(ctx) + function->sp_offset;
 	thread = 0;
-	if (!actor->target->record_until_ns || bpf_ktime_get_ns() < actor->target->record_until_ns)
+	if (!actor->target->record_until_ns || actor->hit_ns < actor->target->record_until_ns)
 		thread = thread_of(actor);
 	if (!thread) {
 		struct memleak_block old;
 
 		/* What it hands out will be unknown; what it takes back must not stay. */
 		if (function->role == ROLE_REALLOC && block && take(actor, block, &old))
-			settle(&old, actor->instance, bpf_ktime_get_ns());
+			settle(&old, actor->instance, actor->hit_ns);
 		return SKIP;
 	}
 	if (thread->sp && thread->window != actor->target->window)
@@ -318,7 +318,7 @@ static __always_inline int enter(struct pt_regs *ctx, struct memleak_actor *acto
 			return SKIP;
 		count_allocation(actor->slot, thread->size);
 		if (thread->filtered)
-			end_missed(actor, block, bpf_ktime_get_ns());
+			end_missed(actor, block, actor->hit_ns);
 		else
 			track_alloc(actor, function, block, thread->size, thread->stack_hash, &thread->stack);
 		return SKIP;
@@ -350,7 +350,7 @@ static __always_inline void leave(struct pt_regs *ctx, struct memleak_actor *act
 {
 	struct memleak_thread_key key = {};
 	struct memleak_thread *thread;
-	u64 sp, block, old_address;
+	u64 sp, block, old_address, now = actor->hit_ns;
 	bool failed;
 
 	key.pid_tgid = actor->pid_tgid;
@@ -387,8 +387,6 @@ static __always_inline void leave(struct pt_regs *ctx, struct memleak_actor *act
 		failed = block == function->expect;
 	}
 	if (failed) {
-		u64 now = bpf_ktime_get_ns();
-
 		if (!old_address)
 			return;
 		/* realloc(p, 0) frees and returns NULL; any other failure leaves the old block as it was. */
@@ -402,15 +400,13 @@ static __always_inline void leave(struct pt_regs *ctx, struct memleak_actor *act
 		return;
 	}
 	if (old_address) {
-		u64 now = bpf_ktime_get_ns();
-
 		settle(&thread->old, actor->instance, now);
 		emit(actor, EVENT_FREE, old_address, block_size(&thread->old), now, block_age(&thread->old, now),
 		     thread->stack_hash, function->probe_set, function->name);
 	}
 	count_allocation(actor->slot, thread->size);
 	if (thread->filtered)
-		end_missed(actor, block, bpf_ktime_get_ns());
+		end_missed(actor, block, actor->hit_ns);
 	else
 		track_alloc(actor, function, block, thread->size, thread->stack_hash, &thread->stack);
 }

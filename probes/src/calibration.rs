@@ -3,6 +3,9 @@
 //! The figures differ by a factor of thirty between machines and by two between hours, so they are measured, never
 //! assumed: functions of our own are attached and tracked like any allocator's, and called.
 
+use std::fs::File;
+use std::hint::black_box;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -10,7 +13,7 @@ use crate::reader::Counters;
 use crate::spec::{FunctionSpec, Library, ProbeSetSpec, Returns, Role, SetKind, Size};
 use crate::tracker::Tracker;
 use crate::types::MAX_PROBE_SET;
-use crate::{Result, own_code};
+use crate::{Error, ErrorKind, Result, own_code};
 
 /// The programs time one in so many of their runs; each stands for so many then.
 pub(crate) const TIMED_ONE_IN: u32 = 16;
@@ -20,10 +23,13 @@ const PAIRS: u64 = 300;
 const STEPPED_PAIRS: u64 = 60;
 /// The best of so many rounds counts: the others were disturbed.
 const ROUNDS: u32 = 3;
-/// Pairs after a pause, whose median counts, and the pause. It is longer than METER_COLD_NS, and long enough for the CPU
-/// to do something else.
-const COLD_PAIRS: usize = 9;
+/// Pairs after a pause, and the pause. It is longer than METER_COLD_NS, and long enough for the CPU to do something else.
+const COLD_PAIRS: u64 = 7;
 const PAUSE: Duration = Duration::from_millis(1);
+/// Pairs with other work before and behind. It takes more than METER_COOL_NS and less than METER_COLD_NS, and touches so many
+/// bytes.
+const COOL_PAIRS: u64 = 61;
+const WORK_BYTES: usize = 128 << 10;
 /// Instance number that no real target has.
 const NUMBER: u32 = u32::MAX;
 
@@ -36,6 +42,9 @@ pub struct Prices {
     pub hit_ns: f64,
     /// Of these, nanoseconds that are spent outside of the programs.
     pub trap_ns: f64,
+    /// Nanoseconds that a trap costs more when the program has done something else since the last one, what that takes longer
+    /// for it included: both throw the other out of the CPU's nearest caches.
+    pub cool_ns: f64,
     /// Nanoseconds that a trap costs more after a pause, when the CPU's caches hold nothing of it any more.
     pub cold_ns: f64,
     /// Nanoseconds that a hit costs more when the kernel single-steps the instruction.
@@ -46,6 +55,7 @@ impl Prices {
     /// CPU seconds that these hits have cost.
     pub fn cost_s(&self, counters: &Counters) -> f64 {
         let traps_ns = counters.hits as f64 * self.trap_ns
+            + counters.hits_cool as f64 * self.cool_ns
             + counters.hits_cold as f64 * self.cold_ns
             + counters.hits_stepped as f64 * self.stepped_ns;
         (traps_ns + counters.timed_ns as f64 * f64::from(TIMED_ONE_IN)) / 1e9
@@ -53,6 +63,9 @@ impl Prices {
 }
 
 /// Measures the prices, averaged over pairs of an allocation and its free. Takes some 30 ms, most of it asleep.
+///
+/// # Errors
+/// The kernel refuses, or it attaches and does not tell of all calls.
 pub(crate) fn measure(tracker: &mut Tracker) -> Result<Prices> {
     let function = |symbol: &str, role, block_arg| FunctionSpec {
         symbol: symbol.into(),
@@ -81,24 +94,45 @@ pub(crate) fn measure(tracker: &mut Tracker) -> Result<Prices> {
         (own_code::offset(own_code::release_stepped_address())?, false),
     ];
     let library = Library { path: PathBuf::from("/proc/self/exe"), name: "memleak itself".into(), debug: None };
-    let _alone = own_code::alone();
+    let alone = own_code::alone();
     tracker.add_target(std::process::id(), NUMBER, false)?;
-    let bare_ns = after_pauses(tracker)?.all_ns;
+    let work = OtherWork::new();
     let result = tracker.attach_at(NUMBER, &set, &library, &at).and_then(|()| {
         let pair = time_pairs(tracker, PAIRS, own_code::release)?;
+        check_all_seen(&tracker.read_counters(NUMBER)?)?;
         let stepped = time_pairs(tracker, STEPPED_PAIRS, own_code::release_stepped)?;
-        let cold = after_pauses(tracker)?;
+        let cool_ns = single_pairs(tracker, COOL_PAIRS, || work.run(), || work.run())?;
+        let cold_ns = single_pairs(tracker, COLD_PAIRS, || std::thread::sleep(PAUSE), || ())?;
         let trap_ns = (pair.all_ns - pair.programs_ns).max(0.0) / pair.hits;
-        let cold_trap_ns = cold.all_ns - bare_ns - cold.programs_ns;
+        // Of the hits of such a pair the first one is cool, or cold.
+        let more = |traps_ns: f64| (traps_ns - pair.hits * trap_ns).max(0.0);
         Ok(Prices {
             hit_ns: pair.all_ns / pair.hits,
             trap_ns,
-            cold_ns: (cold_trap_ns - pair.hits * trap_ns).max(0.0),
+            cool_ns: more(cool_ns),
+            cold_ns: more(cold_ns),
             stepped_ns: (stepped.all_ns - pair.all_ns).max(0.0),
         })
     });
+    let probes = tracker.take_links(NUMBER);
+    // To take probes off takes 30 to 50 ms, in which nobody calls these functions any more.
+    let take_off = move || drop((probes, alone));
+    if let Err(e) = std::thread::Builder::new().name("detach".into()).spawn(take_off) {
+        tracing::debug!("no thread to detach from our own functions, which was done at once: {e}");
+    }
     tracker.forget(NUMBER)?;
     result
+}
+
+/// Calibration proves that this way to attach works, too.
+fn check_all_seen(counters: &Counters) -> Result<()> {
+    let pairs = PAIRS * u64::from(ROUNDS);
+    // Entry, return and free; with sampling, the return of an allocation that is not recorded may be left out.
+    if (2 * pairs + 1..=3 * pairs).contains(&counters.hits) {
+        return Ok(());
+    }
+    let what = format!("probes attach, but {pairs} calls of two functions of our own made {} hits", counters.hits);
+    Err(Error::new(ErrorKind::Kernel, what))
 }
 
 /// What an allocation with its free took.
@@ -140,17 +174,43 @@ fn time_pairs(tracker: &Tracker, pairs: u64, release: fn(u64)) -> Result<Pair> {
     Ok(best.unwrap_or(Pair { all_ns: 0.0, programs_ns: 0.0, hits: 1.0 }))
 }
 
-/// Single pairs, each after a pause: the median, because some are disturbed by whatever else the machine does.
-fn after_pauses(tracker: &Tracker) -> Result<Pair> {
-    let mut all = Vec::with_capacity(COLD_PAIRS);
-    for n in 0..COLD_PAIRS as u64 {
-        let before = tracker.read_counters(NUMBER)?;
-        std::thread::sleep(PAUSE);
-        let start = Instant::now();
-        own_code::release(own_code::allocate(n));
-        let all_ns = start.elapsed().as_nanos() as f64;
-        all.push(Pair::of(all_ns, 1, &before, &tracker.read_counters(NUMBER)?));
+/// What programs do between allocations: some data, and some of the kernel's code.
+struct OtherWork {
+    data: Vec<u8>,
+    file: Option<File>,
+}
+
+impl OtherWork {
+    fn new() -> Self {
+        OtherWork { data: vec![1; WORK_BYTES], file: File::open("/proc/self/stat").ok() }
     }
-    all.sort_by(|a, b| (a.all_ns - a.programs_ns).total_cmp(&(b.all_ns - b.programs_ns)));
-    Ok(all[COLD_PAIRS / 2])
+
+    fn run(&self) {
+        black_box(self.data.iter().step_by(64).fold(0_u8, |sum, byte| sum ^ black_box(*byte)));
+        let mut text = [0; 512];
+        // What it says, and whether it says anything, is of no interest.
+        let _ = self.file.as_ref().map(|file| file.read_at(&mut text, 0));
+    }
+}
+
+/// What the traps of single pairs cost, nanoseconds: each comes after something else, is timed together with what is behind, and
+/// compared to the same without it. The median, because some are disturbed by whatever else the machine does.
+fn single_pairs(tracker: &Tracker, pairs: u64, before: impl Fn(), behind: impl Fn()) -> Result<f64> {
+    let timed = |pair: &dyn Fn()| {
+        before();
+        let start = Instant::now();
+        pair();
+        behind();
+        start.elapsed().as_nanos() as f64
+    };
+    let mut traps_ns = Vec::new();
+    for n in 0..pairs {
+        let bare_ns = timed(&|| ());
+        let counters = tracker.read_counters(NUMBER)?;
+        let all_ns = timed(&|| own_code::release(own_code::allocate(n)));
+        let pair = Pair::of(all_ns, 1, &counters, &tracker.read_counters(NUMBER)?);
+        traps_ns.push(pair.all_ns - pair.programs_ns - bare_ns);
+    }
+    traps_ns.sort_by(f64::total_cmp);
+    Ok(traps_ns[traps_ns.len() / 2])
 }

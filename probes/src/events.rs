@@ -96,9 +96,11 @@ pub struct Event {
     pub tid: u32,
     /// The thread's name. Hostile bytes.
     pub comm: String,
+    /// Id of its cgroup.
+    pub cgroup: u64,
 }
 
-/// Reads both ring buffers.
+/// Reads the ring buffers that there are.
 pub(crate) struct Rings {
     ring: RingBuffer<'static>,
     processes: Rc<RefCell<VecDeque<ProcessEvent>>>,
@@ -106,16 +108,18 @@ pub(crate) struct Rings {
 }
 
 impl Rings {
-    pub(crate) fn new(process_events: &dyn MapCore, events: Option<&dyn MapCore>) -> Result<Rings> {
+    pub(crate) fn new(process_events: Option<&dyn MapCore>, events: Option<&dyn MapCore>) -> Result<Rings> {
         let rings = (Rc::new(RefCell::new(VecDeque::new())), Rc::new(RefCell::new(VecDeque::new())));
         let mut builder = RingBufferBuilder::new();
-        let processes = Rc::clone(&rings.0);
-        builder
-            .add(process_events, move |bytes| {
-                processes.borrow_mut().extend(decode_process_event(bytes));
-                0
-            })
-            .map_err(|e| Error::bpf("read process events", &e))?;
+        if let Some(map) = process_events {
+            let processes = Rc::clone(&rings.0);
+            builder
+                .add(map, move |bytes| {
+                    processes.borrow_mut().extend(decode_process_event(bytes));
+                    0
+                })
+                .map_err(|e| Error::bpf("read process events", &e))?;
+        }
         if let Some(map) = events {
             let queue = Rc::clone(&rings.1);
             builder
@@ -186,5 +190,6 @@ fn decode_event(bytes: &[u8]) -> Option<Event> {
         pid: raw.pid,
         tid: raw.tid,
         comm: text(&raw.comm),
+        cgroup: raw.cgroup,
     })
 }

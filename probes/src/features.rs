@@ -6,6 +6,7 @@
 use std::fmt;
 use std::mem::MaybeUninit;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use libbpf_rs::btf::{self, Btf};
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
@@ -99,8 +100,33 @@ impl Features {
 
 /// Whether a BPF program can send a signal to another task than the current one (Linux 6.13+).
 pub(crate) fn can_signal_others() -> bool {
-    let types = Btf::from_vmlinux();
-    types.is_ok_and(|btf| btf.type_by_name::<btf::types::Func<'_>>("bpf_send_signal_task").is_some())
+    has_function("bpf_send_signal_task")
+}
+
+/// Whether a program can keep its CPU to itself, by holding off interrupts, and call global functions meanwhile (Linux
+/// 6.15+). The verifier alone knows.
+pub(crate) fn can_hold_cpu() -> bool {
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(try_to_hold_cpu)
+}
+
+fn try_to_hold_cpu() -> bool {
+    // Asked first, because libbpf warns of a program that does not load.
+    if !has_function("bpf_local_irq_save") {
+        return false;
+    }
+    let mut storage = MaybeUninit::uninit();
+    let Ok(mut open) = FeaturesSkelBuilder::default().open(&mut storage) else { return false };
+    for mut prog in open.open_object_mut().progs_mut() {
+        let is_wanted = prog.name() == "feature_hold_cpu";
+        prog.set_autoload(is_wanted);
+    }
+    open.load().is_ok()
+}
+
+/// Whether the kernel has a function that programs may call.
+fn has_function(name: &str) -> bool {
+    Btf::from_vmlinux().is_ok_and(|btf| btf.type_by_name::<btf::types::Func<'_>>(name).is_some())
 }
 
 /// What must be there whatever the backend.
@@ -167,6 +193,7 @@ fn try_backend(backend: Backend) -> Result<()> {
         .open(&mut storage)
         .map_err(|e| Error::bpf(format!("open the feature test for {backend}"), &e))?;
     let progs = &mut open.progs;
+    progs.feature_hold_cpu.set_autoload(false);
     progs.feature_session.set_autoload(backend == Backend::Session);
     progs.feature_multi_enter.set_autoload(backend == Backend::Multi);
     progs.feature_multi_return.set_autoload(backend == Backend::Multi);

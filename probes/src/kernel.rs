@@ -5,14 +5,16 @@
 
 use std::mem::MaybeUninit;
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::time::Duration;
 
 use libbpf_rs::skel::{OpenSkel, Skel, SkelBuilder};
 use libbpf_rs::{Link, MapCore, MapFlags, Program};
 
+use crate::events::{Event, Rings};
 use crate::features;
 use crate::reader::{self, Counters, SiteKey, SiteTotals, Stack};
 use crate::skeleton::kernel_alloc::{KernelAllocSkel, KernelAllocSkelBuilder, OpenKernelAllocSkel};
-use crate::tracker::{pid_namespace, seed};
+use crate::tracker::{TRACE_RING_BYTES, pid_namespace, seed};
 use crate::types::{
     MAX_FRAMES, bytes_of, from_bytes, memleak_kernel_limits as limits, memleak_kernel_origin, memleak_kernel_range,
     text,
@@ -198,6 +200,8 @@ pub struct KernelSettings {
     pub movable_pages: bool,
     /// Birth generation to begin with.
     pub cohort: u32,
+    /// Hand on every allocation and free that is recorded, see [`KernelTracker::next_event`].
+    pub trace_events: bool,
 }
 
 /// What became of a probe set of the kernel.
@@ -245,6 +249,8 @@ pub struct KernelTracker {
     status: Vec<KernelSetStatus>,
     sample_bytes: u64,
     cohort: u32,
+    /// Only of a trace.
+    rings: Option<Rings>,
 }
 
 impl KernelTracker {
@@ -282,8 +288,9 @@ impl KernelTracker {
             let message = format!("nothing of the kernel can be followed: {}", why.join("; "));
             return Err(Error::new(ErrorKind::Kernel, message));
         }
-        let sample_bytes = settings.sample_bytes;
-        Ok(KernelTracker { _links: links, skel, copies, names, status, sample_bytes, cohort: settings.cohort })
+        let rings = settings.trace_events.then(|| Rings::new(None, Some(&skel.maps.events))).transpose()?;
+        let (sample_bytes, cohort) = (settings.sample_bytes, settings.cohort);
+        Ok(KernelTracker { _links: links, skel, copies, names, status, sample_bytes, cohort, rings })
     }
 
     /// What became of each probe set.
@@ -299,6 +306,26 @@ impl KernelTracker {
     /// Name of what was probed, by the number in a [`Stack`].
     pub fn function_name(&self, number: u32) -> &str {
         self.names.get(number).unwrap_or_else(|| tracepoints::name_of(number))
+    }
+
+    /// Waits for events, at most `timeout`; a signal ends the wait early. Without [`KernelSettings::trace_events`] there are
+    /// none, and it waits for as long.
+    ///
+    /// # Errors
+    /// When polling fails.
+    pub fn poll(&self, timeout: Duration) -> Result<()> {
+        match &self.rings {
+            Some(rings) => rings.poll(timeout),
+            None => {
+                std::thread::sleep(timeout);
+                Ok(())
+            }
+        }
+    }
+
+    /// The next allocation or free that [`KernelTracker::poll`] has brought. Its stack is that of the allocation.
+    pub fn next_event(&self) -> Option<Event> {
+        self.rings.as_ref()?.next_event()
     }
 
     /// Totals of every site; their instance is 0.
@@ -431,7 +458,10 @@ fn info_of(prog: &Program<'_>) -> libbpf_rs::Result<libbpf_sys::bpf_prog_info> {
 
 /// Has the kernel measure what all BPF programs cost, for as long as it lives.
 #[derive(Debug)]
-pub struct Measuring(#[allow(dead_code)] OwnedFd);
+pub struct Measuring {
+    /// The kernel measures while this is open.
+    _enabled: OwnedFd,
+}
 
 impl Measuring {
     /// Begins; costs some 30 ns per run of any program.
@@ -446,7 +476,7 @@ impl Measuring {
             return Err(Error::new(ErrorKind::Kernel, format!("failed to measure BPF programs: {cause}")));
         }
         // SAFETY: a new descriptor that nobody else owns.
-        Ok(Measuring(unsafe { OwnedFd::from_raw_fd(fd) }))
+        Ok(Measuring { _enabled: unsafe { OwnedFd::from_raw_fd(fd) } })
     }
 }
 
@@ -486,6 +516,9 @@ fn open(settings: &KernelSettings) -> Result<OpenKernelAllocSkel<'static>> {
         map.set_map_flags(0).map_err(|e| bound(&e))?;
     }
     maps.counters.set_max_entries(1).map_err(|e| bound(&e))?;
+    if settings.trace_events {
+        maps.events.set_max_entries(TRACE_RING_BYTES).map_err(|e| bound(&e))?;
+    }
     for map in [
         &mut maps.targets,
         &mut maps.launched,
@@ -508,8 +541,10 @@ fn open(settings: &KernelSettings) -> Result<OpenKernelAllocSkel<'static>> {
     rodata.min_size = settings.filter.min_size;
     rodata.sample_bytes = settings.sample_bytes.min(crate::MAX_SAMPLE_BYTES);
     rodata.hash_seed = seed();
+    rodata.trace_events = settings.trace_events;
     (rodata.pidns_dev, rodata.pidns_ino) = pid_namespace();
     rodata.own_tgid = std::process::id();
+    rodata.can_hold_cpu = features::can_hold_cpu();
     for (slot, pid) in rodata.only_tgids.iter_mut().zip(&settings.filter.pids) {
         *slot = *pid;
     }

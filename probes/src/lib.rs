@@ -13,6 +13,7 @@
 //! reader     totals, stacks and counters in batches
 //! calibration what a hit costs here
 //! python     frames of Python functions
+//! sweep      breakpoints that a killed tracker has left
 //! unwind     unwind tables: rows in pages, and which code of a process has them
 //! kernel     the kernel's own allocations
 //! events     exec, exit, fork, load; every allocation and free for `trace`
@@ -32,6 +33,7 @@ pub mod reader;
 mod sampler;
 mod skeleton;
 mod spec;
+pub mod sweep;
 pub mod tracker;
 mod types;
 pub mod unwind;

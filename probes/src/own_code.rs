@@ -1,14 +1,30 @@
 //! Functions of our own that are probed: to find out what works here, and what a hit costs.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 
 use crate::{Error, ErrorKind, Result};
 
-/// To be held while probes are on these functions: one thread at a time, or each would count the calls of the others.
-pub(crate) fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    // It protects no data: a thread that panicked has left nothing half done.
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+/// Whether somebody has probes on these functions, and who waits until that is over.
+static TAKEN: (Mutex<bool>, Condvar) = (Mutex::new(false), Condvar::new());
+
+/// To be held while probes are on these functions, by whichever thread takes them off: two that count at a time would count
+/// each other's calls.
+pub(crate) struct Alone(());
+
+/// Waits until nobody else has probes on these functions.
+pub(crate) fn alone() -> Alone {
+    // A thread that panicked has left nothing half done.
+    let taken = TAKEN.0.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut taken = TAKEN.1.wait_while(taken, |taken| *taken).unwrap_or_else(PoisonError::into_inner);
+    *taken = true;
+    Alone(())
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        *TAKEN.0.lock().unwrap_or_else(PoisonError::into_inner) = false;
+        TAKEN.1.notify_one();
+    }
 }
 
 // Like most functions of real allocators they start with a push, which the kernel emulates: what is measured on them

@@ -205,6 +205,7 @@ fn low(word: u64, kept: bits) -> u64 {
 pub struct Counters {
     pub hits: u64,
     pub hits_stepped: u64,
+    pub hits_cool: u64,
     pub hits_cold: u64,
     pub timed_ns: u64,
     pub unmatched_frees: u64,
@@ -312,6 +313,7 @@ pub(crate) fn read_counters(map: &dyn MapCore, slot: u32) -> Result<Counters> {
     Ok(Counters {
         hits: get(counter::COUNTER_HITS),
         hits_stepped: get(counter::COUNTER_HITS_STEPPED),
+        hits_cool: get(counter::COUNTER_HITS_COOL),
         hits_cold: get(counter::COUNTER_HITS_COLD),
         timed_ns: get(counter::COUNTER_TIMED_NS),
         unmatched_frees: get(counter::COUNTER_UNMATCHED_FREES),

@@ -16,6 +16,7 @@ use crate::features::{self, Backend, Features};
 use crate::python::{self, PythonCode, PythonFrame};
 use crate::reader::{self, Block, BlockReader, Counters, SiteKey, SiteTotals, Stack};
 use crate::skeleton::userspace_alloc::UserspaceAllocSkel;
+use crate::sweep::Witness;
 use crate::types::{CODE_RANGES, MAX_TARGETS, bytes_of, memleak_range, memleak_target};
 use crate::unwind::{Code, Row, TableId, UnwindTables};
 use crate::{Error, ErrorKind, Result};
@@ -28,7 +29,7 @@ use open::open;
 pub(crate) use open::{pid_namespace, seed};
 
 /// Size of the ring buffer of a trace, bytes.
-const TRACE_RING_BYTES: u32 = 32 << 20;
+pub(crate) const TRACE_RING_BYTES: u32 = 32 << 20;
 
 /// Bounds and behaviour of the kernel side.
 #[derive(Clone, Debug)]
@@ -94,6 +95,7 @@ pub struct Tracker {
     cohort: u32,
     prices: Prices,
     stops_children: bool,
+    witness: Option<Box<dyn Witness>>,
 }
 
 impl Tracker {
@@ -102,7 +104,19 @@ impl Tracker {
     /// # Errors
     /// Missing privilege, missing kernel feature, or a refused program; the message names the fix where there is one.
     pub fn load(settings: Settings) -> Result<Tracker> {
+        features::check_kernel()?;
+        // Where the best way works, calibration is proof enough, and a test of its own would only take time.
+        if settings.backend.is_none_or(|wanted| wanted == Backend::Session) {
+            match Tracker::load_for(settings.clone(), Backend::Session) {
+                Ok(tracker) => return Ok(tracker),
+                Err(e) => tracing::debug!("no sessions, or not for this: {e}"),
+            }
+        }
         let backend = Features::choose(settings.backend)?;
+        Tracker::load_for(settings, backend)
+    }
+
+    fn load_for(settings: Settings, backend: Backend) -> Result<Tracker> {
         let mut open = open(&settings, backend)?;
         let progs = &mut open.progs;
         progs.alloc_session.set_autoload(backend == Backend::Session);
@@ -115,7 +129,7 @@ impl Tracker {
         progs.process_fork_stop.set_autoload(stops_children);
         let mut skel = open.load().map_err(|e| Error::bpf("load the BPF programs", &e))?;
         let events: Option<&dyn MapCore> = settings.trace_events.then_some(&skel.maps.events);
-        let rings = Rings::new(&skel.maps.process_events, events)?;
+        let rings = Rings::new(Some(&skel.maps.process_events), events)?;
         let attach = |prog: &mut ProgramMut<'_>, name: &str| {
             prog.attach().map_err(|e| Error::bpf(format!("attach to tracepoint {name}"), &e))
         };
@@ -142,6 +156,7 @@ impl Tracker {
             cohort: 0,
             prices: Prices::default(),
             stops_children,
+            witness: None,
         };
         tracker.prices = calibration::measure(&mut tracker)?;
         tracker.time_one_hit_in(TIMED_ONE_IN);
@@ -154,6 +169,11 @@ impl Tracker {
         if let Some(bss) = self.skel.maps.bss_data.as_deref_mut() {
             bss.meter_untimed = u32::MAX - u32::MAX / n.max(1);
         }
+    }
+
+    /// Has somebody told of all attachments from now on, see [`crate::sweep`].
+    pub fn set_witness(&mut self, witness: Box<dyn Witness>) {
+        self.witness = Some(witness);
     }
 
     /// What hits cost the target, as measured when the programs were loaded.
@@ -224,8 +244,9 @@ impl Tracker {
             record_until_ns: 0,
             code: [memleak_range::default(); CODE_RANGES],
         };
+        let result = self.write_target(instance, &target, MapFlags::ANY);
         self.targets.insert(instance, target);
-        self.write_target(instance)
+        result
     }
 
     /// Changes whether the process stops on loads, see [`Tracker::add_target`].
@@ -236,7 +257,7 @@ impl Tracker {
         if let Some(target) = self.targets.get_mut(&instance) {
             target.stop_on_load = stop_on_load;
         }
-        self.write_target(instance)
+        self.update_target(instance)
     }
 
     /// Tells where the process has code: `mappings` are its executable mappings (start, end), by address. Call stacks
@@ -252,7 +273,7 @@ impl Tracker {
             }
             _ => return Ok(()),
         }
-        self.write_target(instance)
+        self.update_target(instance)
     }
 
     /// Puts an unwind table into the kernel; `rows` are sorted by address.
@@ -297,7 +318,7 @@ impl Tracker {
         if let Some(target) = self.targets.get_mut(&instance) {
             target.runs_python = true;
         }
-        self.write_target(instance)
+        self.update_target(instance)
     }
 
     /// The Python frames of a stack, innermost first, and whether there were more; `None` when it has none. As
@@ -321,8 +342,24 @@ impl Tracker {
         python::read_code(&self.skel.maps.python_codes, instance, frame)
     }
 
-    fn write_target(&mut self, instance: u32) -> Result<()> {
-        let Some(target) = self.targets.get(&instance) else { return Ok(()) };
+    /// Tells the kernel side of what has changed; not once it has dropped the process, which has ended or runs another
+    /// program: whoever has the process id now must not be counted as it.
+    fn update_target(&self, instance: u32) -> Result<()> {
+        let Some(target) = self.targets.get(&instance).filter(|t| self.is_watched(instance, t)) else { return Ok(()) };
+        match self.write_target(instance, target, MapFlags::EXIST) {
+            // It was dropped just now.
+            Err(_) if !self.is_watched(instance, target) => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Whether the kernel side watches the process, as this instance.
+    fn is_watched(&self, instance: u32, target: &Target) -> bool {
+        let entry = self.skel.maps.targets.lookup(&target.pid.to_ne_bytes(), MapFlags::ANY).ok().flatten();
+        entry.is_some_and(|entry| entry.starts_with(&instance.to_ne_bytes()))
+    }
+
+    fn write_target(&self, instance: u32, target: &Target, flags: MapFlags) -> Result<()> {
         let value = memleak_target {
             instance,
             slot: target.slot,
@@ -334,22 +371,30 @@ impl Tracker {
             code: target.code,
         };
         (self.skel.maps.targets)
-            .update(&target.pid.to_ne_bytes(), bytes_of(&value), MapFlags::ANY)
+            .update(&target.pid.to_ne_bytes(), bytes_of(&value), flags)
             .map_err(|e| Error::bpf(format!("watch process {}", target.pid), &e))
     }
 
     /// Detaches from a process; its totals stay readable until [`Tracker::forget`].
     pub fn detach(&mut self, instance: u32) {
+        // A process that has ended is out of the map already, and its pid may be watched as another instance.
+        if let Some(target) = self.targets.get(&instance).filter(|target| self.is_watched(instance, target)) {
+            let _ = self.skel.maps.targets.delete(&target.pid.to_ne_bytes());
+        }
         if let Some(target) = self.targets.get_mut(&instance) {
-            // A process that has ended is out of the map already, and its pid may be watched as another instance.
-            let mine = self.skel.maps.targets.lookup(&target.pid.to_ne_bytes(), MapFlags::ANY).ok().flatten();
-            if mine.is_some_and(|v| v.starts_with(&instance.to_ne_bytes())) {
-                let _ = self.skel.maps.targets.delete(&target.pid.to_ne_bytes());
-            }
             // Only now: probes go one by one, and an allocation whose free is not seen must not be recorded.
             target.hooks.clear();
-            target.plans.clear();
+            if !target.plans.is_empty() {
+                target.plans.clear();
+                self.witness.iter().for_each(|witness| witness.detached(target.pid));
+            }
         }
+    }
+
+    /// The probes on a process, which stay for as long as somebody keeps them.
+    pub(crate) fn take_links(&mut self, instance: u32) -> Vec<Link> {
+        let target = self.targets.get_mut(&instance);
+        target.into_iter().flat_map(|t| t.plans.values_mut().flat_map(|plan| plan.links.drain(..))).collect()
     }
 
     /// Removes all that is known of an instance. Costs time in the order of all outstanding allocations.

@@ -60,8 +60,8 @@ macro_rules! plain {
 plain! {
     memleak_block: 3 * 8,
     memleak_block_key: 8 + 2 * 4,
-    memleak_counters: 18 * 8 + 8,
-    memleak_event: 5 * 8 + 6 * 4 + 16,
+    memleak_counters: 19 * 8 + 8,
+    memleak_event: 6 * 8 + 6 * 4 + 16,
     memleak_function: 2 * 4 + 8 + 4 * 16 + 2 * 8 + 2 * 4,
     memleak_kernel_function: 2 * 4 + 8,
     memleak_kernel_layout: 8,

@@ -2,7 +2,8 @@
 
 memleak counts the outermost call of an allocator only, so what allocator functions ask of each other is left out.
 Frames that gdb infers but that are not on the stack (inlined and tail calls) are left out as well. The plugin lies
-elsewhere when the process is probed: of its addresses only the offset in the page counts.
+elsewhere when the process is probed: of its addresses only the offset in the page counts. What a signal has interrupted, and
+what the handler returns to, has called nothing: memleak keeps the address behind that of the instruction.
 """
 import json
 
@@ -14,11 +15,14 @@ ALLOCATORS = ("malloc", "calloc", "realloc")
 class Entry(gdb.Breakpoint):
     def stop(self):
         frames, names = [], []
-        frame = gdb.newest_frame().older()
+        frame, interrupted = gdb.newest_frame().older(), False
         while frame is not None:
             if frame.type() not in (gdb.INLINE_FRAME, gdb.TAILCALL_FRAME):
+                handler = frame.type() == gdb.SIGTRAMP_FRAME
+                address = frame.pc() + (handler or interrupted)
                 plugin = "libplugin" in (gdb.solib_name(frame.pc()) or "")
-                frames.append(frame.pc() & 0xFFF if plugin else frame.pc())
+                frames.append(address & 0xFFF if plugin else address)
+                interrupted = handler
             names.append(frame.name() or "")
             frame = frame.older()
         nested = names[0].strip("_").endswith(ALLOCATORS) and "libc.so" in (gdb.solib_name(frames[0]) or "")

@@ -72,6 +72,75 @@ fn damaged_unwind_information_is_refused_and_said() {
     }
 }
 
+// Whatever a program's file says of its symbols: loaders do not look at it, so it can be nonsense. That costs names.
+#[test]
+fn damaged_elf_structures_cost_names_only() {
+    needs!(Feature::Bpf, Feature::Program("dlopen"), Feature::Program("libplugin.so"));
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let sound = fs::read(path("libplugin.so")).expect("it was built");
+    let header_of = |name| section(&sound, name).0;
+    let huge = (1_u64 << 40).to_le_bytes();
+    let (symbols, strings) = (header_of(".symtab"), header_of(".strtab"));
+    let (loaded_symbols, loaded_strings) = (header_of(".dynsym"), header_of(".dynstr"));
+    /// Bytes that are written over others, and where.
+    type Damage<'a> = &'a [(u64, &'a [u8])];
+    let cases: [(&str, Damage<'_>); 7] = [
+        ("sections-outside", &[(40, &huge)]),
+        ("many-sections", &[(60, &[0xff, 0xff])]),
+        ("no-section-names", &[(62, &[0xfe, 0xff])]),
+        ("large-sections", &[(58, &[0xff, 0xff])]),
+        ("enormous-symbols", &[(symbols + 32, &huge), (loaded_symbols + 32, &huge)]),
+        ("strings-outside", &[(strings + 24, &huge), (loaded_strings + 24, &huge)]),
+        ("wrong-link", &[(symbols + 40, &[0xff; 4]), (loaded_symbols + 40, &[0xff; 4])]),
+    ];
+    for (name, damage) in cases {
+        let library = folder.path().join(format!("lib{name}.so"));
+        fs::write(&library, &sound).expect("a copy");
+        let file = File::options().write(true).open(&library).expect("the copy");
+        for (at, bytes) in damage {
+            file.write_all_at(bytes, *at).expect("a damaged copy");
+        }
+        let mut program = loader(&library);
+        program.step("loaded");
+        let mut memleak = Memleak::watch(program.pid());
+        program.step("done");
+        let snapshot = memleak.settled();
+        let of_library = |site: &SiteView| {
+            let module = site.frames.first().and_then(|f| f.module.as_deref());
+            module.is_some_and(|module| module.ends_with(&format!("lib{name}.so")))
+        };
+        assert_eq!(snapshot.sum(of_library), Counts::kept(KEPT.0, KEPT.1), "{name}: {:#?}", snapshot.callers());
+        let site = snapshot.sites.iter().find(|site| of_library(site)).expect("it was counted");
+        assert!(site.truncated.is_none() && site.passes("main"), "{name}: {site:#?}");
+        let outcome = memleak.stop();
+        assert!(outcome.code == Some(0) && !outcome.stderr.contains("panicked"), "{name}: {}", outcome.stderr);
+    }
+}
+
+// A file that is no ELF file any more while its process runs: it is said, and code with frame pointers is still walked.
+#[test]
+fn file_overwritten_while_it_is_mapped_is_refused_and_said() {
+    needs!(Feature::Bpf, Feature::Program("dlopen"), Feature::Program("libplugin.so"));
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let library = folder.path().join("liboverwritten.so");
+    fs::copy(path("libplugin.so"), &library).expect("a copy");
+    let mut program = loader(&library);
+    program.step("loaded");
+    // Its head alone: the rest is the code that runs.
+    let file = File::options().write(true).open(&library).expect("the copy");
+    file.write_all_at(&[0; 64], 0).expect("it can be overwritten");
+    let pid = program.pid();
+    let mut memleak = Memleak::watch(pid);
+    program.step("done");
+    let snapshot = memleak.settled();
+    let site = snapshot.sites.iter().find(|s| s.counts == Counts::kept(KEPT.0, KEPT.1)).expect("it was counted");
+    assert!(site.passes("main"), "{site:#?}");
+    let (code, text, stderr) = output_within(memleak_command().args(["doctor", "-p", &pid.to_string()]));
+    assert_eq!(code, Some(0), "{stderr}");
+    let line = text.lines().find(|line| line.contains("liboverwritten.so: no unwind table:")).unwrap_or_default();
+    assert!(line.contains("malformed"), "{text}");
+}
+
 // A package is upgraded while its library is in use: stacks are unwound and named by the file that is mapped, not by the
 // one that has its name now.
 #[test]

@@ -309,10 +309,12 @@ fn missing_capability_is_named_with_the_fix() {
     for (left, missing) in
         [(&[][..], "CAP_BPF"), (&["perfmon", "sys_ptrace"], "CAP_BPF"), (&["bpf", "sys_ptrace"], "CAP_PERFMON")]
     {
-        let mut command = with_capabilities(left, &["-p", &pid, "--duration", "1s"]);
-        let (code, _, stderr) = output_within(command.current_dir(folder.path()));
-        assert_eq!(code, Some(2), "with {left:?}: {stderr}");
-        says(&stderr, &[missing, "sudo"]);
+        for what in [&["-p", &pid][..], &["kernel"]] {
+            let mut command = with_capabilities(left, &[what, &["--duration", "1s"]].concat());
+            let (code, _, stderr) = output_within(command.current_dir(folder.path()));
+            assert_eq!(code, Some(2), "{what:?} with {left:?}: {stderr}");
+            says(&stderr, &[missing, "sudo"]);
+        }
     }
 }
 
@@ -325,6 +327,11 @@ fn documented_capabilities_are_enough() {
     let args = ["-p", &program.pid().to_string(), "--duration", "1s"];
     let (code, _, stderr) =
         output_within(with_capabilities(&["bpf", "perfmon", "sys_ptrace"], &args).current_dir(folder.path()));
+    assert_eq!(code, Some(0), "{stderr}");
+    // The kernel's names are for those who have CAP_SYSLOG.
+    let args = ["kernel", "--probe-set", "kernel-slab", "--duration", "1s"];
+    let (code, _, stderr) =
+        output_within(with_capabilities(&["bpf", "perfmon", "syslog"], &args).current_dir(folder.path()));
     assert_eq!(code, Some(0), "{stderr}");
 }
 

@@ -232,28 +232,31 @@ fn stopped_collector_gives_up_a_target_that_becomes_too_busy() {
     memleak.wait_for_message("all tracing stopped for 10s, because ");
 }
 
-// The hardest end: nobody is left to close the window. Probes are descriptors, and go with their owner.
+// The hardest end: nobody is left to close the window, and often it strikes in the middle of attaching, where the kernel does not
+// clean up. The next memleak must find nothing in its way either.
 #[test]
 fn killed_collector_leaves_no_window_open() {
     needs!(Feature::Bpf);
     let program = busy();
     let pid = program.pid();
-    let memleak = Memleak::watch_with(pid, &["--set", "collector.budget=50%"]);
-    memleak.wait_for_message("watching through windows");
     let wait = |what: &str, wanted: &dyn Fn() -> bool| {
         let deadline = Instant::now() + Duration::from_secs(20);
         while !wanted() {
             assert!(Instant::now() < deadline, "{what}");
-            std::thread::sleep(Duration::from_millis(2));
+            std::hint::spin_loop();
         }
     };
-    wait("no window is closed", &|| !is_attached(pid));
-    wait("no window is opened", &|| is_attached(pid));
-    memleak.signal(libc::SIGKILL);
-    let killed = Instant::now();
-    wait("probes stay attached", &|| !is_attached(pid));
-    // The bar is a second, on a machine that does nothing else; `make bench` measures it. Beside other tests it took 3.9 s.
-    assert!(killed.elapsed() < Duration::from_secs(10), "{:?}", killed.elapsed());
+    for _ in 0..5 {
+        let memleak = Memleak::watch_with(pid, &["--set", "collector.budget=50%"]);
+        memleak.wait_for_message("watching through windows");
+        wait("no window is closed", &|| !is_attached(pid));
+        wait("no window is opened", &|| is_attached(pid));
+        memleak.signal(libc::SIGKILL);
+        let killed = Instant::now();
+        wait("probes stay attached", &|| !is_attached(pid));
+        // The bar is a second, on a machine that does nothing else; `make bench-bars` measures it. Beside other tests it took 3.9 s.
+        assert!(killed.elapsed() < Duration::from_secs(10), "{:?}", killed.elapsed());
+    }
 }
 
 /// Nanoseconds of CPU time per pair, as the child of `fork_busy` prints it: the smallest of `times` lines.

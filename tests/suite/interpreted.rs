@@ -92,6 +92,38 @@ fn python_functions_are_known_after_the_end() {
     }
 }
 
+// Python 3.13 has a copy of mimalloc in it, most of whose functions are inlined into Python's own.
+#[test]
+fn python_on_its_own_mimalloc_is_counted_exactly() {
+    needs!(Feature::Bpf, Feature::Command("python3"));
+    let code = "import os, sys\n\
+        kept = []\n\
+        def keep():\n  for n in range(31): kept.append(bytes(20_011))\n\
+        def churn():\n  for n in range(53): bytes(20_021)\n\
+        def grow():\n  for n in range(17): b = bytearray(30_011); b.extend(bytes(20_031)); kept.append(b)\n\
+        print('ready', flush=True); sys.stdin.readline()\n\
+        keep(); churn(); grow()\n\
+        print('done', flush=True); sys.stdin.readline(); os._exit(0)";
+    for (version, python) in pythons().iter().filter(|(version, _)| version == "3.13") {
+        let mut program =
+            Program::start_command(Command::new(python).env("PYTHONMALLOC", "mimalloc").args(["-c", code]));
+        let mut memleak = Memleak::watch(program.pid());
+        program.step("done");
+        let snapshot = memleak.settled();
+        // There is much else that Python allocates; these are known by their size.
+        let of = |function: &str, bytes: u64| {
+            snapshot.sum(|s| s.passes(function) && s.counts.allocated_bytes == s.counts.allocated_count * bytes)
+        };
+        assert_eq!(of("keep", 20_011 + 33), Counts::kept(31, 20_011 + 33), "{version}: {:#?}", snapshot.callers());
+        assert_eq!(of("churn", 20_021 + 33), Counts::freed(53, 20_021 + 33), "{version}: {:#?}", snapshot.callers());
+        assert_eq!(of("grow", 20_031 + 33), Counts::freed(17, 20_031 + 33), "{version}: {:#?}", snapshot.callers());
+        assert_eq!(of("grow", 30_011 + 1), Counts::freed(17, 30_011 + 1), "{version}: {:#?}", snapshot.callers());
+        let large = |s: &&SiteView| s.counts.allocated_bytes >= s.counts.allocated_count.max(1) * 20_000;
+        assert!(snapshot.sites.iter().filter(large).all(|s| s.probe_set == "mimalloc"), "{:#?}", snapshot.callers());
+        assert!(snapshot.process(program.pid()).losses.values().all(|n| *n == 0));
+    }
+}
+
 // Functions that V8 compiles are in no file; node writes their names when asked to, and goes on writing.
 #[test]
 fn functions_of_node_are_named_by_its_growing_perf_map() {

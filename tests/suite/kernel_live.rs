@@ -1,6 +1,10 @@
 //! The kernel's own allocations, live on this machine: a program has the kernel allocate a known number of blocks.
 
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
+
 use memleak_tests::{Counts, Feature, Memleak, Program, memleak_command, needs, output_within};
+use serde_json::Value;
 
 /// As in the program: event counters that are kept, and that are closed again.
 const KEPT: u64 = 211;
@@ -60,6 +64,19 @@ fn wrong_settings_of_the_kernel_are_named_with_what_would_be_right() {
     refuses(&["--cgroup", "no/such/group"], &["/sys/fs/cgroup/no/such/group", "kernel.cgroup"]);
 }
 
+/// A cache that does not exist may come with a module; a slip of the pen should not go unnoticed for a night.
+#[test]
+fn cache_that_there_is_not_is_said() {
+    needs!(Feature::Bpf);
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let mut command = memleak_command();
+    command.current_dir(folder.path()).args(["kernel", "--cache", "flip", "--cache", "fil*", "--duration", "1s"]);
+    let (code, _, stderr) = output_within(&mut command);
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(stderr.contains("no slab cache is called flip now; did you mean filp?"), "{stderr}");
+    assert!(!stderr.contains("fil*"), "{stderr}");
+}
+
 /// Where a way to attach does not work, memleak says so; it never runs without seeing anything.
 #[test]
 fn a_backend_that_does_not_work_is_named() {
@@ -83,4 +100,75 @@ fn filters_and_budget_of_the_kernel_hold() {
     assert!(sampled.sites.iter().all(|s| s.kernel.as_ref().is_some_and(|k| k.cache.as_deref() == Some("filp"))));
     program.finish();
     assert!(memleak.stderr().contains("would exceed the budget"), "{}", memleak.stderr());
+}
+
+/// A trace shows each allocation and free once: who, what, when, and from where.
+#[test]
+fn trace_of_the_kernel_prints_every_event() {
+    needs!(Feature::Bpf);
+    let mut program = Program::start("eventfds");
+    let pid = program.pid();
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let mut memleak = memleak_command()
+        .current_dir(folder.path())
+        .args([
+            "kernel",
+            "--trace",
+            "--json",
+            "--probe-set",
+            "kernel-slab",
+            "--duration",
+            "60s",
+            "-p",
+            &pid.to_string(),
+        ])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("memleak starts");
+    // It says what it watches once it is attached.
+    let mut said = String::new();
+    let mut stderr = BufReader::new(memleak.stderr.take().expect("piped"));
+    while !said.contains("kernel-slab") {
+        assert!(stderr.read_line(&mut said).expect("messages are text") > 0, "ended: {said}");
+    }
+    let lines = BufReader::new(memleak.stdout.take().expect("piped")).lines();
+    program.step("done");
+    let mut program = Some(program);
+    let (mut allocations, mut frees) = (Vec::new(), 0);
+    for line in lines {
+        let line = line.expect("events are text");
+        let event: Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{e}: {line}"));
+        if event["frames"][0]["function"] != "do_eventfd" || event["function"] == "kmem_cache_alloc" {
+            continue;
+        }
+        match event["type"].as_str() {
+            Some("alloc") => allocations.push(event),
+            Some("free") => {
+                assert!(event["lifetime_ns"].as_u64().is_some_and(|ns| ns > 0), "{event}");
+                frees += 1;
+                // The others are freed when the program ends.
+                if frees == CLOSED
+                    && let Some(program) = program.take()
+                {
+                    program.finish();
+                }
+            }
+            other => panic!("{other:?}: {event}"),
+        }
+        if frees == CLOSED + KEPT {
+            break;
+        }
+    }
+    // Ends at its next line: nobody reads them any more.
+    let _ = memleak.kill();
+    let _ = memleak.wait();
+    assert_eq!((allocations.len() as u64, frees), (KEPT + CLOSED, KEPT + CLOSED));
+    for event in &allocations {
+        assert_eq!((&event["pid"], &event["tid"], &event["comm"]), (&pid.into(), &pid.into(), &"eventfds".into()));
+        let kernel = &event["kernel"];
+        assert!(kernel["cache"].as_str().is_some_and(|c| c.starts_with("kmalloc-")), "{event}");
+        assert!(kernel["object_bytes"].as_u64() >= event["size"].as_u64(), "{event}");
+        assert!(kernel["gfp"].as_str().is_some_and(|g| !g.is_empty()) && kernel["cgroup"].is_u64(), "{event}");
+    }
 }

@@ -131,7 +131,74 @@ fn stacks_of_signal_handlers_go_on_in_the_interrupted_code() {
         for site in snapshot.sites.iter().filter(|site| site.passes("on_alarm")) {
             assert!(site.passes("spin") && site.passes("main"), "{name}: {site:#?}");
         }
+        // In the kernel's own code, which is in no file. musl has no unwind information for the
+        // function that calls it.
+        assert_eq!(snapshot.at("on_tick"), Counts::kept(31, 43), "{name}: {:#?}", snapshot.callers());
+        let ticks = || snapshot.sites.iter().filter(|site| site.passes("on_tick"));
+        let in_vdso = |site: &SiteView| site.frames.iter().any(|f| f.module.as_deref() == Some("[vdso]"));
+        assert!(ticks().any(in_vdso), "{name}: {:#?}", snapshot.callers());
+        let is_complete = |site: &SiteView| site.passes("ask_the_time") && site.passes("main");
+        assert!(name == "interrupted-musl" || ticks().all(is_complete), "{snapshot:#?}");
+        // Interrupted at the very first instruction: the byte before it belongs to another function.
+        let site = snapshot.site("on_refusal");
+        assert_eq!(site.counts, Counts::kept(13, 41), "{name}");
+        let names: Vec<&str> = site.frames.iter().filter_map(|f| f.function.as_deref()).collect();
+        let at = names.iter().position(|name| *name == "refused").unwrap_or_else(|| panic!("{name}: {names:?}"));
+        assert_eq!(names[at + 1..at + 3], ["be_refused", "main"], "{name}");
+        assert!(!names.contains(&"just_before"), "{name}: {names:?}");
     }
+}
+
+// Where a library was, another may be next, whose stacks must not be walked by the rows of the first.
+#[test]
+fn library_in_the_place_of_another_is_unwound_by_its_own_rows() {
+    needs!(Feature::Bpf, Feature::Program("reload"));
+    let libraries = ["libplugin-small.so", "libplugin-large.so", "libplugin-small.so"].map(path);
+    let mut program = Program::start_command(Command::new(path("reload")).args(&libraries));
+    let mut memleak = Memleak::watch(program.pid());
+    let mut places = Vec::new();
+    for n in 1..=3 {
+        program.go();
+        places.push(program.next_line());
+        // By the second snapshot what was loaded has its rows.
+        memleak.settled();
+        memleak.settled();
+        program.step("called");
+        let snapshot = memleak.settled();
+        assert_eq!(snapshot.at("plugin_leak"), Counts::kept(17 * n, 59), "{:#?}", snapshot.callers());
+        for site in snapshot.sites.iter().filter(|site| site.passes("plugin_leak")) {
+            assert!(site.truncated.is_none() && site.passes("main") && site.passes("_start"), "{places:?}: {site:#?}");
+        }
+    }
+    let page = |line: &String| line.rsplit(' ').next().and_then(|n| n.parse::<u64>().ok()).expect("an address") >> 12;
+    assert_eq!(page(&places[0]), page(&places[1]), "the libraries did not take each other's place");
+}
+
+// Between any two instructions the frame is in another state, and the stubs that calls into libraries go through have
+// frames of their own kind.
+#[test]
+fn stacks_from_every_instruction_of_a_call_are_complete() {
+    needs!(Feature::Bpf, Feature::Program("stepped_through"));
+    let mut program = Program::start("stepped_through");
+    let mut memleak = Memleak::watch(program.pid());
+    program.go();
+    let line = program.next_line();
+    let kept: u64 = line.strip_prefix("done ").and_then(|n| n.parse().ok()).unwrap_or_else(|| panic!("{line}"));
+    let snapshot = memleak.settled();
+    assert_eq!(snapshot.at("on_step"), Counts::kept(kept, 43));
+    let mut interrupted = BTreeMap::new();
+    for site in &snapshot.sites {
+        assert!(site.truncated.is_none() && site.passes("be_stepped") && site.passes("main"), "{site:#?}");
+        // on_step(), what it returns to, and then the instruction.
+        *interrupted.entry(site.frames[2].function.clone()).or_insert(0) += site.counts.allocated_count;
+    }
+    eprintln!("{kept} instructions: {interrupted:?}");
+    assert!(kept >= 60, "{kept}");
+    for function in ["be_stepped", "steps_outer", "steps_leaf"] {
+        assert!(interrupted.contains_key(&Some(function.to_owned())), "{interrupted:?}");
+    }
+    // The stubs, which have no symbols of their own.
+    assert!(interrupted.len() > 3, "{interrupted:?}");
 }
 
 // The setting is for comparisons: without frame pointers in the program it shows the difference.

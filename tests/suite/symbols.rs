@@ -25,6 +25,30 @@ fn symbolize(args: &[&Path]) -> (Option<i32>, String, String) {
     output_within(memleak_command().arg("symbolize").args(args))
 }
 
+// Names of another build would be wrong ones: none are better, and the reason must be said.
+#[test]
+fn debug_file_of_another_build_is_refused_and_said() {
+    needs!(Feature::Bpf);
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let (bare, debug) = stripped(folder.path());
+    let status = Command::new("objcopy").arg(format!("--add-gnu-debuglink={}", debug.display())).arg(&bare).status();
+    assert!(status.expect("objcopy starts").success());
+    // Beside the program is where it is looked for.
+    let beside = folder.path().join("leaker.dbg");
+    let other = program_path("busy").expect("the program was built");
+    for (file, name) in [(&other, None), (&debug, Some("lose_some"))] {
+        fs::copy(file, &beside).expect("a debug file");
+        let mut program = Program::start_command(&mut Command::new(&bare));
+        let mut memleak = Memleak::watch(program.pid());
+        program.step("done");
+        let snapshot = memleak.settled();
+        assert_eq!(snapshot.totals, Counts::kept(7, 67));
+        assert_eq!(snapshot.sites[0].frames[0].function.as_deref(), name);
+        let warning = format!("{} belongs to another build", beside.display());
+        assert_eq!(memleak.stop().stderr.contains(&warning), name.is_none(), "{warning}");
+    }
+}
+
 // Production has no symbols, the developer has: a report from there must become readable here.
 #[test]
 fn a_report_gets_names_from_a_debug_file() {

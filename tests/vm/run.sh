@@ -40,6 +40,9 @@ strip --strip-debug -o "$work/memleak" "$memleak"
 strip --strip-debug -o "$work/suite" "$suite"
 # The suite expects everything where it is here.
 image=("$work/suite=$suite" "$work/memleak=$memleak" "$programs=$programs")
+for program in rust_jemalloc rust_mimalloc; do
+    image+=("${suite%/deps/*}/$program=${suite%/deps/*}/$program")
+done
 # What programs load by name.
 for library in libjemalloc.so.2 libtcmalloc.so.4 libtcmalloc_minimal.so.4 libmimalloc.so.2; do
     path=$(/sbin/ldconfig -p | awk -v name="$library" '$1 == name { print $NF; exit }')

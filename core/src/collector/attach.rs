@@ -125,6 +125,9 @@ impl Collector {
             Some(Err(unread)) if unread.tries < PYTHON_TRIES => unread.tries,
             _ => return,
         };
+        if !self.reads_python {
+            return;
+        }
         let found = Interpreter::find(dir, maps).transpose().map(|found| {
             let python = found.map_err(|e| format!("{e:#}"))?;
             let tracker = self.tracker.get_mut().map_err(|e| e.to_string())?;

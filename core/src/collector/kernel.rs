@@ -3,17 +3,18 @@
 //! It is one "process" with the pid 0 in everything that shows processes. Its sites are told apart by call stack and by
 //! slab cache.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use globset::{Glob, GlobSet, GlobSetBuilder};
 use memleak_probes::kernel::{
     InnerCode, KernelDomain, KernelFilter, KernelOrigin, KernelSetStatus, KernelSettings as ProbeSettings,
     KernelTracker, MAX_INNER,
 };
-use memleak_probes::{Attached, Counters, StackEnd, placement::Placement};
+use memleak_probes::{Attached, Counters, Event, EventKind, StackEnd, placement::Placement};
 
 use super::cohorts::{Generations, SiteCohorts};
 use super::kernel_budget::{Purse, Verdict};
@@ -23,8 +24,9 @@ use crate::governor::StopReason;
 use crate::kallsyms::Kallsyms;
 use crate::kernel::gfp::GfpFlags;
 use crate::kernel::judge::{Earlier, claims, judge};
-use crate::kernel::statistics::{Statistics, is_reclaimable, kmalloc_cache};
+use crate::kernel::statistics::{Cache, Statistics, is_reclaimable, kmalloc_cache};
 use crate::kernel::{COMM, KernelSample, KernelSummary, Origin, SetState};
+use crate::output::text::visible;
 use crate::plugin::Plugin;
 use crate::snapshot::{
     FirstThread, Losses, Mode, Process, ProcessSample, Sampling, Site, SiteKey, SiteSample, StackCounts, StandardErrors,
@@ -85,16 +87,32 @@ pub(super) struct Kernel {
     reclaimable: HashMap<String, bool>,
     settings: ProbeSettings,
     purse: Purse,
+    /// The finer samples that were given up because of their cost.
+    finer: Vec<u64>,
     /// What there was to say last of books that were closed since the last snapshot.
     closed: Vec<ProcessSample>,
     /// What the last snapshot said of the kernel as a whole.
     summary: Arc<KernelSummary>,
     /// Why allocations may be counted by two probe sets.
     counted_twice: Option<String>,
+    /// Filters that let nothing through, as far as can be told.
+    unknown_caches: Vec<String>,
     next_modules_s: f64,
     /// Nothing is attached until then, because the budget could not be kept.
     stopped_until_s: Option<f64>,
     cpu_at_start_s: f64,
+}
+
+/// An allocation or free of a trace.
+pub struct KernelEvent {
+    /// What happened.
+    pub event: Event,
+    /// Where its block was allocated, with frames.
+    pub site: Arc<Site>,
+    /// What is known of that.
+    pub origin: Arc<Origin>,
+    /// The function or tracepoint that tells of it; of an implicit free, the one that told of the allocation.
+    pub function: String,
 }
 
 /// A site and what is needed to read it.
@@ -112,7 +130,12 @@ impl Kernel {
     ///
     /// # Errors
     /// A filter that this kernel does not know, a missing privilege or feature, or nothing can be attached.
-    pub(super) fn start(config: &Config, plugins: &[Plugin], instance: u32) -> Result<Option<Kernel>> {
+    pub(super) fn start(
+        config: &Config,
+        plugins: &[Plugin],
+        instance: u32,
+        trace_events: bool,
+    ) -> Result<Option<Kernel>> {
         let k = &config.kernel;
         if !k.enabled {
             return Ok(None);
@@ -144,16 +167,19 @@ impl Kernel {
             max_outstanding: k.max_outstanding,
             max_sites: k.max_sites,
             max_frames: config.collector.max_frames,
-            sample_bytes: k.sample_bytes.0,
+            // A trace is asked for in order to see everything.
+            sample_bytes: if trace_events { 0 } else { k.sample_bytes.0 },
             filter: filter(k, &flags)?,
             inner,
             movable_pages: k.movable_pages,
             cohort: 0,
+            trace_events,
         };
         if let Some(why) = symbols.missing().filter(|_| !k.modules.is_empty()) {
             return Err(Error::config(format!("kernel.modules: no site can be told to belong to a module: {why}")));
         }
         let at_start = Statistics::read();
+        let unknown_caches = at_start.caches.as_ref().map_or_else(Vec::new, |known| unknown_caches(&k.caches, known));
         let tracker = KernelTracker::start(&settings)?;
         // Stacks begin in our own programs.
         symbols.reread();
@@ -173,10 +199,12 @@ impl Kernel {
             past: VecDeque::new(),
             reclaimable: HashMap::new(),
             settings,
-            purse: Purse::new(k.budget),
+            purse: Purse::new(k.budget.filter(|_| !trace_events)),
+            finer: Vec::new(),
             closed: Vec::new(),
             summary: Arc::default(),
             counted_twice,
+            unknown_caches,
             next_modules_s: 0.0,
             stopped_until_s: None,
             cpu_at_start_s: machine_cpu_s(),
@@ -217,13 +245,14 @@ impl Kernel {
         self.tracker.is_some() && self.purse.budget().is_some()
     }
 
-    /// Why functions or allocation flags have no names, or allocations count twice, and what to do.
+    /// Why functions or allocation flags have no names, allocations count twice, or a filter matches nothing, and what to
+    /// do.
     pub(super) fn missing_names(&self) -> Vec<String> {
         let symbols = self.symbols.missing().map(str::to_owned);
         let flags = self.flags.known().is_empty().then(|| {
             "allocation flags have no names: mount tracefs (mount -t tracefs tracefs /sys/kernel/tracing)".to_owned()
         });
-        symbols.into_iter().chain(flags).chain(self.counted_twice.clone()).collect()
+        symbols.into_iter().chain(flags).chain(self.counted_twice.clone()).chain(self.unknown_caches.clone()).collect()
     }
 
     fn status(&self, status: &KernelSetStatus) -> PluginStatus {
@@ -262,16 +291,23 @@ impl Kernel {
             Verdict::Within => Ok(None),
             Verdict::Above if hurried && !self.purse.is_deep_in_debt() => Ok(None),
             Verdict::Above if self.settings.sample_bytes < COARSEST => {
-                // They were kept with the sample so far.
-                self.close_books(next_instance)?;
-                self.settings.sample_bytes = match self.settings.sample_bytes {
+                self.finer.push(self.settings.sample_bytes);
+                self.purse.step_down();
+                let mean_bytes = match self.settings.sample_bytes {
                     0 => FIRST_SAMPLE,
                     n => (n * COARSER).min(COARSEST),
                 };
-                let process = Arc::clone(&self.process);
-                let mean_bytes = self.settings.sample_bytes;
-                Ok(self.load_again(now_s).then_some(Notice::Sampled { process, mean_bytes }))
+                self.sample(mean_bytes, true, now_s, next_instance)
             }
+            // Loading takes long, and this has waited for minutes.
+            Verdict::Ample if hurried => Ok(None),
+            Verdict::Ample => match self.finer.pop() {
+                Some(mean_bytes) => {
+                    self.purse.step_up();
+                    self.sample(mean_bytes, false, now_s, next_instance)
+                }
+                None => Ok(None),
+            },
             Verdict::Above => {
                 self.close_books(next_instance)?;
                 self.tracker = None;
@@ -281,6 +317,21 @@ impl Kernel {
                 Ok(Some(Notice::Stopped { process, why, cool_down_s: COOL_DOWN_S }))
             }
         }
+    }
+
+    /// Records from now on one allocation in so many bytes, or all (0).
+    fn sample(
+        &mut self,
+        mean_bytes: u64,
+        too_costly: bool,
+        now_s: f64,
+        next_instance: &mut u32,
+    ) -> Result<Option<Notice>> {
+        // They were kept with the sample so far.
+        self.close_books(next_instance)?;
+        self.settings.sample_bytes = mean_bytes;
+        let process = Arc::clone(&self.process);
+        Ok(self.load_again(now_s).then_some(Notice::Sampled { process, mean_bytes, too_costly }))
     }
 
     /// Loads and attaches the programs again, for what is outstanding to be counted from now on; true when that went well.
@@ -322,6 +373,57 @@ impl Kernel {
         Ok(())
     }
 
+    /// Waits for events of a trace, at most `timeout`.
+    ///
+    /// # Errors
+    /// When polling fails.
+    pub(super) fn poll(&self, timeout: Duration) -> Result<()> {
+        match &self.tracker {
+            Some(tracker) => Ok(tracker.poll(timeout)?),
+            None => {
+                std::thread::sleep(timeout);
+                Ok(())
+            }
+        }
+    }
+
+    /// The next event of a trace that passes the filters.
+    ///
+    /// # Errors
+    /// What is known of its site cannot be read.
+    pub(super) fn next_event(&mut self) -> Result<Option<KernelEvent>> {
+        while let Some(event) = self.tracker.as_ref().and_then(KernelTracker::next_event) {
+            let raw = event.site;
+            let key = SiteKey { instance: self.process.instance, probe_set: raw.probe_set, stack: raw.stack };
+            self.know(raw, key)?;
+            let function = match event.kind {
+                EventKind::ImplicitFree => None,
+                EventKind::Alloc | EventKind::Free => {
+                    self.tracker.as_ref().map(|t| t.function_name(event.name).to_owned())
+                }
+            };
+            if let Some(known) = self.sites.get(&key).filter(|known| known.shown) {
+                self.symbolize(&known.site);
+                return Ok(Some(KernelEvent {
+                    function: function.unwrap_or_else(|| known.site.function.to_string()),
+                    site: Arc::clone(&known.site),
+                    origin: Arc::clone(&known.origin),
+                    event,
+                }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Makes a site known that is not.
+    fn know(&mut self, raw: memleak_probes::SiteKey, key: SiteKey) -> Result<()> {
+        if !self.sites.contains_key(&key) {
+            let known = self.new_site(raw, key)?;
+            self.sites.insert(key, known);
+        }
+        Ok(())
+    }
+
     /// Reads the totals of all sites into a snapshot. With `next_generation` the birth generation changes.
     pub(super) fn read(
         &mut self,
@@ -340,10 +442,7 @@ impl Kernel {
         // A site is made before its first allocation is known to have succeeded.
         for (raw_key, totals) in raw.iter().filter(|(_, totals)| totals.allocated_count > 0) {
             let key = SiteKey { instance: self.process.instance, probe_set: raw_key.probe_set, stack: raw_key.stack };
-            if !self.sites.contains_key(&key) {
-                let known = self.new_site(*raw_key, key)?;
-                self.sites.insert(key, known);
-            }
+            self.know(*raw_key, key)?;
             let Some(known) = self.sites.get_mut(&key) else { continue };
             let cohorts = known.cohorts.read(generations, totals, time_s);
             if next_generation {
@@ -598,6 +697,21 @@ fn filter(k: &KernelSettings, flags: &GfpFlags) -> Result<KernelFilter> {
     }
     let cgroup = k.cgroup.as_ref().map(|path| cgroup_id(path)).transpose()?;
     Ok(KernelFilter { pids: k.pids.clone(), cgroup, gfp, min_size: k.min_size.0, by_cache: !k.caches.is_empty() })
+}
+
+/// What there is to say of patterns that no cache matches now. A module that is loaded later may bring one.
+fn unknown_caches(patterns: &[String], known: &BTreeMap<String, Cache>) -> Vec<String> {
+    let is_known = |pattern: &String| {
+        Glob::new(pattern).is_ok_and(|glob| known.keys().any(|name| glob.compile_matcher().is_match(name)))
+    };
+    let say = |pattern: &String| {
+        let hint = match crate::config::nearest(pattern, known.keys().map(String::as_str)) {
+            Some(near) => format!("did you mean {near}?"),
+            None => "caches of the same kind may be merged under one name, see /proc/slabinfo".to_owned(),
+        };
+        format!("kernel.caches: no slab cache is called {} now; {hint}", visible(pattern))
+    };
+    patterns.iter().filter(|p| !is_known(p)).map(say).collect()
 }
 
 /// Id of a cgroup, which is its folder's inode, and how deep it lies.

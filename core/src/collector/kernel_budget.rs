@@ -17,6 +17,10 @@ const MEASURE_S: (f64, f64) = (0.2, 10.0);
 const PURSE_S: f64 = 2.0;
 /// Fewer runs are no measurement.
 const MIN_RUNS: u64 = 100;
+/// A finer sample is tried again when it would have cost no more than this part of the budget ...
+const AMPLE: f64 = 0.5;
+/// ... for so long, seconds.
+const CALM_S: f64 = 300.0;
 
 /// What is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +29,8 @@ pub(super) enum Verdict {
     Within,
     /// It costs too much.
     Above,
+    /// What was given up last because of its cost has been affordable for a while.
+    Ample,
 }
 
 /// Fills at the rate of the budget, and pays for every event.
@@ -39,6 +45,10 @@ pub(super) struct Purse {
     stops: u64,
     measuring: Option<(Measuring, RunStats, f64)>,
     next_measure_s: f64,
+    /// What an event cost at each finer step that was given up, nanoseconds.
+    given_up: Vec<f64>,
+    /// Since when it is looked at how many events there are, seconds, and how many there have been.
+    calm: (f64, u64),
 }
 
 impl Purse {
@@ -56,7 +66,19 @@ impl Purse {
             stops: 0,
             measuring: None,
             next_measure_s: 0.0,
+            given_up: Vec::new(),
+            calm: (0.0, 0),
         }
+    }
+
+    /// From now on less is recorded of each event.
+    pub(super) fn step_down(&mut self) {
+        self.given_up.push(self.price_ns);
+    }
+
+    /// And more again.
+    pub(super) fn step_up(&mut self) {
+        self.given_up.pop();
     }
 
     pub(super) fn spent_s(&self) -> f64 {
@@ -93,6 +115,7 @@ impl Purse {
         self.held_s = self.budget.unwrap_or(0.0) * PURSE_S;
         self.measuring = None;
         self.next_measure_s = 0.0;
+        self.calm = (now_s, 0);
     }
 
     /// Charges what has happened since the last call.
@@ -102,14 +125,26 @@ impl Purse {
     }
 
     fn charge(&mut self, now_s: f64, hits: u64) -> Verdict {
-        let cost_s = hits.saturating_sub(self.hits) as f64 * self.price_ns / 1e9;
+        let events = hits.saturating_sub(self.hits);
+        let cost_s = events as f64 * self.price_ns / 1e9;
         self.hits = hits;
         self.spent_s += cost_s;
         let elapsed_s = self.last_s.map_or(0.0, |last| now_s - last);
         self.last_s = Some(now_s);
         let Some(budget) = self.budget else { return Verdict::Within };
         self.held_s = (self.held_s + budget * elapsed_s).min(budget * PURSE_S) - cost_s;
-        if self.held_s < 0.0 { Verdict::Above } else { Verdict::Within }
+        self.calm.1 += events;
+        if self.held_s < 0.0 {
+            return Verdict::Above;
+        }
+        let (Some(price_ns), (since_s, events)) = (self.given_up.last(), self.calm) else { return Verdict::Within };
+        let lasted_s = now_s - since_s;
+        if lasted_s < CALM_S {
+            return Verdict::Within;
+        }
+        self.calm = (now_s, 0);
+        let would_cost = events as f64 * price_ns / 1e9 / lasted_s;
+        if would_cost < AMPLE * budget { Verdict::Ample } else { Verdict::Within }
     }
 
     fn measure(&mut self, now_s: f64, tracker: &KernelTracker) -> Result<()> {
@@ -168,5 +203,36 @@ mod tests {
         assert!(purse.spent_s() > 0.0);
         purse.close_books();
         assert_eq!(purse.spent_s(), 0.0);
+    }
+
+    /// A machine that was busy for a while is traced exactly again when that is affordable, and not before.
+    #[test]
+    fn what_was_given_up_comes_back_when_there_is_ample_budget() {
+        let mut purse = Purse { budget: Some(0.1), held_s: 0.2, ..Purse::new(Some(0.05)) };
+        purse.step_down();
+        purse.start_anew(0.0);
+        // By the new price it is cheap; at the old one, events of this rate cost 60 % of the budget.
+        purse.price_ns = FIRST_PRICE_NS / 10.0;
+        let per_s = |share: f64| (share * 0.1 * 1e9 / FIRST_PRICE_NS) as u64;
+        let mut hits = 0;
+        for second in 1..1000 {
+            hits += per_s(0.6);
+            assert_eq!(purse.charge(f64::from(second), hits), Verdict::Within);
+        }
+        let mut ample = (1000..2000).filter(|second| {
+            hits += per_s(0.4);
+            purse.charge(f64::from(*second), hits) == Verdict::Ample
+        });
+        let first = ample.next().expect("it comes back");
+        // One period may have begun while there was more to do.
+        assert!((1300..=1600).contains(&first), "{first}");
+        drop(ample);
+        purse.step_up();
+        purse.start_anew(2000.0);
+        hits = 0;
+        for second in 2001..3000 {
+            hits += per_s(0.01);
+            assert_eq!(purse.charge(f64::from(second), hits), Verdict::Within, "there is nothing finer");
+        }
     }
 }

@@ -13,8 +13,9 @@ use memleak_probes::{ErrorKind as ProbeErrorKind, Prices, ProcessEvent, SiteTota
 use crate::config::{Backend, BudgetSettings, Config, Placement, Stacks};
 use crate::governor::{Governor, StopReason};
 use crate::live;
+use crate::maps::Maps;
 use crate::plugin::{self, Plugin};
-use crate::process::{self, ProcessStat};
+use crate::process::{self, ProcDir, ProcessStat};
 use crate::python::{Interpreter, PythonCall, Unread};
 use crate::reachability::scanner::Cost;
 use crate::recording::Location;
@@ -45,6 +46,7 @@ pub use attach::{PluginState, PluginStatus};
 use cohorts::{Generations, SiteCohorts};
 pub use end::{End, Ended};
 use kernel::Kernel;
+pub use kernel::KernelEvent;
 use launch::Launched;
 use userspace::Userspace;
 
@@ -118,6 +120,13 @@ struct KnownSite {
 pub enum Notice {
     /// A process is watched now.
     Watching(Arc<Process>, Vec<PluginStatus>),
+    /// Part of what was asked for cannot be followed, or has no name.
+    Limited {
+        /// Of what process.
+        process: Arc<Process>,
+        /// What, why, and what to do.
+        what: String,
+    },
     /// A process has ended or runs another program.
     Ended(Arc<Process>),
     /// A process makes too many calls for its budget, or few enough again: its books were started anew.
@@ -138,12 +147,14 @@ pub enum Notice {
         /// How long they take together by plan, seconds.
         about_s: f64,
     },
-    /// Recording everything that the kernel allocates exceeds the budget: a sample is recorded from here on.
+    /// Another sample of what the kernel allocates is recorded from here on: its books were started anew.
     Sampled {
         /// The kernel, under its new instance number.
         process: Arc<Process>,
-        /// Mean bytes between two allocations that are recorded.
+        /// Mean bytes between two allocations that are recorded; 0: all are.
         mean_bytes: u64,
+        /// True: what was recorded so far exceeds the budget. False: more is affordable again.
+        too_costly: bool,
     },
     /// The memory of a process has been scanned for references.
     Scanned {
@@ -179,8 +190,6 @@ pub enum Notice {
 
 /// See the module.
 pub struct Collector {
-    /// Only with a budget: without one there is nothing to watch over.
-    watchdog: Option<Watchdog>,
     tracker: Userspace,
     /// The kernel, when it is a target.
     kernel: Option<Kernel>,
@@ -191,7 +200,10 @@ pub struct Collector {
     watched: HashMap<u32, Watched>,
     /// Pid and start of every process that is watched or has been refused.
     known: HashSet<(u32, u64)>,
-    /// Behind the tracker, which is thus dropped first: whoever is let go on at the end is not stopped once more.
+    /// Behind the tracker, which is thus dropped first: it helps while there are probes. There are none without processes, and
+    /// the kernel's need it only with a budget.
+    watchdog: Option<Watchdog>,
+    /// Behind the tracker, too: whoever is let go on at the end is not stopped once more.
     launched: Vec<Launched>,
     /// Forked by watched processes and not watched, as far as they may have breakpoints.
     children: Vec<children::Child>,
@@ -209,6 +221,8 @@ pub struct Collector {
     unwinder: Option<Unwinder>,
     /// Python interpreters of processes; or why their frames are not read.
     pythons: HashMap<u32, std::result::Result<Interpreter, Unread>>,
+    /// The setting `python_frames`.
+    reads_python: bool,
     notices: Vec<Notice>,
     scans: scans::Scans,
     /// What tracing may cost, by target.
@@ -253,8 +267,14 @@ impl Collector {
             .map(|budget| BudgetSettings { share: budget.share.filter(|_| !trace_events), ..budget })
             .collect();
         let of_kernel = config.kernel.enabled && config.kernel.budget.is_some();
-        let watched_over = of_kernel || budgets.iter().any(|b| b.share.is_some());
-        let watchdog = watched_over.then(Watchdog::start).transpose()?;
+        let watchdog = (of_kernel || !config.targets.is_empty()).then(Watchdog::start).transpose()?;
+        let mut unwinder = match c.stacks {
+            Stacks::Auto => Unwinder::start(c.unwind_cache.folder().map(Cache::new))?,
+            Stacks::FramePointers => None,
+        };
+        if let Some(unwinder) = &mut unwinder {
+            prepare_tables(unwinder, &mut matcher)?;
+        }
         let settings = memleak_probes::Settings {
             backend: match c.backend {
                 Backend::Auto => None,
@@ -275,13 +295,16 @@ impl Collector {
             stop_children: purpose == Purpose::Run,
         };
         // Targets stay what they are: nothing that needs it can come later.
-        let tracker = Userspace::load(!config.targets.is_empty() || !config.kernel.enabled, settings)?;
+        let mut tracker = Userspace::load(!config.targets.is_empty() || !config.kernel.enabled, settings)?;
+        if let (Some(tracker), Some(watchdog)) = (tracker.loaded_mut(), &watchdog) {
+            tracker.set_witness(watchdog.witness());
+        }
         let mut collector = Collector {
             watchdog,
             tracker,
             plugins,
             matcher,
-            kernel: Kernel::start(config, &kernel_plugins, KERNEL_INSTANCE)?,
+            kernel: Kernel::start(config, &kernel_plugins, KERNEL_INSTANCE, trace_events)?,
             closed_set: !config.kernel.enabled && !config.targets.iter().any(|t| t.pid.is_empty() && t.searches()),
             watched: HashMap::new(),
             known: HashSet::new(),
@@ -298,11 +321,9 @@ impl Collector {
             locations: config.recording.path.is_some().then(HashMap::new),
             generations: Generations::new(config.interval.as_secs_f64()),
             libraries: attach::Libraries::default(),
-            unwinder: match c.stacks {
-                Stacks::Auto => Unwinder::start(c.unwind_cache.folder().map(Cache::new))?,
-                Stacks::FramePointers => None,
-            },
+            unwinder,
             pythons: HashMap::new(),
+            reads_python: c.python_frames,
             notices: Vec::new(),
             scans: scans::Scans::new(config.reachability.clone()),
             budgets,
@@ -322,7 +343,12 @@ impl Collector {
             collector.launch(&target.command, number)?;
         }
         if let Some(kernel) = &collector.kernel {
-            collector.notices.push(Notice::Watching(Arc::clone(kernel.process()), kernel.statuses()));
+            let process = Arc::clone(kernel.process());
+            collector.notices.push(Notice::Watching(Arc::clone(&process), kernel.statuses()));
+            let gaps = collector.kernel_gaps();
+            collector
+                .notices
+                .extend(gaps.into_iter().map(|what| Notice::Limited { process: Arc::clone(&process), what }));
         }
         collector.scan()?;
         // Those that are found meanwhile are none of this: there may always be more of them.
@@ -379,6 +405,14 @@ impl Collector {
     /// Where the return addresses of a site lie; once per site, and only with a recording.
     pub fn take_locations(&mut self, key: SiteKey) -> Vec<Location> {
         self.locations.as_mut().and_then(|known| known.remove(&key)).unwrap_or_default()
+    }
+
+    /// The next event of a trace of the kernel that passes the filters.
+    ///
+    /// # Errors
+    /// What is known of its site cannot be read.
+    pub fn next_kernel_event(&mut self) -> Result<Option<KernelEvent>> {
+        self.kernel.as_mut().map_or(Ok(None), Kernel::next_event)
     }
 
     /// Name of a probe set by its number.
@@ -460,9 +494,10 @@ impl Collector {
         // Nobody tells us that a scan is over.
         let timeout = if self.exit_waits() { timeout.min(EXIT_TICK) } else { timeout };
         let timeout = timeout.min(self.until_governed());
-        match self.tracker.loaded_mut() {
-            Some(tracker) => tracker.poll(timeout)?,
-            None => std::thread::sleep(timeout),
+        match (self.tracker.loaded_mut(), &self.kernel) {
+            (Some(tracker), _) => tracker.poll(timeout)?,
+            (None, Some(kernel)) => kernel.poll(timeout)?,
+            (None, None) => std::thread::sleep(timeout),
         }
         self.end_exit_scans()?;
         // First the windows: they are short.
@@ -929,6 +964,17 @@ impl Collector {
         }
         Ok(())
     }
+}
+
+/// Has unwind tables made while the programs are being loaded: for those who are there already.
+fn prepare_tables(unwinder: &mut Unwinder, matcher: &mut Matcher) -> Result<()> {
+    for (process, _) in matcher.scan(&HashSet::new())? {
+        let dir = ProcDir::open_same(process.pid, process.start_ticks);
+        if let Ok((maps, dir)) = dir.and_then(|dir| Ok((Maps::read(&dir)?, dir))) {
+            unwinder.prepare(&maps, &dir);
+        }
+    }
+    Ok(())
 }
 
 fn to_totals(totals: &SiteTotals) -> Totals {

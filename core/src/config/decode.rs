@@ -75,6 +75,7 @@ fn collector(mut s: Section<'_>, config: &mut Config) {
     }
     s.choice("placement", &[("best", Placement::Best), ("entry", Placement::Entry)], &mut c.placement);
     s.choice("stacks", &[("auto", Stacks::Auto), ("frame-pointers", Stacks::FramePointers)], &mut c.stacks);
+    s.boolean("python_frames", &mut c.python_frames);
     if let Some(cache) = s.read("unwind_cache", unwind_cache) {
         c.unwind_cache = cache;
     }

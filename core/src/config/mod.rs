@@ -219,6 +219,8 @@ pub struct CollectorSettings {
     pub sample_bytes: Bytes,
     /// How call stacks are taken.
     pub stacks: Stacks,
+    /// Whether frames of Python functions are read.
+    pub python_frames: bool,
     /// Where unwind tables are kept on disk.
     pub unwind_cache: UnwindCache,
     /// Which instruction of a function is probed.
@@ -238,6 +240,7 @@ impl Default for CollectorSettings {
             min_size: Bytes(0),
             sample_bytes: Bytes(0),
             stacks: Stacks::default(),
+            python_frames: true,
             unwind_cache: UnwindCache::default(),
             placement: Placement::default(),
             budget: BudgetSettings::default(),

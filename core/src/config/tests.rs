@@ -97,6 +97,7 @@ fn every_key_reaches_its_field() {
         sample_bytes = "16KiB"
         placement = "entry"
         stacks = "frame-pointers"
+        python_frames = false
         unwind_cache = "u"
         budget = "6%"
         budget_floor = "7 %"
@@ -219,6 +220,7 @@ fn every_key_reaches_its_field() {
             sample_bytes: Bytes(16 << 10),
             placement: Placement::Entry,
             stacks: Stacks::FramePointers,
+            python_frames: false,
             unwind_cache: UnwindCache::Folder("u".into()),
             budget: BudgetSettings {
                 share: Some(0.06),

@@ -92,7 +92,9 @@ impl Recorder {
     /// Keeps what happened to a process.
     pub(super) fn note(&mut self, notice: &Notice, time_s: f64) {
         let (kind, instance) = match notice {
-            Notice::Watching(process, _) => (EventKind::Attach, Some(process.instance)),
+            Notice::Watching(process, _) | Notice::Limited { process, .. } => {
+                (EventKind::Attach, Some(process.instance))
+            }
             Notice::Ended(process) => (EventKind::End, Some(process.instance)),
             Notice::Mode { process, .. } | Notice::Sampled { process, .. } | Notice::Stopped { process, .. } => {
                 (EventKind::Mode, Some(process.instance))

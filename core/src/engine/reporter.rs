@@ -128,7 +128,8 @@ impl<'a> Reporter<'a> {
 
     /// What the report says of the run.
     pub(super) fn run_info(&self, history: &History, rules: &RuleEngine) -> RunInfo {
-        let targets: Vec<String> = self.config.targets.iter().map(describe).collect();
+        let kernel = self.config.kernel.enabled.then(|| "kernel".to_owned());
+        let targets: Vec<String> = self.config.targets.iter().map(describe).chain(kernel).collect();
         let own = own_cost();
         let shown = |path: &Option<PathBuf>| {
             path.as_ref().map(|p| std::path::absolute(p).unwrap_or_else(|_| p.clone()).display().to_string())

@@ -73,14 +73,15 @@ struct OwnLine {
 struct CalibrationLine {
     hit_ns: f64,
     trap_ns: f64,
+    cool_ns: f64,
     cold_ns: f64,
     stepped_ns: f64,
 }
 
 impl From<Prices> for CalibrationLine {
     fn from(prices: Prices) -> Self {
-        let Prices { hit_ns, trap_ns, cold_ns, stepped_ns } = prices;
-        CalibrationLine { hit_ns, trap_ns, cold_ns, stepped_ns }
+        let Prices { hit_ns, trap_ns, cool_ns, cold_ns, stepped_ns } = prices;
+        CalibrationLine { hit_ns, trap_ns, cool_ns, cold_ns, stepped_ns }
     }
 }
 

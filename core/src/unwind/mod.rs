@@ -134,6 +134,13 @@ impl Unwinder {
         Ok(Some(Unwinder { jobs, made, files, tables, processes }))
     }
 
+    /// Has the tables of a process made that will be watched soon.
+    pub fn prepare(&mut self, maps: &Maps, dir: &ProcDir) {
+        for mapping in maps.iter().filter(|m| m.perms.execute).take(MAX_MAPPINGS) {
+            self.key_of(mapping, dir);
+        }
+    }
+
     /// Takes note of what a process has mapped now; [`Unwinder::apply`] makes it count.
     pub fn observe(&mut self, instance: u32, maps: &Maps, dir: &ProcDir) {
         let before = self.processes.entry(instance).or_default();

@@ -203,3 +203,47 @@ fn a_slow_server_holds_nobody_up() {
     }
     assert_eq!(brief(&symbolizer.frames(1, &addresses)), with_lines());
 }
+
+/// A report from a machine without symbols gets its names from a server, which `memleak symbolize` waits for.
+#[test]
+fn a_report_gets_names_from_a_server() {
+    let folder = Folder::new();
+    let (exe, data) = stripped(&folder);
+    let nameless = frames(&exe, &mut symbolizer(None));
+    assert_eq!(nameless[0].function, None);
+    let line = serde_json::json!({ "type": "snapshot", "sites": [{ "frames": nameless }] }).to_string() + "\n";
+    let (log, no_files) = (folder.path("log.ndjson"), folder.path("no-files"));
+    std::fs::write(&log, &line).expect("written");
+    std::fs::create_dir(&no_files).expect("a folder");
+    let symbolize = |servers: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_memleak"));
+        command.arg("symbolize").arg(&log).arg("--debug-dir").arg(&no_files);
+        command.env("DEBUGINFOD_URLS", servers).env("DEBUGINFOD_CACHE_PATH", folder.path("kept"));
+        let output = command.output().expect("it starts");
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+
+    // Nobody to ask, and somebody who knows nothing.
+    let ignorant = Server::start(Answer::NotFound);
+    for servers in ["", &ignorant.url] {
+        let (code, text) = symbolize(servers);
+        let id = nameless[0].build_id.as_deref().expect("build id");
+        assert!(code == Some(2) && text.contains(&format!("needs one with build id {id}")), "{servers}: {text}");
+        assert_eq!(std::fs::read_to_string(&log).expect("text"), line);
+    }
+    assert!(ignorant.requests.load(Ordering::Relaxed) > 0);
+
+    // The first has another build's; the second takes longer than a run would wait for it.
+    let other = std::fs::read(folder.program("other", &["-g", "-O1"])).expect("it was made");
+    let wrong = Server::start(Answer::File(other));
+    let late = Server::start(Answer::Late(Duration::from_secs(4), data));
+    let (code, text) = symbolize(&format!("{} {}", wrong.url, late.url));
+    assert!(code == Some(0) && text.contains("it belongs to another build"), "{text}");
+    let named = std::fs::read_to_string(&log).expect("text");
+    let named: serde_json::Value = serde_json::from_str(&named).expect("JSON");
+    let named = named["sites"][0]["frames"].as_array().expect("frames");
+    for ((function, line, inlined), frame) in with_lines().into_iter().zip(named) {
+        assert_eq!((&frame["function"], &frame["line"]), (&function.into(), &line.into()), "{named:#?}");
+        assert_eq!(frame["inlined"], inlined);
+    }
+}

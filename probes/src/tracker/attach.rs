@@ -15,6 +15,7 @@ use crate::operand::Operand;
 use crate::placement::{self, Placement};
 use crate::skeleton::userspace_alloc::{UserspaceAllocProgs, UserspaceAllocSkel};
 use crate::spec::{Attached, FunctionSpec, Library, ProbeSetSpec, Returns, Role, SetKind, Size, needs};
+use crate::sweep::{self, Attachment};
 use crate::types::{
     MAX_DOMAINS, MAX_PROBE_SET, bytes_of, memleak_function, memleak_function_flags as flags, memleak_role,
 };
@@ -238,6 +239,12 @@ impl Tracker {
         let Some((pid, attached)) = self.targets.get(&instance).map(|t| (t.pid, t.attached)) else {
             return Err(Error::new(ErrorKind::Target, "the process has ended"));
         };
+        if let Some(witness) = &self.witness {
+            self.for_each_attachment(pid, &plan, |attachment| {
+                witness.attaching(attachment);
+                Ok(())
+            })?;
+        }
         if attached {
             plan.links = self.attach_probes(pid.cast_signed(), &plan)?;
         }
@@ -247,13 +254,30 @@ impl Tracker {
         Ok(())
     }
 
+    /// Shows the probes of a plan to `visit`, in portions. Perf events are none of them.
+    fn for_each_attachment(
+        &self,
+        pid: u32,
+        plan: &Plan,
+        mut visit: impl FnMut(&Attachment<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let (program, session) = match self.backend {
+            Backend::Session => (self.skel.progs.alloc_session.as_fd(), true),
+            Backend::Multi => (self.skel.progs.alloc_multi_enter.as_fd(), false),
+            Backend::Perf | Backend::PerfPlain => return Ok(()),
+        };
+        let offsets: Vec<u64> = plan.probes.iter().map(|p| p.offset).collect();
+        let mut portions = offsets.chunks(sweep::MAX_PLACES);
+        portions.try_for_each(|offsets| visit(&Attachment { pid, program, session, file: plan.file.as_fd(), offsets }))
+    }
+
     /// Detaches all probes of a process but goes on to follow it; see [`Tracker::open_window`].
     pub fn close_window(&mut self, instance: u32) {
         // Probes go one by one: no allocation may be recorded whose free is not seen any more.
         if let Some(target) = self.targets.get_mut(&instance) {
             target.record_until_ns = 1;
         }
-        if let Err(e) = self.write_target(instance) {
+        if let Err(e) = self.update_target(instance) {
             tracing::debug!(instance, "recording goes on while probes are detached: {e}");
         }
         if let Some(target) = self.targets.get_mut(&instance) {
@@ -274,7 +298,7 @@ impl Tracker {
         target.attached = true;
         let pid = target.pid.cast_signed();
         let mut plans = std::mem::take(&mut target.plans);
-        self.write_target(instance)?;
+        self.update_target(instance)?;
         let mut result = Ok(());
         for plan in plans.values_mut() {
             match self.attach_probes(pid, plan) {
@@ -421,21 +445,11 @@ impl Tracker {
     /// When the kernel refuses.
     pub fn release_children(&self, instance: u32) -> Result<()> {
         let Some(target) = self.targets.get(&instance).filter(|t| t.attached) else { return Ok(()) };
-        let (prog, session) = match self.backend {
-            Backend::Session => (&self.skel.progs.alloc_session, true),
-            Backend::Multi => (&self.skel.progs.alloc_multi_enter, false),
-            Backend::Perf | Backend::PerfPlain => return Ok(()),
-        };
         for plan in target.plans.values().filter(|p| !p.links.is_empty()) {
-            let opts = UprobeMultiOpts {
-                offsets: plan.probes.iter().map(|p| offset(p.offset)).collect::<Result<_>>()?,
-                // No function has this index: the program returns at once.
-                cookies: vec![u64::from(u32::MAX); plan.probes.len()],
-                session,
-                ..UprobeMultiOpts::default()
-            };
-            let link = prog.attach_uprobe_multi_with_opts(target.pid.cast_signed(), plan.path(), "", opts);
-            drop(link.map_err(|e| Error::bpf(format!("release the children of process {}", target.pid), &e))?);
+            self.for_each_attachment(target.pid, plan, |attachment| {
+                let why = |e| format!("failed to release the children of process {}: {e}", target.pid);
+                attachment.sweep().map_err(|e| Error::new(ErrorKind::Kernel, why(e)))
+            })?;
         }
         Ok(())
     }

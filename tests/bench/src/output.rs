@@ -9,7 +9,7 @@ use crate::jump::Jumps;
 use crate::machine::Machine;
 use crate::measure::{Base, Column, Effort, Outcome, Spread};
 use crate::own_cost::OwnCost;
-use crate::unwinding::Unwinding;
+use crate::unwinding::{Python, Unwinding};
 
 /// Titles of the table's columns, and their widths.
 const COLUMNS: [(&str, usize); 9] = [
@@ -141,7 +141,7 @@ pub fn own_cost_block(own_cost: &OwnCost) -> String {
 
 /// The block of what call stacks cost.
 pub fn unwinding_block(unwinding: &Unwinding) -> String {
-    let Unwinding { frames, rounds, pair_ns, tables_ns, frame_pointers_ns, ratio } = unwinding;
+    let Unwinding { frames, rounds, pair_ns, tables_ns, frame_pointers_ns, ratio, python } = unwinding;
     let mut text = format!("\nunwinding: call stacks of {frames} return addresses, medians of {rounds} rounds\n");
     line(&mut text, &format!("  by unwind tables    {tables_ns:.0} ns for all but the first"));
     line(&mut text, &format!("  by frame pointers   {frame_pointers_ns:.0} ns for all but the first"));
@@ -149,6 +149,17 @@ pub fn unwinding_block(unwinding: &Unwinding) -> String {
         &mut text,
         &format!("  ratio               {ratio:.2}; a traced malloc and free with one address {pair_ns:.0} ns"),
     );
+    match python {
+        Some(Python { functions, pair_ns, functions_ns }) => line(
+            &mut text,
+            &format!(
+                "  {functions} Python functions {functions_ns:.0} ns, {:.2} of what a traced calloc and free of Python costs \
+                 without ({pair_ns:.0} ns)",
+                functions_ns / pair_ns
+            ),
+        ),
+        None => line(&mut text, "  Python functions    n/a (no python3 of 3.11 to 3.13)"),
+    }
     text
 }
 

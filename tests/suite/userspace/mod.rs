@@ -5,6 +5,7 @@ mod glibc;
 mod lifecycle;
 mod linkage;
 mod mappings;
+mod rust;
 mod sampling;
 mod targets;
 mod threads;
