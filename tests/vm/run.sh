@@ -13,14 +13,6 @@ target=${CARGO_TARGET_DIR:-$PWD/target}
 work=$target/vm
 # What a guest can show: accounts of processes and of the kernel, on every way to attach that the kernel has.
 read -ra tests <<<"${TESTS:-leakmod:: kernel_live:: userspace:: run:: stacks:: cli::doctor}"
-# Those of the kernel one after the other: it is the same kernel, and the same module, for all of them.
-alone=() beside=()
-for name in "${tests[@]}"; do
-    case $name in
-    leakmod* | kernel*) alone+=("$name") ;;
-    *) beside+=("$name") ;;
-    esac
-done
 # Seconds that one guest may take.
 limit=${LIMIT:-1200}
 
@@ -78,7 +70,7 @@ build_module() {
 
 # Says what became of the tests whose log is given.
 summarize() {
-    awk -v code="$2" -v seconds="$3" -v runs="$((1 + (${#alone[@]} > 0) + (${#beside[@]} > 0)))" '
+    awk -v code="$2" -v seconds="$3" '
         /^test .* \.\.\. ok$/ { ok[$2] }
         /^test .* \.\.\. FAILED$/ { failed[$2] }
         /^SKIP / {
@@ -102,7 +94,7 @@ summarize() {
                 passed++
             for (name in failed)
                 failures++
-            if (ended < runs) {
+            if (ended < 3) {
                 failures++
                 printf "the tests did not end: code %d\n", code
             }
@@ -120,13 +112,11 @@ for version; do
     # Not CI there: a guest may skip what its kernel lacks.
     tests/vm/boot.sh -t "$limit" -m 2048 "$version" - "${image[@]}" "$work/$version/leakmod/leakmod.ko" >"$log" <<GUEST || code=$?
 export MEMLEAK_TEST_MODULE=/lab/leakmod.ko
-code=0
-if [ "${#beside[@]}" -gt 0 ]; then
-    "$suite" --include-ignored --nocapture --test-threads=2 ${beside[*]} || code=\$?
-fi
-if [ "${#alone[@]}" -gt 0 ]; then
-    "$suite" --include-ignored --nocapture --test-threads=1 --skip locked_down ${alone[*]} || code=\$?
-fi
+"$suite" --include-ignored --nocapture --test-threads=2 --skip locked_down --skip leakmod:: --skip kernel_live:: ${tests[*]}
+code=\$?
+# One after the other: it is the same kernel, and the same module, for all of them.
+"$suite" --include-ignored --nocapture --test-threads=1 --skip locked_down --skip cli:: --skip userspace:: --skip run:: \
+    --skip stacks:: --skip interpreted:: ${tests[*]} || code=\$?
 # On its own, because there is no way back.
 mount -t securityfs security /sys/kernel/security
 "$suite" --ignored --nocapture locked_down || code=\$?
