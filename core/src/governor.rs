@@ -27,7 +27,7 @@ use crate::config::{BudgetSettings, Latency};
 const PURSE_S: f64 = 1.0;
 /// Only this part of the budget is planned for windows; the rest is reserve against a rise of the price, and for what the
 /// prices do not know.
-const PLANNED: f64 = 0.6;
+const PLANNED: f64 = 0.5;
 /// What attaching and detaching cost the target, per window: about 0.5 % of one second, as measured.
 const WINDOW_FIXED_S: f64 = 0.005;
 /// Windows are not opened more often than this, seconds; those of a target that is sensitive to latency, and others.

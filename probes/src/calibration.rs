@@ -23,14 +23,12 @@ const PAIRS: u64 = 300;
 const STEPPED_PAIRS: u64 = 60;
 /// The best of so many rounds counts: the others were disturbed.
 const ROUNDS: u32 = 3;
-/// Pairs after a pause, with probes and without, whose median counts; and the pause. It is longer than METER_COLD_NS, and
-/// long enough for the CPU to do something else.
-const COLD_PAIRS: usize = 9;
-const BARE_PAIRS: usize = 3;
+/// Pairs after a pause, and the pause. It is longer than METER_COLD_NS, and long enough for the CPU to do something else.
+const COLD_PAIRS: u64 = 7;
 const PAUSE: Duration = Duration::from_millis(1);
-/// Pairs with other work before and behind, with probes and without, whose median counts. It takes more than METER_COOL_NS and
-/// less than METER_COLD_NS, and touches so many bytes.
-const COOL_PAIRS: usize = 41;
+/// Pairs with other work before and behind. It takes more than METER_COOL_NS and less than METER_COLD_NS, and touches so many
+/// bytes.
+const COOL_PAIRS: u64 = 61;
 const WORK_BYTES: usize = 128 << 10;
 /// Instance number that no real target has.
 const NUMBER: u32 = u32::MAX;
@@ -99,23 +97,20 @@ pub(crate) fn measure(tracker: &mut Tracker) -> Result<Prices> {
     let alone = own_code::alone();
     tracker.add_target(std::process::id(), NUMBER, false)?;
     let work = OtherWork::new();
-    let (pause, nothing) = (|| std::thread::sleep(PAUSE), || ());
-    let bare_cool_ns = single_pairs(tracker, COOL_PAIRS, || work.run(), || work.run())?.all_ns;
-    let bare_cold_ns = single_pairs(tracker, BARE_PAIRS, pause, nothing)?.all_ns;
     let result = tracker.attach_at(NUMBER, &set, &library, &at).and_then(|()| {
         let pair = time_pairs(tracker, PAIRS, own_code::release)?;
         check_all_seen(&tracker.read_counters(NUMBER)?)?;
         let stepped = time_pairs(tracker, STEPPED_PAIRS, own_code::release_stepped)?;
-        let cool = single_pairs(tracker, COOL_PAIRS, || work.run(), || work.run())?;
-        let cold = single_pairs(tracker, COLD_PAIRS, pause, nothing)?;
+        let cool_ns = single_pairs(tracker, COOL_PAIRS, || work.run(), || work.run())?;
+        let cold_ns = single_pairs(tracker, COLD_PAIRS, || std::thread::sleep(PAUSE), || ())?;
         let trap_ns = (pair.all_ns - pair.programs_ns).max(0.0) / pair.hits;
         // Of the hits of such a pair the first one is cool, or cold.
-        let more = |of: &Pair, bare_ns: f64| (of.all_ns - bare_ns - of.programs_ns - pair.hits * trap_ns).max(0.0);
+        let more = |traps_ns: f64| (traps_ns - pair.hits * trap_ns).max(0.0);
         Ok(Prices {
             hit_ns: pair.all_ns / pair.hits,
             trap_ns,
-            cool_ns: more(&cool, bare_cool_ns),
-            cold_ns: more(&cold, bare_cold_ns),
+            cool_ns: more(cool_ns),
+            cold_ns: more(cold_ns),
             stepped_ns: (stepped.all_ns - pair.all_ns).max(0.0),
         })
     });
@@ -198,19 +193,24 @@ impl OtherWork {
     }
 }
 
-/// Single pairs, each after something else, and timed together with what comes behind: the median, because some are disturbed
-/// by whatever else the machine does.
-fn single_pairs(tracker: &Tracker, pairs: usize, before: impl Fn(), behind: impl Fn()) -> Result<Pair> {
-    let mut all = Vec::with_capacity(pairs);
-    for n in 0..pairs as u64 {
-        let counters = tracker.read_counters(NUMBER)?;
+/// What the traps of single pairs cost, nanoseconds: each comes after something else, is timed together with what is behind, and
+/// compared to the same without it. The median, because some are disturbed by whatever else the machine does.
+fn single_pairs(tracker: &Tracker, pairs: u64, before: impl Fn(), behind: impl Fn()) -> Result<f64> {
+    let timed = |pair: &dyn Fn()| {
         before();
         let start = Instant::now();
-        own_code::release(own_code::allocate(n));
+        pair();
         behind();
-        let all_ns = start.elapsed().as_nanos() as f64;
-        all.push(Pair::of(all_ns, 1, &counters, &tracker.read_counters(NUMBER)?));
+        start.elapsed().as_nanos() as f64
+    };
+    let mut traps_ns = Vec::new();
+    for n in 0..pairs {
+        let bare_ns = timed(&|| ());
+        let counters = tracker.read_counters(NUMBER)?;
+        let all_ns = timed(&|| own_code::release(own_code::allocate(n)));
+        let pair = Pair::of(all_ns, 1, &counters, &tracker.read_counters(NUMBER)?);
+        traps_ns.push(pair.all_ns - pair.programs_ns - bare_ns);
     }
-    all.sort_by(|a, b| (a.all_ns - a.programs_ns).total_cmp(&(b.all_ns - b.programs_ns)));
-    Ok(all[pairs / 2])
+    traps_ns.sort_by(f64::total_cmp);
+    Ok(traps_ns[traps_ns.len() / 2])
 }
