@@ -158,7 +158,14 @@ fn starved_collector_stops_tracing_what_it_could_not_watch_over() {
     assert!(!is_attached(pid));
 }
 
-// The bar is two seconds back to the budget; nobody should wait that long.
+/// CPU time of a process with one thread.
+fn cpu_time(pid: u32) -> Duration {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).expect("it runs");
+    Duration::from_nanos(text.split(' ').next().and_then(|ns| ns.parse().ok()).expect("a number"))
+}
+
+// The bar is two seconds back to the budget; nobody should wait that long. On a busy machine both get less CPU time, and then the
+// program's own counts.
 #[test]
 fn jump_of_the_rate_ends_exact_tracing_within_two_seconds() {
     needs!(Feature::Bpf);
@@ -167,13 +174,14 @@ fn jump_of_the_rate_ends_exact_tracing_within_two_seconds() {
     let memleak = Memleak::watch_with(pid, &BUDGET);
     std::thread::sleep(Duration::from_secs(1));
     assert!(is_attached(pid), "traced exactly before");
+    let (jumped, before) = (Instant::now(), cpu_time(pid));
     program.go();
-    let jumped = Instant::now();
     memleak.wait_for_message("watching through windows");
     while is_attached(pid) {
         std::thread::sleep(Duration::from_millis(10));
     }
-    assert!(jumped.elapsed() < Duration::from_secs(2), "{:?}", jumped.elapsed());
+    let (elapsed, used) = (jumped.elapsed(), cpu_time(pid) - before);
+    assert!(elapsed.min(used * 2) < Duration::from_secs(2), "{elapsed:?}, CPU time of the program {used:?}");
 }
 
 /// True while somebody has stopped the collector.
@@ -274,12 +282,27 @@ fn pair_ns(program: &mut Program, times: usize) -> u64 {
 #[test]
 fn forked_child_that_nobody_watches_is_released() {
     needs!(Feature::Bpf);
+    let (bare, first, released) = forked_child("auto");
+    assert!(first > 3 * bare, "the child was never slow ({first} ns, {bare} ns bare): this test shows nothing");
+    assert!(released * 2 <= bare * 3, "{bare} ns bare, {first} ns at first, {released} ns after a second");
+}
+
+// With perf events it is the kernel that takes the breakpoints out, at the first hit of each.
+#[test]
+fn forked_child_is_released_by_perf_events() {
+    needs!(Feature::Bpf);
+    let (bare, first, released) = forked_child("perf");
+    assert!(released * 2 <= bare * 3, "{bare} ns bare, {first} ns at first, {released} ns after a second");
+}
+
+/// Nanoseconds per pair of a child of a traced program: before anybody traces, just after the fork, and a second later.
+fn forked_child(backend: &str) -> (u64, u64, u64) {
     let mut program = Program::start("fork_busy");
     program.go();
     program.next_line();
     let bare = pair_ns(&mut program, 5);
     // Everything is traced, whatever it costs.
-    let memleak = Memleak::watch(program.pid());
+    let memleak = Memleak::watch_with(program.pid(), &["--set", &format!("collector.backend={backend}")]);
     assert!(is_attached(program.pid()));
     program.go();
     while !program.next_line().starts_with("child ") {}
@@ -288,8 +311,7 @@ fn forked_child_that_nobody_watches_is_released() {
     // What was printed meanwhile comes first.
     pair_ns(&mut program, 5);
     let released = pair_ns(&mut program, 5);
-    assert!(released * 2 <= bare * 3, "{bare} ns bare, {first} ns at first, {released} ns after a second");
-    assert!(first > 3 * bare, "the child was never slow ({first} ns, {bare} ns bare): this test shows nothing");
     assert!(is_attached(program.pid()), "the parent is still traced");
     assert!(!memleak.stderr().contains("child"), "{}", memleak.stderr());
+    (bare, first, released)
 }

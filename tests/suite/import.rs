@@ -298,9 +298,9 @@ fn a_large_log_needs_memory_for_its_sites_only() {
 #[ignore = "measures, best with a release build: --ignored --nocapture a_gigabyte"]
 fn a_gigabyte_of_log_needs_no_more() {
     let folder = Folder::new();
-    let large = import_large(&folder, 105_000);
+    let large = import_large(&folder, 125_000);
     assert!(large.bytes > 1 << 30, "{}", large.bytes);
-    assert!(large.said.starts_with("105000 snapshots of 20 sites"), "{}", large.said);
+    assert!(large.said.starts_with("125000 snapshots of 20 sites"), "{}", large.said);
     let recording = std::fs::metadata(folder.path("large.memleak")).expect("the recording").len();
     eprintln!(
         "a log of {:.2} GB: {:.1} s CPU, {:.1} s by the clock with the program that writes it, {} KiB at most, a recording of \

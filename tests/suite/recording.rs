@@ -538,11 +538,10 @@ fn a_run_of_the_kernel_is_replayed_as_it_was() {
     copy_recording(&memleak.folder().join("run.memleak"), &recording);
     assert_eq!(memleak.stop().code, Some(1), "an alert was raised");
 
-    let at = format!("{}", settled.number);
     let export: Value = folder.snapshot("run.memleak", "end");
-    assert!(export["number"].as_u64() >= at.parse().ok(), "{at} is in the copy");
+    assert!(export["number"].as_u64() >= Some(settled.number), "the copy goes so far");
     let recorded: Vec<&Value> = (export["sites"].as_array().expect("sites").iter())
-        .filter(|s| s["function"] == "kmalloc" && s["frames"].to_string().contains("do_eventfd"))
+        .filter(|s| s["function"] == "kmalloc" && s["frames"][0]["function"] == "do_eventfd")
         .collect();
     let sum = |key: &str| recorded.iter().filter_map(|s| s[key].as_u64()).sum::<u64>();
     assert_eq!((sum("outstanding_count"), sum("freed_count")), (211, 307), "{recorded:#?}");

@@ -95,11 +95,8 @@ impl Labels {
 /// When each site was first seen, seconds since the collector started.
 fn first_seen(reader: &Reader) -> Result<BTreeMap<String, f64>> {
     let mut begins = BTreeMap::new();
-    for snapshot in reader.snapshots(&Default::default()) {
-        let snapshot = snapshot?;
-        for sample in &snapshot.sites {
-            begins.entry(format!("{:016x}", sample.site.id)).or_insert(snapshot.time_s);
-        }
+    for (site, time_s) in reader.first_seen()? {
+        begins.entry(format!("{:016x}", site.id)).or_insert(time_s);
     }
     Ok(begins)
 }

@@ -5,12 +5,13 @@
 //! only.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use super::cursor::Cursor;
 use super::{Filter, Reader, SnapshotInfo};
 use crate::Result;
 use crate::history::{Bounds, History, Sample, Series, SiteHistory};
-use crate::snapshot::{ProcessSample, Totals};
+use crate::snapshot::{ProcessSample, Site, Totals};
 
 /// A site whose series may lag behind.
 #[derive(Clone, Default)]
@@ -37,6 +38,23 @@ impl Lagging {
 }
 
 impl Reader {
+    /// Every site with the time of the first snapshot that has it, seconds since the collector started, the first ones
+    /// first.
+    ///
+    /// # Errors
+    /// The recording is damaged.
+    pub fn first_seen(&self) -> Result<Vec<(&Arc<Site>, f64)>> {
+        let mut is_seen = vec![false; self.max_number() as usize + 1];
+        let mut seen = Vec::new();
+        let mut cursor = Cursor::new(self, 0)?;
+        for (place, info) in self.contents().iter().enumerate() {
+            cursor.read(self, place, false)?;
+            let new = cursor.totals.changes.iter().filter(|c| !std::mem::replace(&mut is_seen[c.id as usize], true));
+            seen.extend(new.filter_map(|c| self.numbered(c.id)).map(|site| (site, info.time_s)));
+        }
+        Ok(seen)
+    }
+
     /// The history of the snapshots that a filter takes, as the running collector would have it after the last of
     /// them. `progress` is told after each snapshot.
     ///

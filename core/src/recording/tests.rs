@@ -8,6 +8,7 @@ use super::*;
 use crate::coverage::{Baseline, Coverage};
 use crate::finding::Finding;
 use crate::governor::StopReason;
+use crate::history::{Bounds, History};
 use crate::kernel::{CacheLine, KernelSample, KernelSummary, Origin};
 use crate::labels::Labels;
 use crate::reachability::roots::Root;
@@ -351,6 +352,67 @@ fn snapshots_come_back_exactly() {
         assert_eq!(reader.session().settings, "interval = \"1s\"\n");
         assert_eq!(reader.session().host, Host::this());
     }
+}
+
+/// Everything that a history says, as text.
+fn history_text(history: &History) -> String {
+    let mut known: Vec<_> = history.sites().collect();
+    known.sort_by_key(|h| h.site().key);
+    let series: Vec<_> = known.iter().map(|h| (h.series.samples(), h.series.rise(), h.ended_s)).collect();
+    let mut processes: Vec<_> = history.processes().cloned().collect();
+    processes.sort_by_key(|p| p.process.instance);
+    let sites = known.iter().map(|h| h.latest.clone()).collect();
+    let latest = Snapshot { sites, processes, number: history.snapshots(), ..Snapshot::default() };
+    format!("{} {series:?} {:?} {}", text(&latest), history.totals().samples(), history.time_s())
+}
+
+/// A history is made in three ways: by pushing every snapshot, as live; by replaying; and in one pass over the totals, also
+/// of a part. All of them must say the same, with series that are thinned, sites that go, and processes that end.
+#[test]
+fn every_way_to_a_history_leads_to_the_same() {
+    let bounds = Bounds { samples: 40, points: 900 };
+    for (seed, keyframe_every) in [(21, 60), (22, 7), (23, 1000)] {
+        let (_dir, path, written) = write(Limits { keyframe_every, ..Limits::default() }, 130, seed);
+        let reader = Reader::open(&path).expect("opens");
+        let (mut pushed, mut replayed) = (History::new(bounds), History::new(bounds));
+        let mut replay = reader.replay().expect("begins");
+        for snapshot in &written {
+            pushed.push(snapshot);
+            let info = replay.push(&mut replayed).expect("reads").expect("a snapshot");
+            assert_eq!(info.number, snapshot.number);
+            assert_eq!(history_text(&pushed), history_text(&replayed), "snapshot {} of seed {seed}", snapshot.number);
+        }
+        assert!(replay.push(&mut replayed).expect("reads").is_none());
+        assert!(pushed.sites().any(|h| h.ended_s.is_some()) && pushed.sites().count() > pushed.live_sites().count());
+        let part =
+            Filter { since_s: Some(written[20].time_s), until_s: Some(written[100].time_s), ..Filter::default() };
+        let process = Filter { pids: vec![1002], ..Filter::default() };
+        let both = Filter { pids: vec![1001, 1002], ..part.clone() };
+        for filter in [Filter::default(), part, process, both] {
+            let mut pushed = History::new(bounds);
+            reader.snapshots(&filter).for_each(|s| pushed.push(&s.expect("reads")));
+            let passed = reader.history(bounds, &filter, &mut || {}).expect("reads");
+            assert_eq!(history_text(&pushed), history_text(&passed), "{filter:?} of seed {seed}");
+        }
+    }
+}
+
+/// Sites come with the time of their first snapshot, once each.
+#[test]
+fn sites_have_the_time_at_which_they_were_first_seen() {
+    let (_dir, path, written) = write(Limits { keyframe_every: 9, ..Limits::default() }, 60, 24);
+    let reader = Reader::open(&path).expect("opens");
+    let seen: Vec<_> = reader.first_seen().expect("reads").into_iter().map(|(site, at)| (site.key, at)).collect();
+    let mut expected: Vec<(SiteKey, f64)> = Vec::new();
+    for snapshot in &written {
+        for sample in &snapshot.sites {
+            if expected.iter().all(|(key, _)| *key != sample.site.key) {
+                expected.push((sample.site.key, snapshot.time_s));
+            }
+        }
+    }
+    assert_eq!(seen.len(), expected.len());
+    assert!(expected.iter().all(|e| seen.contains(e)) && seen.windows(2).all(|w| w[0].1 <= w[1].1), "{seen:?}");
 }
 
 /// A reader that begins in the middle must see the same as one that begins at the start.
