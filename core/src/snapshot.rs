@@ -252,7 +252,7 @@ impl SiteReach {
         }
         let others = [
             (c.indirectly_lost.blocks, "of them only with other lost blocks"),
-            (c.possible.blocks, "referenced in unusual ways"),
+            (c.possible.blocks, "referenced in unusual ways, or perhaps freed unseen"),
             (c.disguised.blocks, "referenced by tagged or coded pointers only"),
             (c.young.blocks, "too young to be judged"),
             (c.gone.blocks, "free or reused, by the allocator's own books"),

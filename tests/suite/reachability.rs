@@ -302,7 +302,7 @@ fn scans_that_cannot_be_made_say_why() {
     assert!(stderr.contains("reachability.max_memory"), "{stderr}");
     // A process that ends while it is watched.
     let sleep = |time: &str| Command::new("sleep").arg(time).spawn().expect("sleep starts");
-    let mut child = sleep("2");
+    let mut child = sleep("6");
     let pid = child.id().to_string();
     let (code, _, stderr) = output_within(memleak_command().args(["scan", "-p", &pid, "--duration", "30s"]));
     child.wait().expect("our child");

@@ -47,6 +47,9 @@ const TRACER: [&str; 9] = [
     "__x64_sys_bpf*",
 ];
 
+/// Where functions return to while somebody probes their returns. Up to Linux 5.14 stacks end there.
+const RETURN_PROBES: [&str; 3] = ["kretprobe_trampoline", "__kretprobe_trampoline", "arch_rethook_trampoline"];
+
 /// What is recorded first when recording everything exceeds the budget: on average one allocation in so many bytes.
 const FIRST_SAMPLE: u64 = 16 << 10;
 /// When that is still too much, so many times fewer ...
@@ -642,12 +645,18 @@ impl Kernel {
 
     fn frame(&self, address: u64) -> Frame {
         let frame = Frame { address, offset: address, ..Frame::default() };
-        // The call is before the return address, maybe as the last instruction of the function.
-        match self.symbols.find(address.saturating_sub(1)) {
-            Some(place) => Frame {
+        // The call is before the return address, maybe as the last instruction of the function. Nobody calls a trampoline:
+        // it is put in place of a return address.
+        let trampoline = self.symbols.find(address).filter(|p| p.offset == 0 && RETURN_PROBES.contains(&p.function));
+        let place = match trampoline {
+            Some(place) => Some((place, 0)),
+            None => self.symbols.find(address.saturating_sub(1)).map(|place| (place, place.offset + 1)),
+        };
+        match place {
+            Some((place, offset)) => Frame {
                 function: Some(place.function.to_owned()),
                 module: Some(place.module.to_owned()),
-                offset: place.offset + 1,
+                offset,
                 ..frame
             },
             None => {

@@ -943,6 +943,13 @@ impl Collector {
                 unwinder.forget(instance);
             }
             self.pythons.remove(&instance);
+            if self.scans.is_running(instance)
+                && let Some(watched) = self.watched.get(&instance)
+            {
+                let reason =
+                    "the scan was given up: it has ended, or is watched in another way from here on".to_owned();
+                self.notices.push(Notice::NotScanned { process: Arc::clone(&watched.process), reason });
+            }
             // Its books were started anew while it waited with its exit.
             if let Some(pid) = self.scans.forget(instance) {
                 self.go_on(pid);

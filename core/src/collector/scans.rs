@@ -55,6 +55,11 @@ impl Scans {
         self.exits.remove(&instance).map(|(pid, _)| pid)
     }
 
+    /// Whether a scan of an instance is under way.
+    pub(super) fn is_running(&self, instance: u32) -> bool {
+        self.service.is_running(instance)
+    }
+
     /// Whether a process waits with its exit.
     pub(super) fn is_exiting(&self, instance: u32) -> bool {
         self.exits.contains_key(&instance)

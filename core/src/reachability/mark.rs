@@ -140,7 +140,9 @@ pub struct Scan<'a> {
     /// The block whose references were kept last: they lie together.
     newest_source: u32,
     most_edges: usize,
-    /// Reached, and not yet walked from.
+    /// All memory has been seen: the walk goes on from whatever is reached.
+    is_walking: bool,
+    /// Reached in the walk, and not yet walked from.
     queue: VecDeque<u32>,
     offsets: HashMap<u32, Vec<u64>>,
     /// Looks for pointers that were XOR-ed.
@@ -188,6 +190,7 @@ impl<'a> Scan<'a> {
             first_edges: vec![0; count],
             newest_source: u32::MAX,
             most_edges: (count * KEPT_PER_BLOCK + KEPT_MORE).min(u32::MAX as usize),
+            is_walking: false,
             queue: VecDeque::new(),
             offsets: HashMap::new(),
             coded: None,
@@ -366,7 +369,7 @@ impl<'a> Scan<'a> {
         }
         *flags |= mark;
         self.parents[target as usize] = from.to_bits();
-        if strong {
+        if strong && self.is_walking {
             self.queue.push_back(target);
         }
     }
@@ -378,6 +381,12 @@ impl<'a> Scan<'a> {
     /// Those of `go_on`, which end the walk.
     pub fn finish(mut self, memory: &mut dyn Memory, go_on: &mut dyn FnMut() -> Result<()>) -> Result<Marked> {
         let mut walk = Walk { memory, buffer: vec![0; CHUNK], go_on, steps: 0 };
+        self.is_walking = true;
+        // Of what was reached while memory was shown, what has been seen before that was not followed.
+        let is_open = |(number, flags): &(u32, &u8)| {
+            **flags & STRONG != 0 && (**flags & REREAD != 0 || self.first_edges[*number as usize] != 0)
+        };
+        self.queue = (0..).zip(&self.flags).filter(is_open).map(|(number, _)| number).collect();
         // Breadth first, so that the way back to the root is short.
         while let Some(block) = self.queue.pop_front() {
             self.look_ahead();

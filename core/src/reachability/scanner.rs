@@ -208,7 +208,7 @@ pub fn scan(
     mut blocks: impl FnMut(&mut Tempo<'_>) -> Result<Vec<Block>>,
     is_over: &dyn Fn() -> bool,
 ) -> Result<Scanned> {
-    let mut series = Series::new();
+    let mut series = Series::new().with_unseen_frees(options.unseen_frees);
     let tempo = Tempo::new(options, is_over);
     let mut work =
         Work { dir, options, tempo, cost: Cost::default(), coded: Coded::default(), in_requests: 0, hidden_bytes: 0 };

@@ -94,7 +94,8 @@ pub struct SiteVerdict {
     pub lost: Tally,
     /// Only lost blocks refer to them.
     pub indirectly_lost: Tally,
-    /// Referenced, but not at their start nor where blocks of the site usually are.
+    /// Referenced, but not at their start nor where blocks of the site usually are. Or not at all, but their free may not
+    /// have been seen, and the allocator has no books that would tell.
     pub possible: Tally,
     /// Reachable from a root.
     pub reachable: Tally,
@@ -175,12 +176,25 @@ pub struct Series {
     /// address names it in all of them.
     unreached: Vec<u64>,
     shrinking: bool,
+    /// Frees may have been missed.
+    unseen_frees: bool,
 }
 
 impl Series {
     /// No scan yet.
     pub fn new() -> Self {
         Series::default()
+    }
+
+    /// Frees may have been missed: what nothing refers to is lost only if the allocator's own books can be asked.
+    pub fn with_unseen_frees(mut self, unseen_frees: bool) -> Self {
+        self.unseen_frees = unseen_frees;
+        self
+    }
+
+    /// Whether nothing but a lost block can be what nothing refers to.
+    fn is_certain(&self, block: &Block) -> bool {
+        block.glibc || !self.unseen_frees
     }
 
     /// Scans so far.
@@ -239,6 +253,7 @@ impl Series {
         matches!(marked.reach(number), Reach::Lost | Reach::IndirectlyLost)
             && gone.binary_search(&number).is_err()
             && self.is_judged(block)
+            && self.is_certain(block)
             && self.is_unreached(block)
     }
 
@@ -262,6 +277,7 @@ impl Series {
                 match marked.reach(number) {
                     Reach::Reachable => &mut site.reachable,
                     Reach::Possible => &mut site.possible,
+                    Reach::Lost | Reach::IndirectlyLost if !self.is_certain(block) => &mut site.possible,
                     Reach::Disguised => &mut site.disguised,
                     Reach::Lost => &mut site.lost,
                     Reach::IndirectlyLost => &mut site.indirectly_lost,
@@ -446,6 +462,24 @@ mod tests {
         let mut after = verdict;
         ledger.apply(1, &mut after);
         assert_eq!((after.called_lost, after.refuted, ledger.is_empty()), (1, 1, true));
+    }
+
+    // Through windows most frees are unseen. glibc's books tell what is free by now; without such books a block that nothing
+    // refers to may have been freed.
+    #[test]
+    fn without_books_unseen_frees_leave_a_loss_uncertain() {
+        let memory = Simulated::new(&[(1, 32); 9]);
+        let (index, marked) = memory.scan();
+        for (unseen_frees, expected) in [(false, Verdict::Definite), (true, Verdict::Possible)] {
+            let mut series = Series::new().with_unseen_frees(unseen_frees);
+            for _ in 0..3 {
+                series.push(&index, &marked, 100);
+            }
+            let verdict = series.verdicts(&index, &marked, &[])[&1];
+            assert_eq!(verdict.verdict(&Limits::default()), expected);
+            assert_eq!(series.lost_names(&index, &marked, &[]).is_empty(), unseen_frees);
+            assert_eq!(verdict.lost_blocks() + verdict.possible.blocks, 9);
+        }
     }
 
     // What was born after the first scan has not been in all of them.

@@ -184,7 +184,7 @@ FIRING critical: sample \"\\ (4711), ended and 1 more, malloc of glibc
   288.0 KiB in 1,152 blocks outstanding (estimated), growing 24.0 KiB/s, oldest 12s
   growth (97 %): grew in all 12 snapshots, 24.0 KiB/s
   survival (97 %): few blocks die
-  still reachable: 5 of 100 judged blocks are lost (5 %, 95 % interval 2 to 11 %), 2 of them only with other lost blocks, 1 referenced in unusual ways; 3 scans
+  still reachable: 5 of 100 judged blocks are lost (5 %, 95 % interval 2 to 11 %), 2 of them only with other lost blocks, 1 referenced in unusual ways, or perhaps freed unseen; 3 scans
   held by: global sessions+0x10 (server) > Session::\"open\"() x3
     operator\"<<\"\\n  sample.cc:58  (inlined)
     /opt/sample+0x1f  (inlined)
@@ -204,7 +204,7 @@ FIRING critical: sample \"\\ (4711), ended and 1 more, malloc of glibc
         let expected = "\
 FIRING critical: grew in all 12 snapshots, 24.0 KiB/s (growth)
 sample \"\\ (4711): 288.0 KiB in 1,152 blocks outstanding, growing 24.0 KiB/s
-still reachable: 5 of 100 judged blocks are lost (5 %, 95 % interval 2 to 11 %), 2 of them only with other lost blocks, 1 referenced in unusual ways; 3 scans
+still reachable: 5 of 100 judged blocks are lost (5 %, 95 % interval 2 to 11 %), 2 of them only with other lost blocks, 1 referenced in unusual ways, or perhaps freed unseen; 3 scans
 held by: global sessions+0x10 (server) > Session::\"open\"() x3
 - operator\"<<\"\n sample.cc:58
 - /opt/sample+0x1f

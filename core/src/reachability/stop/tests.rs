@@ -161,7 +161,9 @@ fn the_cap_holds() {
     let one = ranges_of(child.id());
     // The same again and again: as much as there is room for.
     let many: Vec<Range> = one.iter().copied().cycle().take(60_000).collect();
-    let taken = take(child.id(), &many, MAX_COPY, Duration::from_millis(5)).unwrap();
+    // On a machine under load the time may be over before anything stands still.
+    let tries = (0..100).map(|_| take(child.id(), &many, MAX_COPY, Duration::from_millis(5)));
+    let taken = tries.flatten().next().expect("there is time once in a while");
     assert!(taken.cut_short, "{}", taken.memory.bytes_copied());
     // The machine may be busy; the time of the copy is what is bounded.
     assert!(taken.stopped < Duration::from_millis(100), "{:?}", taken.stopped);
@@ -291,10 +293,14 @@ fn threads_that_end_meanwhile_are_left_out() {
     let outcomes: Vec<_> = (0..50).map(|_| take(pid, &[], 0, Duration::from_millis(500))).collect();
     let state = state(pid);
     end_forked(pid);
-    for outcome in outcomes {
-        let taken = outcome.unwrap();
-        assert!(taken.registers.iter().any(|(tid, _)| *tid == pid), "{:?}", taken.registers.len());
+    for outcome in &outcomes {
+        match outcome {
+            Ok(taken) => assert!(taken.registers.iter().any(|(tid, _)| *tid == pid), "{:?}", taken.registers.len()),
+            // On a machine under load the time may be over before all stand still.
+            Err(e) => assert_eq!(e.kind(), ErrorKind::Target, "{e:#}"),
+        }
     }
+    assert!(outcomes.iter().any(Result::is_ok));
     assert!("SRD".contains(state), "{state}");
 }
 
