@@ -7,9 +7,9 @@
 
 SITE void plugin_leak(void)
 {
-	volatile char room[ROOM];
+	volatile char room[ROOM] = {};
 
-	room[0] = 1;
+	(void)room[0];
 	for (int i = 0; i < 17; i++)
 		keep(malloc(59));
 }
