@@ -45,7 +45,7 @@ for program in rust_jemalloc rust_mimalloc; do
 done
 # What programs load by name.
 for library in libjemalloc.so.2 libtcmalloc.so.4 libtcmalloc_minimal.so.4 libmimalloc.so.2; do
-    path=$(/sbin/ldconfig -p | awk -v name="$library" '$1 == name { print $NF; exit }')
+    path=$(/sbin/ldconfig -p | awk -v name="$library" '$1 == name && !found++ { print $NF }')
     [ -z "$path" ] || image+=("$path=$path")
 done
 if [ -e /lib/ld-musl-x86_64.so.1 ]; then

@@ -175,9 +175,9 @@ fn launched_command_is_exact_from_its_first_allocation() {
 #[test]
 fn launched_command_ends_with_memleak() {
     needs!(Feature::Bpf);
-    let memleak = Memleak::start(&["-c", "sleep 600"]);
-    let snapshot = memleak.stop();
-    let pid = snapshot.last().processes.first().expect("the command is watched").pid;
+    let mut memleak = Memleak::start(&["-c", "sleep 600"]);
+    let pid = memleak.wait_until("the command", |s| !s.processes.is_empty()).processes[0].pid;
+    memleak.stop();
     let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     assert_ne!(comm.trim(), "sleep", "process {pid} is still there");
 }
