@@ -49,7 +49,8 @@ fn interrupt(memleak: &Memleak, signal: libc::c_int, folder: &Path) -> Result<f6
     slices.change()?;
     let alone = slices.speed_for(ALONE)?;
     let session = memleak.attach(slices.pid(), &[], folder)?;
-    // Exact tracing comes first, and has to be given up before there are windows.
+    // What it did meanwhile has been said, too. Exact tracing comes first, and has to be given up before there are windows.
+    slices.marks_for(Duration::ZERO)?;
     let mut marks = Marks { newest: slices.next()?, slices: &mut slices, alone };
     marks.wait_for_speed(WINDOW)?;
     let deadline = Instant::now() + WINDOW;
