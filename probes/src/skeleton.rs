@@ -1,19 +1,19 @@
 //! Generated skeletons of the BPF objects.
 
 /// The tracker of allocator calls.
-#[allow(unused_qualifications, clippy::undocumented_unsafe_blocks, unused_imports, reason = "generated")]
+#[expect(unused_qualifications, clippy::undocumented_unsafe_blocks, reason = "generated")]
 pub(crate) mod userspace_alloc {
     include!(concat!(env!("OUT_DIR"), "/userspace_alloc.skel.rs"));
 }
 
 /// The tracker of the kernel's own allocations.
-#[allow(unused_qualifications, clippy::undocumented_unsafe_blocks, unused_imports, reason = "generated")]
+#[expect(unused_qualifications, clippy::undocumented_unsafe_blocks, reason = "generated")]
 pub(crate) mod kernel_alloc {
     include!(concat!(env!("OUT_DIR"), "/kernel_alloc.skel.rs"));
 }
 
 /// The feature tests.
-#[allow(unused_qualifications, clippy::undocumented_unsafe_blocks, unused_imports, reason = "generated")]
+#[expect(unused_qualifications, clippy::undocumented_unsafe_blocks, reason = "generated")]
 pub(crate) mod features {
     include!(concat!(env!("OUT_DIR"), "/features.skel.rs"));
 }
