@@ -1,4 +1,4 @@
-//! `memleak trace`: every allocation and free as a line.
+//! `memleak trace` and `memleak kernel --trace`: every allocation and free as a line.
 
 use std::collections::HashMap;
 use std::io::{self, BufWriter, IsTerminal, Write};
@@ -88,7 +88,6 @@ struct Tracer {
 impl Tracer {
     /// Prints what has arrived.
     fn drain(&mut self, collector: &mut Collector) -> Result<()> {
-        let failed = |e| Error::io("failed to write to standard output", e);
         while let Some(event) = collector.tracker().and_then(Tracker::next_event) {
             let key =
                 SiteKey { instance: event.site.instance, probe_set: event.site.probe_set, stack: event.site.stack };
@@ -106,26 +105,24 @@ impl Tracer {
                 EventKind::ImplicitFree => &site.function,
                 EventKind::Alloc | EventKind::Free => collector.tracker().map_or("", |t| t.function_name(event.name)),
             };
-            let line = if self.json {
-                json_event(&event, &site, function, None)?
-            } else {
-                text(&event, &site, function, None)
-            };
-            writeln!(self.out, "{line}").map_err(failed)?;
-            self.printed += 1;
+            self.print(&event, &site, function, None)?;
         }
         while let Some(KernelEvent { event, site, origin, function }) = collector.next_kernel_event()? {
-            let origin = Some(&*origin);
-            let line = if self.json {
-                json_event(&event, &site, &function, origin)?
-            } else {
-                text(&event, &site, &function, origin)
-            };
-            writeln!(self.out, "{line}").map_err(failed)?;
-            self.printed += 1;
+            self.print(&event, &site, &function, Some(&origin))?;
         }
         self.out.flush().map_err(failed)
     }
+
+    fn print(&mut self, event: &Event, site: &Site, function: &str, origin: Option<&Origin>) -> Result<()> {
+        let line =
+            if self.json { json_event(event, site, function, origin)? } else { text(event, site, function, origin) };
+        self.printed += 1;
+        writeln!(self.out, "{line}").map_err(failed)
+    }
+}
+
+fn failed(cause: io::Error) -> Error {
+    Error::io("failed to write to standard output", cause)
 }
 
 fn kind(event: &Event) -> &'static str {
