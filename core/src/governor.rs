@@ -47,8 +47,9 @@ const GUARD_PROGRESS: f64 = 0.3;
 const SLOWDOWN_S: f64 = 1.0;
 /// A window that is still open so long after its end shows that the collector gets no CPU time, seconds.
 const LATE_WINDOW_S: f64 = 0.5;
-/// So does such a pause in exact mode, seconds. A single one does harm only when the budget is exceeded meanwhile.
-const LATE_EXACT_S: f64 = 1.0;
+/// So does such a pause in exact mode, seconds. A single one does harm only when the budget is exceeded meanwhile. Shorter
+/// than what passes before the watchdog wakes a collector that was stopped (0.9 s at least): that one is always late.
+const LATE_EXACT_S: f64 = 0.8;
 /// So many pauses within so many seconds, in which the collector waited for a CPU for at least half of the time, show that it
 /// could not act if it had to.
 const STARVED_TIMES: usize = 3;
