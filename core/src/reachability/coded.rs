@@ -8,8 +8,13 @@
 
 use std::collections::HashMap;
 
+use foldhash::fast::RandomState;
+
 /// Upper halves are counted by a hash of so many bits.
 const HASH_BITS: u32 = 16;
+/// Words are remembered under a hash of so many bits, to know them again: what is searched all the time fits into the fastest
+/// cache.
+const RECENT_BITS: u32 = 11;
 /// An upper half that is rarer hides nothing that could be called definitely lost.
 const MIN_COUNT: u32 = 4;
 /// Most upper halves, and words of each and of all, that are kept. Of more words those stay whose hash says so: a sample
@@ -37,12 +42,12 @@ pub struct Coded {
     /// By hash of an upper half: how often the sample of its words was halved, or [`CLOSED`].
     halved: Vec<u8>,
     /// Lower halves of the words that are kept, by upper half.
-    uppers: HashMap<u32, Vec<u32>>,
+    uppers: HashMap<u32, Vec<u32>, RandomState>,
     kept: usize,
     /// An upper half with so many words is thinned out.
     most_of_one: usize,
-    /// Memory is full of repetitions.
-    last: u64,
+    /// Words of this scan, by a hash. Memory is full of repetitions, which tell nothing.
+    recent: Vec<u64>,
 }
 
 impl Coded {
@@ -52,6 +57,8 @@ impl Coded {
         self.uppers.clear();
         self.kept = 0;
         self.most_of_one = MAX_OF_ONE;
+        // None of what is shown is 0.
+        self.recent = vec![0; 1 << RECENT_BITS];
         if self.counting {
             self.counts = vec![0; 1 << HASH_BITS];
             return;
@@ -69,11 +76,12 @@ impl Coded {
     #[inline]
     pub fn see(&mut self, word: u64) {
         let upper = (word >> 32) as u32;
+        let Some(recent) = self.recent.get_mut((mixed(word) >> (64 - RECENT_BITS)) as usize) else { return };
         // Repetitions, and negative numbers.
-        if word == self.last || upper == u32::MAX {
+        if *recent == word || upper == u32::MAX {
             return;
         }
-        self.last = word;
+        *recent = word;
         let hash = hash_of(upper);
         if self.counting {
             self.counts[hash] = self.counts[hash].saturating_add(1);
@@ -159,10 +167,15 @@ fn hash_of(upper: u32) -> usize {
     (upper.wrapping_mul(0x9e37_79b1) >> (32 - HASH_BITS)) as usize
 }
 
+/// Its upper bits are a hash of the word.
+fn mixed(word: u64) -> u64 {
+    (word ^ word >> 15).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
 /// Whether a word stays in a sample that was halved so often.
 fn is_in_sample(upper: u32, lower: u32, halved: u8) -> bool {
     let word = u64::from(upper) << 32 | u64::from(lower);
-    let hash = ((word ^ word >> 15).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32;
+    let hash = (mixed(word) >> 32) as u32;
     halved == 0 || halved <= MAX_HALVED && hash >> (32 - halved) == 0
 }
 

@@ -214,7 +214,9 @@ impl Index {
                         (Some(first), Some(last)) => (first, last),
                         _ => (1, 0),
                     };
+                    // Blocks lie across the boundaries of cache lines.
                     fetch(&self.blocks, between.0 as usize);
+                    fetch(&self.blocks, between.0.max(between.1) as usize);
                 }
                 let mut found = 0;
                 for ((first, last), place) in between.iter().zip(group) {

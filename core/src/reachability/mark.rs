@@ -345,11 +345,13 @@ impl<'a> Scan<'a> {
 
     /// Words whose upper bits are set are no addresses, but may be ones with a tag.
     fn look_behind_tags(&mut self, words: &[[u8; 8]]) {
+        let mut last = 0;
         for word in words {
             let word = u64::from_ne_bytes(*word);
-            if word <= UNTAGGED {
+            if word <= UNTAGGED || word == last {
                 continue;
             }
+            last = word;
             if let Some(coded) = &mut self.coded {
                 coded.see(word);
             }

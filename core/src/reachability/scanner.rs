@@ -227,7 +227,7 @@ pub fn scan(
         // The last of several is the one with a stop.
         let stop = options.stop.filter(|_| series.scans() > 0 && !series.wants_more(&limits));
         let stop = stop.or(options.still.then_some(STILL_CAP));
-        let (marked, stood_still) = work.scan_once(&maps, &index, learned, stop)?;
+        let (marked, stood_still) = work.scan_once(&maps, &index, learned, &limits, stop)?;
         still |= stood_still;
         learned.clone_from(&marked.learned);
         series.push(&index, &marked, judged_until.as_nanos() as u64);
@@ -258,6 +258,7 @@ impl Work<'_> {
         maps: &Maps,
         index: &Index,
         learned: &Learned,
+        limits: &Limits,
         stop: Option<Duration>,
     ) -> Result<(Marked, bool)> {
         let pid = self.dir.pid();
@@ -270,9 +271,13 @@ impl Work<'_> {
         }
         let held = kernel::held(self.dir, maps, self.tempo.is_over);
         (self.in_requests, self.hidden_bytes) = (held.in_requests, ranges.device_bytes);
-        self.coded.begin(self.options.still);
         let mut coded = std::mem::take(&mut self.coded);
-        let mut scan = Scan::new(index, learned).with_coded(&mut coded);
+        let mut scan = Scan::new(index, learned);
+        // The first scan says what may be coded, and the last one where it is. Those that are neither need not look.
+        if self.cost.scans == 0 || self.cost.scans + 1 >= limits.scans {
+            coded.begin(self.options.still);
+            scan = scan.with_coded(&mut coded);
+        }
         if self.options.unseen_frees {
             scan = scan.with_free_lists();
         }
