@@ -3,21 +3,24 @@
 //! [`Cli`] is what was typed. [`Cli::resolve`] turns it into an [`Invocation`]: a command and checked settings, in
 //! which flags have overridden `--set`, and `--set` the file. Nothing is run here.
 
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
-use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand, ValueHint};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
 
-use crate::config::{self, Config, Override, TargetSpec};
-use crate::error::{Error, Result};
-use crate::recording::Filter;
-use crate::run::{self, ExitCode, FailOn, Format};
+use crate::config::{self, Override};
+use crate::run::{ExitCode, FailOn, Format};
 use crate::units;
-use crate::{diff, export, import, plugin, recorded};
+use crate::{diff, export, import};
+
+mod invocation;
+mod output;
+
+pub use invocation::{Command, Invocation};
+pub use output::{is_closed_pipe, print, write_completions, write_man};
 
 const ABOUT: &str = "Finds memory leaks in running processes, without changing or restarting them";
 
@@ -299,25 +302,6 @@ struct ReplayArgs {
     settings: SettingsArgs,
 }
 
-impl ReplayArgs {
-    fn resolve(self, read_file: impl FnOnce(&Path) -> Result<String>) -> Result<Invocation> {
-        let mut options = Box::new(recorded::Options {
-            recording: self.recording,
-            json: self.json,
-            overrides: self.settings.sets.clone(),
-            compare: self.compare,
-            compare_overrides: self.compare_set,
-            labels: self.labels,
-            ..recorded::Options::default()
-        });
-        // Only what was typed counts: everything else is the recording's.
-        let typed = self.settings.resolve(Command::Check, None, &[], read_file)?;
-        options.rules = typed.config.rules.dir.clone();
-        options.suppressions = typed.config.rules.suppressions_file.clone();
-        Ok(Invocation { command: Command::Replay(options), ..typed })
-    }
-}
-
 /// Part of a recording.
 #[derive(Debug, Default, Args)]
 struct PartArgs {
@@ -333,12 +317,6 @@ struct PartArgs {
     /// Only sites of this probe set, such as glibc; repeatable
     #[arg(long, value_name = "NAME")]
     probe_set: Vec<String>,
-}
-
-impl PartArgs {
-    fn filter(self) -> Filter {
-        Filter { since_s: self.since, until_s: self.until, pids: self.pid, probe_sets: self.probe_set }
-    }
 }
 
 /// What to watch.
@@ -424,45 +402,6 @@ struct KernelArgs {
     /// the allocation. Nothing else is done with them: no rules, no report.
     #[arg(long)]
     trace: bool,
-}
-
-impl KernelArgs {
-    /// Lays the flags over the settings.
-    fn apply(self, config: &mut Config) -> Result<()> {
-        config.targets.clear();
-        let k = &mut config.kernel;
-        k.enabled = true;
-        for (setting, flags) in [(&mut k.caches, self.cache), (&mut k.modules, self.module), (&mut k.gfp, self.gfp)] {
-            if !flags.is_empty() {
-                *setting = flags;
-            }
-        }
-        let most = memleak_probes::kernel::MAX_KERNEL_PIDS;
-        if self.pid.len() > most {
-            return Err(Error::config(format!("--pid: {} processes are too many: at most {most}", self.pid.len())));
-        }
-        if !self.pid.is_empty() {
-            k.pids = self.pid;
-        }
-        k.cgroup = self.cgroup.or(k.cgroup.take());
-        if !self.probe_set.is_empty() {
-            let sets: Vec<String> = plugin::load(&config.plugins)?
-                .into_iter()
-                .filter(|p| p.kernel.is_some())
-                .map(|p| p.spec.name)
-                .collect();
-            if let Some(unknown) = self.probe_set.iter().find(|name| !sets.contains(name)) {
-                let message =
-                    format!("--probe-set {unknown}: no such probe set of the kernel; there are {}", sets.join(", "));
-                return Err(Error::config(message));
-            }
-            for name in sets {
-                let on = self.probe_set.contains(&name);
-                config.plugins.enabled.insert(name, on);
-            }
-        }
-        Ok(())
-    }
 }
 
 /// How to watch, whatever is watched.
@@ -598,31 +537,6 @@ struct LaunchArgs {
     command: Vec<String>,
 }
 
-impl LaunchArgs {
-    fn resolve(self, read_file: impl FnOnce(&Path) -> Result<String>) -> Result<Invocation> {
-        let options = run::Options {
-            fail_on: self.fail_on,
-            format: self.format,
-            out: self.output,
-            wait: self.wait,
-            only: self.only,
-            exit_code: self.exit_code,
-            quiet: self.quiet,
-        };
-        let mut settings = self.settings;
-        // Exact unless somebody says otherwise; --set still wins.
-        settings.sets.insert(0, Override::flag("memleak run", "collector.budget", "off".to_owned()));
-        let flags: Vec<Override> =
-            [("--budget", "collector.budget", self.budget), ("--duration", "duration", self.duration)]
-                .into_iter()
-                .filter_map(|(name, key, value)| Some(Override::flag(name, key, value?)))
-                .collect();
-        let mut resolved = settings.resolve(Command::Launch(Box::new(options)), self.config.file, &flags, read_file)?;
-        resolved.config.targets = vec![TargetSpec { command: self.command, ..TargetSpec::default() }];
-        Ok(resolved)
-    }
-}
-
 /// A command line split into words.
 #[derive(Clone, Debug)]
 struct CommandLine(Vec<String>);
@@ -632,245 +546,6 @@ impl FromStr for CommandLine {
 
     fn from_str(text: &str) -> Result<Self, String> {
         config::split_command(text).map(CommandLine)
-    }
-}
-
-/// What is to be done.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Command {
-    /// Watch the targets of the settings; there is at least one.
-    Run {
-        /// No live view.
-        quiet: bool,
-        /// Snapshots and alerts as JSON lines on standard output.
-        json: bool,
-    },
-    /// Run the command of the settings' one target to its end.
-    Launch(Box<run::Options>),
-    /// Do something about rules.
-    Rules(RulesTask),
-    /// Check the settings, which have been read already, and what they name.
-    Check,
-    /// Say what kernel and targets allow.
-    Doctor {
-        /// Processes to look at; may be empty.
-        pids: Vec<u32>,
-    },
-    /// Print every event of the processes in the settings' targets.
-    Trace {
-        /// As JSON lines.
-        json: bool,
-    },
-    /// Watch and scan the processes in the settings' targets.
-    Scan {
-        /// As JSON lines.
-        json: bool,
-    },
-    /// Put names into a report.
-    Symbolize {
-        /// The report.
-        report: PathBuf,
-        /// Folders with debug files; at least one.
-        debug_dirs: Vec<PathBuf>,
-        /// Where the result is written.
-        out: PathBuf,
-    },
-    /// Make a recording of a log.
-    Import(import::Args),
-    /// Write a snapshot of a recording in another format.
-    Export(export::Args),
-    /// Compare two snapshots.
-    Diff(diff::Args),
-    /// Write the report of a recording.
-    Report {
-        /// The recording.
-        recording: PathBuf,
-        /// Where the page is written.
-        output: PathBuf,
-        /// What part of it.
-        filter: Filter,
-        /// What overrides the settings of the run.
-        overrides: Vec<Override>,
-    },
-    /// Run rules over a recording.
-    Replay(Box<recorded::Options>),
-    /// Print a completion script.
-    Completions(Shell),
-    /// Print the manual page of memleak, or of one of its subcommands.
-    Man(Option<String>),
-}
-
-/// A command with the settings it runs under.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Invocation {
-    /// What is to be done.
-    pub command: Command,
-    /// Checked settings.
-    pub config: Config,
-    /// How often `-v` was given.
-    pub verbosity: u8,
-}
-
-impl Cli {
-    /// Reads the file that was named, if any, and resolves everything.
-    ///
-    /// # Errors
-    /// The file cannot be read, a setting is wrong, or there is nothing to watch.
-    pub fn resolve(self) -> Result<Invocation> {
-        self.resolve_with(config::read_file)
-    }
-
-    /// As [`Cli::resolve`], with a function that reads the file: pure if that is.
-    ///
-    /// # Errors
-    /// As [`Cli::resolve`].
-    pub fn resolve_with(self, read_file: impl FnOnce(&Path) -> Result<String>) -> Result<Invocation> {
-        match self.command {
-            None => self.run.resolve(read_file),
-            Some(Subcommands::Check { file, settings }) => settings.resolve(Command::Check, file, &[], read_file),
-            Some(Subcommands::Doctor { pid, config, settings }) => {
-                settings.resolve(Command::Doctor { pids: pid }, config.file, &[], read_file)
-            }
-            Some(Subcommands::Kernel { kernel, watch }) => {
-                let json = watch.json;
-                let mut resolved = watch.resolve(kernel.backend.clone(), read_file)?;
-                if kernel.trace {
-                    resolved.command = Command::Trace { json };
-                }
-                kernel.apply(&mut resolved.config)?;
-                Ok(resolved)
-            }
-            Some(Subcommands::Run(arguments)) => arguments.resolve(read_file),
-            Some(Subcommands::Trace { pid, json, duration, config, settings }) => {
-                let duration = duration.map(|d| Override::flag("--duration", "duration", d));
-                let mut resolved =
-                    settings.resolve(Command::Trace { json }, config.file, duration.as_slice(), read_file)?;
-                resolved.config.targets = vec![TargetSpec { pid, ..TargetSpec::default() }];
-                Ok(resolved)
-            }
-            Some(Subcommands::Scan { pid, json, duration, stop, config, settings }) => {
-                let duration = duration.map(|d| Override::flag("--duration", "duration", d));
-                let stop = stop.then(|| Override::flag("--stop", "reachability.stop", "brief".to_owned()));
-                let flags: Vec<Override> = duration.into_iter().chain(stop).collect();
-                let mut resolved = settings.resolve(Command::Scan { json }, config.file, &flags, read_file)?;
-                resolved.config.targets = vec![TargetSpec { pid, ..TargetSpec::default() }];
-                Ok(resolved)
-            }
-            Some(Subcommands::Symbolize { report, debug_dir, out }) => {
-                let out = out.unwrap_or_else(|| report.clone());
-                let usual = debug_dir.is_empty().then(|| PathBuf::from("/usr/lib/debug"));
-                let debug_dirs = debug_dir.into_iter().chain(usual).collect();
-                Ok(plain(Command::Symbolize { report, debug_dirs, out }))
-            }
-            Some(Subcommands::Import(args)) => Ok(plain(Command::Import(args))),
-            Some(Subcommands::Export(args)) => Ok(plain(Command::Export(args))),
-            Some(Subcommands::Diff(args)) => Ok(plain(Command::Diff(args))),
-            Some(Subcommands::Rules { command }) => match command {
-                RulesCommand::List { json, config, settings } => {
-                    settings.resolve(Command::Rules(RulesTask::List { json }), config.file, &[], read_file)
-                }
-                RulesCommand::Test { what, config, settings } => {
-                    settings.resolve(Command::Rules(RulesTask::Test(what)), config.file, &[], read_file)
-                }
-                RulesCommand::New { name, dir } => Ok(plain(Command::Rules(RulesTask::New { name, dir }))),
-            },
-            Some(Subcommands::Report { recording, output, part, settings }) => {
-                let overrides = settings.sets.clone();
-                let command = Command::Report { recording, output, filter: part.filter(), overrides };
-                settings.resolve(command, None, &[], read_file)
-            }
-            Some(Subcommands::Replay(arguments)) => arguments.resolve(read_file),
-            Some(Subcommands::Completions { shell }) => Ok(plain(Command::Completions(shell))),
-            Some(Subcommands::Man { subcommand }) => Ok(plain(Command::Man(subcommand))),
-        }
-    }
-}
-
-/// A command that needs no settings.
-fn plain(command: Command) -> Invocation {
-    Invocation { command, config: Config::default(), verbosity: 0 }
-}
-
-impl RunArgs {
-    fn resolve(self, read_file: impl FnOnce(&Path) -> Result<String>) -> Result<Invocation> {
-        let mut resolved = self.watch.resolve(None, read_file)?;
-        let config = &mut resolved.config;
-        let targets = self.targets.into_specs();
-        if !targets.is_empty() {
-            config.targets = targets;
-        }
-        if config.targets.is_empty() && !config.kernel.enabled {
-            return Err(Error::config(NO_TARGET));
-        }
-        Ok(resolved)
-    }
-}
-
-impl WatchArgs {
-    /// Settings of a run, without its targets. `backend` is how the kernel is attached to.
-    fn resolve(self, backend: Option<String>, read_file: impl FnOnce(&Path) -> Result<String>) -> Result<Invocation> {
-        let flags: Vec<Override> = [
-            ("--interval", "interval", self.interval),
-            ("--duration", "duration", self.duration),
-            ("--backend", "kernel.backend", backend),
-        ]
-        .into_iter()
-        .filter_map(|(name, key, value)| Some(Override::flag(name, key, value?)))
-        .collect();
-        let command = Command::Run { quiet: self.quiet, json: self.json };
-        let mut resolved = self.settings.resolve(command, self.config.file, &flags, read_file)?;
-        let config = &mut resolved.config;
-        // Paths need no check and may be other than UTF-8: they do not go through the text of an override.
-        override_path(&mut config.report.path, self.report);
-        override_path(&mut config.alerts.file, self.alerts);
-        override_path(&mut config.recording.path, self.record);
-        Ok(resolved)
-    }
-}
-
-impl SettingsArgs {
-    fn resolve(
-        self,
-        command: Command,
-        file: Option<PathBuf>,
-        flags: &[Override],
-        read_file: impl FnOnce(&Path) -> Result<String>,
-    ) -> Result<Invocation> {
-        let text = file.as_deref().map(read_file).transpose()?;
-        let overrides = [&self.sets, flags].concat();
-        let mut config = Config::resolve(file.as_deref().zip(text.as_deref()), &overrides)?;
-        override_path(&mut config.rules.dir, self.rules);
-        override_path(&mut config.rules.suppressions_file, self.suppressions);
-        override_path(&mut config.plugins.dir, self.plugins);
-        override_path(&mut config.templates_dir, self.templates);
-        Ok(Invocation { command, config, verbosity: self.verbose })
-    }
-}
-
-impl TargetArgs {
-    /// Process ids, the globs together, and the command are a target each.
-    fn into_specs(self) -> Vec<TargetSpec> {
-        let command = self.command.map_or(self.trailing, |c| c.0);
-        let conditions = TargetSpec {
-            name: self.name,
-            exe: self.exe,
-            cgroup: self.cgroup,
-            container: self.container,
-            unit: self.unit,
-            ..TargetSpec::default()
-        };
-        let pids = TargetSpec { pid: self.pid, ..TargetSpec::default() };
-        let launched = TargetSpec { command, ..TargetSpec::default() };
-        let mut specs = vec![pids, conditions, launched];
-        specs.retain(|spec| *spec != TargetSpec::default());
-        specs
-    }
-}
-
-/// A flag with a path wins; an empty one switches the setting off, as in the file.
-fn override_path(setting: &mut Option<PathBuf>, flag: Option<PathBuf>) {
-    if let Some(path) = flag {
-        *setting = (!path.as_os_str().is_empty()).then_some(path);
     }
 }
 
@@ -886,62 +561,6 @@ fn duration() -> impl TypedValueParser<Value = f64> {
 /// A path that may be empty, which clap's own parser refuses.
 fn path() -> impl TypedValueParser<Value = PathBuf> {
     OsStringValueParser::new().map(PathBuf::from)
-}
-
-/// Writes the completion script of a shell.
-///
-/// # Errors
-/// Writing fails; a closed pipe counts as success.
-pub fn write_completions(shell: Shell, out: &mut dyn Write) -> Result<()> {
-    // Into memory first: the generator panics when it cannot write.
-    let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Cli::command(), "memleak", &mut script);
-    write_all(out, &script, "the completion script")
-}
-
-/// Writes the manual page, or that of one subcommand.
-///
-/// # Errors
-/// No such subcommand, or writing fails; a closed pipe counts as success.
-pub fn write_man(subcommand: Option<&str>, out: &mut dyn Write) -> Result<()> {
-    let mut root = Cli::command();
-    // Names the pages of subcommands `memleak-check` and so on.
-    root.build();
-    let command = match subcommand {
-        None => root,
-        Some(name) => {
-            let names: Vec<&str> = root.get_subcommands().map(clap::Command::get_name).collect();
-            root.find_subcommand(name).cloned().ok_or_else(|| {
-                let hint = config::nearest(name, names.iter().copied());
-                let hint = hint.map_or(String::new(), |n| format!("; did you mean {n:?}?"));
-                Error::config(format!("no subcommand {name:?}{hint} There are {}", names.join(", ")))
-            })?
-        }
-    };
-    let mut page = Vec::new();
-    clap_mangen::Man::new(command).render(&mut page).map_err(|e| Error::io("failed to make the manual page", e))?;
-    write_all(out, &page, "the manual page")
-}
-
-/// Prints what was asked for.
-///
-/// # Errors
-/// Standard output cannot be written; a closed pipe counts as success.
-pub fn print(text: &str) -> Result<()> {
-    write_all(&mut io::stdout(), text.as_bytes(), "to standard output")
-}
-
-fn write_all(out: &mut dyn Write, bytes: &[u8], what: &str) -> Result<()> {
-    match out.write_all(bytes).and_then(|()| out.flush()) {
-        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Error::io(format!("failed to write {what}"), e)),
-        _ => Ok(()),
-    }
-}
-
-/// Whether an error comes down to a closed pipe (`memleak ... | head`): the reader has seen enough, which is success.
-pub fn is_closed_pipe(error: &(dyn std::error::Error + 'static)) -> bool {
-    let closed = |e: &io::Error| e.kind() == io::ErrorKind::BrokenPipe;
-    std::iter::successors(Some(error), |e| e.source()).any(|e| e.downcast_ref().is_some_and(closed))
 }
 
 #[cfg(test)]

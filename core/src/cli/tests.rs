@@ -1,7 +1,13 @@
+use std::io::{self, Write};
+use std::path::Path;
 use std::time::Duration;
+
+use clap::CommandFactory;
 
 use super::*;
 use crate::ErrorKind;
+use crate::config::{Config, TargetSpec};
+use crate::error::{Error, Result};
 
 const FILE: &str = "\
     interval = \"7s\"\n[[target]]\nname = \"from-file\"\n[report]\npath = \"file.html\"\n[rules]\ndir = \"file-rules\"\n";

@@ -5,7 +5,8 @@
 
 use std::collections::HashMap;
 
-use super::{Collector, Life, thread_cpu_s};
+use super::read::thread_cpu_s;
+use super::{Collector, Life};
 use crate::Result;
 use crate::coverage::{Baseline, Coverage, Region, untraced_bytes};
 use crate::governor::Governor;

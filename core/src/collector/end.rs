@@ -5,7 +5,8 @@
 
 use std::collections::HashMap;
 
-use super::{Collector, to_totals};
+use super::Collector;
+use super::read::to_totals;
 use crate::Result;
 use crate::snapshot::{SiteKey, Totals};
 

@@ -3,36 +3,36 @@
 //! It is one "process" with the pid 0 in everything that shows processes. Its sites are told apart by call stack and by
 //! slab cache.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use globset::{Glob, GlobSet, GlobSetBuilder};
+use globset::GlobSet;
 use memleak_probes::kernel::{
-    InnerCode, KernelDomain, KernelFilter, KernelOrigin, KernelSetStatus, KernelSettings as ProbeSettings,
-    KernelTracker, MAX_INNER,
+    InnerCode, KernelDomain, KernelSetStatus, KernelSettings as ProbeSettings, KernelTracker, MAX_INNER,
 };
-use memleak_probes::{Attached, Counters, Event, EventKind, StackEnd, placement::Placement};
+use memleak_probes::{Attached, Counters, Event, EventKind, placement::Placement};
 
+use self::filter::{filter, globs, unknown_caches};
 use super::cohorts::{Generations, SiteCohorts};
 use super::kernel_budget::{Purse, Verdict};
-use super::{Notice, PluginState, PluginStatus, to_totals};
-use crate::config::{Config, KernelBackend, KernelSettings};
+use super::read::to_totals;
+use super::{Notice, PluginState, PluginStatus};
+use crate::config::{Config, KernelBackend};
 use crate::governor::StopReason;
 use crate::kallsyms::Kallsyms;
 use crate::kernel::gfp::GfpFlags;
 use crate::kernel::judge::{Earlier, claims, judge};
-use crate::kernel::statistics::{Cache, Statistics, is_reclaimable, kmalloc_cache};
+use crate::kernel::statistics::{Statistics, is_reclaimable};
 use crate::kernel::{COMM, KernelSample, KernelSummary, Origin, SetState};
-use crate::output::text::visible;
 use crate::plugin::Plugin;
 use crate::snapshot::{
-    FirstThread, Losses, Mode, Process, ProcessSample, Sampling, Site, SiteKey, SiteSample, StackCounts, StandardErrors,
+    Losses, Mode, Process, ProcessSample, Sampling, Site, SiteKey, SiteSample, StackCounts, StandardErrors,
 };
-use crate::symbolize::{Frame, ModuleName, NormalizedFrame, site_id};
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, Result};
+
+mod filter;
+mod sites;
 
 /// Frames of the tracer itself, on top of a stack whose caller the probe did not know.
 const TRACER: [&str; 9] = [
@@ -46,9 +46,6 @@ const TRACER: [&str; 9] = [
     "ftrace_*",
     "__x64_sys_bpf*",
 ];
-
-/// Where functions return to while somebody probes their returns. Up to Linux 5.14 stacks end there.
-const RETURN_PROBES: [&str; 3] = ["kretprobe_trampoline", "__kretprobe_trampoline", "arch_rethook_trampoline"];
 
 /// What is recorded first when recording everything exceeds the budget: on average one allocation in so many bytes.
 const FIRST_SAMPLE: u64 = 16 << 10;
@@ -554,185 +551,6 @@ impl Kernel {
             ..ProcessSample::default()
         })
     }
-
-    /// Takes what is known of a new site out of the kernel, and names it.
-    fn new_site(&mut self, raw: memleak_probes::SiteKey, key: SiteKey) -> Result<Known> {
-        let Some(tracker) = &self.tracker else { return Err(Error::new(ErrorKind::Kernel, "tracing is stopped")) };
-        let (stack, origin) = tracker.take_origin(raw)?;
-        let end = stack.as_ref().map(|s| s.end);
-        let (mut addresses, function) = match stack {
-            Some(stack) => (stack.addresses, tracker.function_name(stack.name)),
-            None => (Vec::new(), ""),
-        };
-        addresses.drain(..self.leading(&addresses, key.probe_set));
-        let origin = self.origin(function, origin.unwrap_or_default());
-        let first_thread = FirstThread { tid: origin.first_tid, name: origin.first_comm.clone() };
-        let first_thread = Some(first_thread).filter(|t| !t.name.is_empty());
-        let truncated = match end {
-            Some(StackEnd::Complete) => None,
-            Some(StackEnd::Cut) => Some("the limit of frames was reached (collector.max_frames)"),
-            Some(_) => Some("the stack could not be read"),
-            None => Some("there was no room for the stack (kernel.max_sites)"),
-        };
-        let frames: Vec<Frame> = addresses.iter().map(|a| self.frame(*a)).collect();
-        let normalized: Vec<NormalizedFrame> = frames.iter().map(normalize).collect();
-        let probe_set: Arc<str> = self.probe_set_name(key.probe_set).unwrap_or("?").into();
-        let what = format!("{function} {} {}", origin.cache.as_deref().unwrap_or_default(), origin.object_bytes);
-        let id = site_id(COMM, &probe_set, &what, &normalized);
-        let of_module = |f: &Frame| f.module.as_deref().is_some_and(|m| self.modules.is_match(m));
-        let shown = (self.caches.is_empty() || origin.cache.as_deref().is_some_and(|c| self.caches.is_match(c)))
-            && (self.modules.is_empty() || frames.iter().any(of_module));
-        let site = Arc::new(Site {
-            key,
-            id,
-            process: Arc::clone(&self.process),
-            probe_set,
-            function: function.into(),
-            addresses,
-            truncated: truncated.map(Arc::from),
-            first_thread,
-            frames: std::sync::OnceLock::new(),
-        });
-        // Of modules at once: later another one may lie there. The names of the rest stay what they are.
-        if frames.iter().any(|f| f.module.as_deref() != Some(crate::kallsyms::KERNEL)) {
-            let _ = site.frames.set(frames);
-        }
-        let complete = end == Some(StackEnd::Complete);
-        Ok(Known { site, origin: Arc::new(origin), cohorts: SiteCohorts::default(), shown, complete })
-    }
-
-    /// How many frames at the top belong to the tracer, to the allocator or to functions that only pass on what it gives.
-    fn leading(&self, addresses: &[u64], probe_set: u32) -> usize {
-        let wrappers = self.plugins.iter().find(|p| p.spec.number == probe_set).and_then(|p| p.kernel.as_ref());
-        let is_leading = |address: &u64, globs: &GlobSet| {
-            self.symbols.find(address.saturating_sub(1)).is_some_and(|place| globs.is_match(place.function))
-        };
-        // Where the kernel does not list BPF programs (net.core.bpf_jit_kallsyms), ours have no name. They lie above what
-        // ran them.
-        let is_tracer = |a: &u64| is_leading(a, &self.tracer);
-        let is_unknown = |a: &u64| self.symbols.find(a.saturating_sub(1)).is_none();
-        let top = addresses.iter().take_while(|a| is_unknown(a) || is_tracer(a)).count();
-        let tracer = addresses[..top].iter().rposition(is_tracer).map_or(0, |at| at + 1);
-        let rest = &addresses[tracer..];
-        let passing = rest.iter().take_while(|a| wrappers.is_some_and(|w| is_leading(a, &w.wrappers))).count();
-        // A stack of nothing else is better than none.
-        if tracer + passing < addresses.len() { tracer + passing } else { 0 }
-    }
-
-    fn origin(&self, function: &str, raw: KernelOrigin) -> Origin {
-        let has = |flag: &str| self.flags.bits(flag).is_some_and(|bits| raw.gfp & bits != 0);
-        let by_size = || {
-            let cache = kmalloc_cache(raw.object_bytes, has("__GFP_ACCOUNT"), has("__GFP_RECLAIMABLE"));
-            cache.filter(|_| function.contains("kmalloc"))
-        };
-        Origin {
-            cache: Some(raw.cache).filter(|c| !c.is_empty()).or_else(by_size),
-            object_bytes: raw.object_bytes,
-            gfp: self.flags.describe(raw.gfp),
-            first_pid: raw.pid,
-            first_tid: raw.tid,
-            first_comm: raw.comm,
-            cgroup: raw.cgroup,
-            order: raw.order,
-            migrate_type: raw.migrate_type,
-        }
-    }
-
-    /// Fills the frames of a site, unless that has been done.
-    pub(super) fn symbolize(&self, site: &Site) {
-        site.frames.get_or_init(|| site.addresses.iter().map(|a| self.frame(*a)).collect());
-    }
-
-    fn frame(&self, address: u64) -> Frame {
-        let frame = Frame { address, offset: address, ..Frame::default() };
-        // The call is before the return address, maybe as the last instruction of the function. Nobody calls a trampoline:
-        // it is put in place of a return address.
-        let trampoline = self.symbols.find(address).filter(|p| p.offset == 0 && RETURN_PROBES.contains(&p.function));
-        let place = match trampoline {
-            Some(place) => Some((place, 0)),
-            None => self.symbols.find(address.saturating_sub(1)).map(|place| (place, place.offset + 1)),
-        };
-        match place {
-            Some((place, offset)) => Frame {
-                function: Some(place.function.to_owned()),
-                module: Some(place.module.to_owned()),
-                offset,
-                ..frame
-            },
-            None => {
-                let why = self.symbols.missing().unwrap_or("the kernel lists no function at the address");
-                Frame { reason: Some(why.to_owned()), ..frame }
-            }
-        }
-    }
-}
-
-/// The same after the next boot, whose addresses differ.
-fn normalize(frame: &Frame) -> NormalizedFrame {
-    match (&frame.function, &frame.module) {
-        (Some(function), Some(module)) => NormalizedFrame {
-            module: ModuleName::Generated(format!("{module}:{function}").into()),
-            offset: frame.offset,
-        },
-        _ => NormalizedFrame { module: ModuleName::Unmapped, offset: frame.address & 0xfff },
-    }
-}
-
-fn globs(patterns: &[String]) -> Result<GlobSet> {
-    let mut set = GlobSetBuilder::new();
-    for pattern in patterns {
-        set.add(Glob::new(pattern).map_err(|e| Error::config(format!("{pattern:?} is not a valid glob: {e}")))?);
-    }
-    set.build().map_err(|e| Error::config(e.to_string()))
-}
-
-/// The settings' filters in the kernel's terms.
-fn filter(k: &KernelSettings, flags: &GfpFlags) -> Result<KernelFilter> {
-    let mut gfp = 0;
-    for name in &k.gfp {
-        gfp |= flags.bits(name).ok_or_else(|| {
-            let known = flags.known();
-            let hint = match crate::config::nearest(name, known.iter().copied()) {
-                Some(near) => format!("did you mean {near}?"),
-                None if known.is_empty() => {
-                    "this kernel names none; mount tracefs (mount -t tracefs tracefs /sys/kernel/tracing), or give a \
-                     number such as 0x400000"
-                        .to_owned()
-                }
-                None => format!("there are {}", known.join(", ")),
-            };
-            Error::config(format!("kernel.gfp: this kernel has no allocation flag {name:?}; {hint}"))
-        })?;
-    }
-    let cgroup = k.cgroup.as_ref().map(|path| cgroup_id(path)).transpose()?;
-    Ok(KernelFilter { pids: k.pids.clone(), cgroup, gfp, min_size: k.min_size.0, by_cache: !k.caches.is_empty() })
-}
-
-/// What there is to say of patterns that no cache matches now. A module that is loaded later may bring one.
-fn unknown_caches(patterns: &[String], known: &BTreeMap<String, Cache>) -> Vec<String> {
-    let is_known = |pattern: &String| {
-        Glob::new(pattern).is_ok_and(|glob| known.keys().any(|name| glob.compile_matcher().is_match(name)))
-    };
-    let say = |pattern: &String| {
-        let hint = match crate::config::nearest(pattern, known.keys().map(String::as_str)) {
-            Some(near) => format!("did you mean {near}?"),
-            None => "caches of the same kind may be merged under one name, see /proc/slabinfo".to_owned(),
-        };
-        format!("kernel.caches: no slab cache is called {} now; {hint}", visible(pattern))
-    };
-    patterns.iter().filter(|p| !is_known(p)).map(say).collect()
-}
-
-/// Id of a cgroup, which is its folder's inode, and how deep it lies.
-fn cgroup_id(path: &str) -> Result<(u64, u32)> {
-    let folder = Path::new("/sys/fs/cgroup").join(path);
-    let meta = std::fs::metadata(&folder)
-        .map_err(|e| Error::io(format!("failed to find the cgroup {} (kernel.cgroup)", folder.display()), e))?;
-    if !folder.join("cgroup.controllers").exists() {
-        let what = format!("{} is not a cgroup of version 2, which alone the kernel tells apart", folder.display());
-        return Err(Error::config(format!("kernel.cgroup: {what}: name one, or filter by kernel.pids")));
-    }
-    Ok((meta.ino(), path.split('/').count() as u32))
 }
 
 /// Names of all functions that any set may probe.

@@ -6,24 +6,20 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
-use memleak_probes::{ErrorKind as ProbeErrorKind, Prices, ProcessEvent, SiteTotals, Stack, StackEnd, Tracker};
+use memleak_probes::{ErrorKind as ProbeErrorKind, Prices, ProcessEvent, Tracker};
 
 use crate::config::{Backend, BudgetSettings, Config, Placement, Stacks};
-use crate::governor::{Governor, StopReason};
+use crate::governor::Governor;
 use crate::live;
 use crate::maps::Maps;
 use crate::plugin::{self, Plugin};
 use crate::process::{self, ProcDir, ProcessStat};
-use crate::python::{Interpreter, PythonCall, Unread};
-use crate::reachability::scanner::Cost;
+use crate::python::{Interpreter, Unread};
 use crate::recording::Location;
-use crate::snapshot::{
-    FirstThread, Losses, Mode, Process, ProcessSample, Sampling, Site, SiteKey, SiteSample, Snapshot, StackCounts,
-    StandardErrors, Totals,
-};
-use crate::symbolize::{self, ModuleName, NormalizedFrame, Symbolizer, site_id};
+use crate::snapshot::{Process, Site, SiteKey};
+use crate::symbolize::{self, Symbolizer};
 use crate::target::Matcher;
 use crate::unwind::cache::Cache;
 use crate::unwind::{TableState, Unwinder};
@@ -38,20 +34,22 @@ mod end;
 mod kernel;
 mod kernel_budget;
 mod launch;
+mod notice;
+mod read;
 mod scans;
+mod sites;
 mod userspace;
 mod windows;
 
 pub use attach::{PluginState, PluginStatus};
-use cohorts::{Generations, SiteCohorts};
+use cohorts::Generations;
 pub use end::{End, Ended};
 use kernel::Kernel;
 pub use kernel::KernelEvent;
 use launch::Launched;
+pub use notice::Notice;
+use sites::KnownSite;
 use userspace::Userspace;
-
-/// Most sites of a process that are symbolized when it ends, largest first: nobody can do it later.
-const NAMED_AT_END: usize = 200;
 
 /// How often it is looked whether unwind tables are ready that a process waits for.
 const TICK: Duration = Duration::from_millis(10);
@@ -105,87 +103,6 @@ struct Watched {
     window_opened_ns: u64,
     /// How it ended, and what was outstanding when it called exit().
     ended: Ended,
-}
-
-/// A site and what is needed to read its cohorts.
-struct KnownSite {
-    site: Arc<Site>,
-    /// Its stack reaches the outermost frame.
-    complete: bool,
-    cohorts: SiteCohorts,
-}
-
-/// Something about a process that people should know, once.
-#[derive(Clone, Debug)]
-pub enum Notice {
-    /// A process is watched now.
-    Watching(Arc<Process>, Vec<PluginStatus>),
-    /// Part of what was asked for cannot be followed, or has no name.
-    Limited {
-        /// Of what process.
-        process: Arc<Process>,
-        /// What, why, and what to do.
-        what: String,
-    },
-    /// A process has ended or runs another program.
-    Ended(Arc<Process>),
-    /// A process makes too many calls for its budget, or few enough again: its books were started anew.
-    Mode {
-        /// The process, under its new instance number.
-        process: Arc<Process>,
-        /// True: everything is traced again. False: it is watched through windows.
-        exact: bool,
-    },
-    /// The memory of a process is being scanned, and that will take a while.
-    Scanning {
-        /// The process.
-        process: Arc<Process>,
-        /// Its resident memory: about what a scan reads.
-        bytes: u64,
-        /// How many scans are planned.
-        scans: u32,
-        /// How long they take together by plan, seconds.
-        about_s: f64,
-    },
-    /// Another sample of what the kernel allocates is recorded from here on: its books were started anew.
-    Sampled {
-        /// The kernel, under its new instance number.
-        process: Arc<Process>,
-        /// Mean bytes between two allocations that are recorded; 0: all are.
-        mean_bytes: u64,
-        /// True: what was recorded so far exceeds the budget. False: more is affordable again.
-        too_costly: bool,
-    },
-    /// The memory of a process has been scanned for references.
-    Scanned {
-        /// The process.
-        process: Arc<Process>,
-        /// What it took.
-        cost: Cost,
-    },
-    /// The memory of a process could not be scanned.
-    NotScanned {
-        /// The process.
-        process: Arc<Process>,
-        /// Why.
-        reason: String,
-    },
-    /// All tracing of a process was stopped at once, and is not tried again before the cool-down is over.
-    Stopped {
-        /// The process.
-        process: Arc<Process>,
-        /// Why.
-        why: StopReason,
-        /// How long, seconds.
-        cool_down_s: f64,
-    },
-    /// A process cannot be watched.
-    Failed {
-        /// Its process id.
-        pid: u32,
-        /// Why.
-        reason: String,
-    },
 }
 
 /// See the module.
@@ -681,289 +598,6 @@ impl Collector {
         }
         self.notices.push(Notice::Ended(Arc::clone(&watched.process)));
     }
-
-    /// Reads everything that is outstanding now.
-    ///
-    /// # Errors
-    /// When the maps cannot be read.
-    pub fn snapshot(&mut self) -> Result<Snapshot> {
-        let cpu_before = thread_cpu_s();
-        self.take_scans()?;
-        self.check_refutations()?;
-        let read = Instant::now();
-        let mut raw = self.tracker.loaded().map_or_else(|| Ok(Vec::new()), Tracker::read_sites)?;
-        let time_s = self.now_s();
-        let wall_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
-        // A site's process may have been forgotten between two reads.
-        raw.retain(|(key, _)| self.watched.contains_key(&key.instance));
-        let mut sites = Vec::with_capacity(raw.len());
-        for (key, totals) in &raw {
-            let key = SiteKey { instance: key.instance, probe_set: key.probe_set, stack: key.stack };
-            self.site(key)?;
-            if let Some(known) = self.sites.get_mut(&key) {
-                let age_ns = totals.last_allocation_ns.saturating_sub(self.started_ns);
-                sites.push(SiteSample {
-                    site: Arc::clone(&known.site),
-                    totals: to_totals(totals),
-                    stderr: StandardErrors { bytes: totals.bytes_variance.sqrt(), count: totals.count_variance.sqrt() },
-                    // To the millisecond: finer says nothing, and would be the larger part of a recording.
-                    last_allocation_s: (age_ns / 1_000_000) as f64 / 1e3,
-                    cohorts: known.cohorts.read(&self.generations, totals, time_s),
-                    lifetimes: totals.lifetimes,
-                    reachability: self.scans.of(key),
-                    kernel: None,
-                });
-            }
-        }
-        let next_generation = self.generations.is_due(time_s);
-        let kernel = (self.kernel.as_mut())
-            .map(|k| k.read(&self.generations, next_generation, time_s, self.started_ns, &mut sites))
-            .transpose()?;
-        if next_generation {
-            for (key, totals) in &raw {
-                let key = SiteKey { instance: key.instance, probe_set: key.probe_set, stack: key.stack };
-                if let Some(known) = self.sites.get_mut(&key) {
-                    known.cohorts.close_generation(&self.generations, totals);
-                }
-            }
-            self.generations.advance(time_s);
-            if let Some(tracker) = self.tracker.loaded_mut() {
-                tracker.next_cohort();
-            }
-        }
-        sites.sort_by_key(|s| (std::cmp::Reverse(s.totals.outstanding_bytes()), s.site.key));
-        self.read_usage();
-        self.account_growth(&sites, time_s)?;
-        let mut processes = self.process_samples()?;
-        for process in &mut processes {
-            process.stacks = self.stacks_of(process.process.instance, &sites);
-        }
-        processes.splice(0..0, kernel.into_iter().flatten());
-        processes.sort_by_key(|p| p.process.instance);
-        for instance in std::mem::take(&mut self.unclear) {
-            if self.watched.get(&instance).is_some_and(|w| w.life == Life::Running) {
-                self.attach_to(instance);
-            }
-        }
-        self.forget_ended(&sites)?;
-        self.last_read = read;
-        self.snapshots += 1;
-        let collect_cpu_s = thread_cpu_s() - cpu_before;
-        Ok(Snapshot { number: self.snapshots, time_s, wall_s, processes, sites, collect_cpu_s })
-    }
-
-    /// The site of a key that the kernel side has used.
-    ///
-    /// # Errors
-    /// When the map of stacks cannot be read.
-    pub fn site(&mut self, key: SiteKey) -> Result<Arc<Site>> {
-        if let Some(known) = self.sites.get(&key) {
-            return Ok(Arc::clone(&known.site));
-        }
-        let (site, end) = self.new_site(key)?;
-        if matches!(end, Some(StackEnd::NoTable | StackEnd::Strayed)) {
-            // The process may have mapped code that nobody told us of.
-            self.unclear.insert(key.instance);
-        }
-        let complete = end == Some(StackEnd::Complete);
-        self.sites.insert(key, KnownSite { site: Arc::clone(&site), complete, cohorts: SiteCohorts::default() });
-        Ok(site)
-    }
-
-    fn new_site(&mut self, key: SiteKey) -> Result<(Arc<Site>, Option<StackEnd>)> {
-        let raw = memleak_probes::SiteKey { instance: key.instance, probe_set: key.probe_set, stack: key.stack };
-        let tracker = self.tracker.get()?;
-        let stack = tracker.take_stack(raw)?;
-        let process = self.watched.get(&key.instance).map(|w| Arc::clone(&w.process)).unwrap_or_default();
-        let end = stack.as_ref().map(|stack| stack.end);
-        let first_thread = stack.as_ref().map(|s| FirstThread { tid: s.tid, name: s.comm.clone() });
-        let probe_set: Arc<str> = self.probe_set_name(key.probe_set).into();
-        let addresses = stack.as_ref().map(|stack| stack.addresses.clone()).unwrap_or_default();
-        let mut frames = self.symbolizer.normalize(key.instance, &addresses);
-        let (truncated, function) = match &stack {
-            Some(stack) => {
-                let why = self.why_it_ends(stack, key.instance, frames.last());
-                (why, tracker.function_name(stack.name).to_owned())
-            }
-            None => (Some("there was no room for the stack (collector.max_sites)"), String::new()),
-        };
-        let (calls, cut) = self.python_calls(raw)?;
-        let truncated = truncated.or(cut.then_some("of the Python functions only the innermost are known"));
-        frames.extend(calls.iter().map(PythonCall::normalized));
-        let id = site_id(&process.exe, &probe_set, &function, &frames);
-        if let Some(locations) = &mut self.locations {
-            let mut places = self.symbolizer.locations(key.instance, &addresses);
-            places.extend(calls.iter().map(PythonCall::location));
-            locations.insert(key, places);
-        }
-        if !calls.is_empty() {
-            self.symbolizer.set_calls(key, calls);
-        }
-        let site = Arc::new(Site {
-            key,
-            id,
-            process,
-            probe_set,
-            function: function.into(),
-            addresses,
-            truncated: truncated.map(Arc::from),
-            first_thread,
-            frames: std::sync::OnceLock::new(),
-        });
-        Ok((site, end))
-    }
-
-    /// The Python calls of a new stack, innermost first, and whether there were more; none when the process does not run
-    /// Python.
-    fn python_calls(&mut self, key: memleak_probes::SiteKey) -> Result<(Vec<PythonCall>, bool)> {
-        match self.pythons.get_mut(&key.instance) {
-            Some(Ok(python)) => python.calls(self.tracker.get()?, key),
-            _ => Ok((Vec::new(), false)),
-        }
-    }
-
-    /// Why a stack ends early, given where its last address lies; `None` when it does not.
-    fn why_it_ends(&self, stack: &Stack, instance: u32, last: Option<&NormalizedFrame>) -> Option<&'static str> {
-        const TOO_EARLY: &str = "it was taken before the unwind tables were ready";
-        let in_a_file = last.is_some_and(|l| matches!(l.module, ModuleName::BuildId(_) | ModuleName::Path(_)));
-        let was_late = |unwinder: &Unwinder| {
-            // The call is before the return address.
-            let last = stack.addresses.last().map_or(0, |a| a.saturating_sub(1));
-            in_a_file && unwinder.was_late(instance, last, self.last_read)
-        };
-        match stack.end {
-            StackEnd::Complete => None,
-            StackEnd::Walked => self.unwinder.as_ref().map(|_| TOO_EARLY),
-            StackEnd::Strayed if self.unwinder.is_some() => Some(TOO_EARLY),
-            StackEnd::Strayed => Some("a caller was built without frame pointers"),
-            StackEnd::NoTable if self.unwinder.as_ref().is_some_and(was_late) => Some(TOO_EARLY),
-            StackEnd::NoTable => Some("a caller has neither unwind information nor a frame pointer"),
-            StackEnd::Cut => Some("the limit of frames was reached (collector.max_frames)"),
-            StackEnd::Unreadable => Some("the stack could not be read further"),
-            StackEnd::Unsupported => Some("a caller's unwind information needs more than the stack"),
-            StackEnd::Lost => Some("a register that a caller's unwind information needs is not known"),
-            StackEnd::Trampoline => Some("a return probe of another tracer hides the caller"),
-        }
-    }
-
-    /// How many recorded allocations of a process have a stack that reaches the outermost frame.
-    fn stacks_of(&self, instance: u32, sites: &[SiteSample]) -> StackCounts {
-        let mut counts = StackCounts { by_tables: self.unwinder.is_some(), ..StackCounts::default() };
-        for sample in sites.iter().filter(|s| s.site.key.instance == instance) {
-            counts.taken += sample.totals.allocated_count;
-            if self.sites.get(&sample.site.key).is_some_and(|known| known.complete) {
-                counts.complete += sample.totals.allocated_count;
-            }
-        }
-        counts
-    }
-
-    /// Reads what the processes use now.
-    fn read_usage(&mut self) {
-        for watched in self.watched.values_mut().filter(|w| w.life == Life::Running) {
-            if let Ok(usage) = process::usage(watched.process.pid, watched.process.start_ticks) {
-                watched.usage = usage;
-            }
-        }
-    }
-
-    fn process_samples(&self) -> Result<Vec<ProcessSample>> {
-        let mut samples = Vec::with_capacity(self.watched.len());
-        let Some(tracker) = self.tracker.loaded() else { return Ok(samples) };
-        let sample_bytes = tracker.sample_bytes();
-        for (instance, watched) in &self.watched {
-            let counters = tracker.read_counters(*instance)?;
-            let alive = watched.life == Life::Running;
-            let budget = watched.governor.settings();
-            samples.push(ProcessSample {
-                process: Arc::clone(&watched.process),
-                stacks: StackCounts::default(),
-                alive,
-                mode: match (watched.governor.is_exact(), sample_bytes) {
-                    (true, 0) => Mode::Exact,
-                    (true, _) => Mode::Sampled,
-                    (false, _) => Mode::Estimated,
-                },
-                sampling: (sample_bytes > 0).then_some(Sampling {
-                    mean_bytes: sample_bytes,
-                    allocated_bytes: counters.allocated_bytes,
-                    allocated_count: counters.allocated_count,
-                }),
-                budget: Some(watched.governor.budget()).filter(|b| b.is_finite()),
-                windows: watched.governor.windows().0,
-                windows_discarded: watched.governor.windows().1,
-                open_s: watched.governor.open_s(),
-                window_s: budget.share.map(|_| budget.max_window.as_secs_f64()),
-                hard_stops: watched.governor.stops(),
-                kernel: None,
-                stopped: watched.governor.stopped(),
-                hits: counters.hits,
-                unmatched_frees: counters.unmatched_frees,
-                losses: Losses {
-                    outstanding_full: counters.outstanding_full,
-                    sites_full: counters.sites_full,
-                    stacks_full: counters.stacks_full,
-                    stacks_failed: counters.stacks_failed,
-                    threads_full: counters.threads_full,
-                    missed_returns: counters.missed_returns,
-                    // Between windows frees are not seen, and this is how that comes out: nothing is lost by it.
-                    implicit_frees: if watched.governor.is_exact() { counters.implicit_frees } else { 0 },
-                    partial_ranges: counters.partial_ranges,
-                    pointers_unreadable: counters.pointers_unreadable,
-                    events_dropped: counters.events_dropped,
-                    missed_events: 0,
-                    python_lost: counters.python_lost,
-                },
-                rss_bytes: alive.then_some(watched.usage.rss_bytes),
-                rss_anon_bytes: watched.usage.anon_bytes.filter(|_| alive),
-                coverage: watched.growth.newest(),
-                cpu_s: Some(watched.usage.cpu_s),
-                overhead_s: watched.governor.spent_s(),
-            });
-        }
-        samples.sort_by_key(|p| p.process.instance);
-        Ok(samples)
-    }
-
-    /// Drops what is known of processes that have ended: this snapshot was their last. Their largest sites are named
-    /// before, for the report.
-    fn forget_ended(&mut self, sites: &[SiteSample]) -> Result<()> {
-        let ended: Vec<u32> = self.watched.iter().filter(|(_, w)| w.life == Life::Ended).map(|(i, _)| *i).collect();
-        for instance in ended {
-            let before = self.watched.get(&instance).and_then(|w| w.ended.before_handlers.as_ref());
-            let was_held = |s: &SiteSample| before.is_some_and(|b| b.contains_key(&s.site.key));
-            let theirs = sites.iter().filter(|s| s.site.key.instance == instance);
-            let theirs = theirs.filter(|s| s.totals.outstanding_bytes() > 0 || was_held(s));
-            let named = if self.purpose == Purpose::Run { usize::MAX } else { NAMED_AT_END };
-            for sample in theirs.take(named) {
-                self.symbolizer.symbolize(&sample.site);
-            }
-            self.symbolizer.purge(instance);
-            if let Some(unwinder) = &mut self.unwinder {
-                unwinder.forget(instance);
-            }
-            self.pythons.remove(&instance);
-            if self.scans.is_running(instance)
-                && let Some(watched) = self.watched.get(&instance)
-            {
-                let reason =
-                    "the scan was given up: it has ended, or is watched in another way from here on".to_owned();
-                self.notices.push(Notice::NotScanned { process: Arc::clone(&watched.process), reason });
-            }
-            // Its books were started anew while it waited with its exit.
-            if let Some(pid) = self.scans.forget(instance) {
-                self.go_on(pid);
-            }
-            self.tracker.get_mut()?.forget(instance)?;
-            if let Some(watched) = self.watched.remove(&instance)
-                && self.purpose == Purpose::Run
-            {
-                self.ended.insert(instance, watched.ended);
-            }
-            self.sites.retain(|key, _| key.instance != instance);
-        }
-        Ok(())
-    }
 }
 
 /// Has unwind tables made while the programs are being loaded: for those who are there already.
@@ -977,23 +611,9 @@ fn prepare_tables(unwinder: &mut Unwinder, matcher: &mut Matcher) -> Result<()> 
     Ok(())
 }
 
-fn to_totals(totals: &SiteTotals) -> Totals {
-    Totals {
-        allocated_bytes: totals.allocated_bytes,
-        allocated_count: totals.allocated_count,
-        freed_bytes: totals.freed_bytes,
-        freed_count: totals.freed_count,
-    }
-}
-
 /// CLOCK_MONOTONIC in nanoseconds, the kernel side's clock.
 fn monotonic_ns() -> u64 {
     clock_ns(libc::CLOCK_MONOTONIC)
-}
-
-/// CPU time of this thread in seconds.
-fn thread_cpu_s() -> f64 {
-    clock_ns(libc::CLOCK_THREAD_CPUTIME_ID) as f64 / 1e9
 }
 
 fn clock_ns(clock: libc::clockid_t) -> u64 {
