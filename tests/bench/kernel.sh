@@ -17,11 +17,11 @@ trap '[ -z "$pid" ] || kill -INT "$pid"; rm -rf "$work"' EXIT
 printf '#include <stdio.h>\n#include <stdlib.h>\n#include <pthread.h>\n#include <math.h>\nint main(void) { return 0; }\n' >"$work/unit.c"
 
 load() {
-    for _ in 1 2 3; do
+    for _ in $(seq 15); do
         find "$folder" -type f -size +1k >/dev/null
         tar -cf - "$folder" 2>/dev/null | cat >/dev/null
     done
-    for _ in $(seq 20); do
+    for _ in $(seq 100); do
         cc -O1 -c -o "$work/unit.o" "$work/unit.c"
     done
 }

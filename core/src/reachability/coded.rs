@@ -277,9 +277,13 @@ mod tests {
         assert_eq!(coded.uppers[&(((lost[0] ^ KEY) >> 32) as u32)].len(), lost.len());
         let kept: usize = coded.uppers.values().map(Vec::len).sum();
         assert!(kept <= coded.kept && coded.kept < MAX_WORDS, "{kept} {}", coded.kept);
-        // Repetitions are nothing new.
-        let same: Vec<u64> = words[..2].iter().copied().cycle().take(3 * MAX_WORDS).collect();
-        let coded = after_two_scans(&same);
-        assert_eq!(coded.uppers.values().map(Vec::len).sum::<usize>(), 2);
+        // Repetitions are nothing new, whether they are known at once or not.
+        for different in [8, 4 << RECENT_BITS] {
+            let same: Vec<u64> = words[..different].iter().copied().cycle().take(3 * MAX_WORDS).collect();
+            let coded = after_two_scans(&same);
+            assert_eq!(coded.uppers.values().map(Vec::len).sum::<usize>(), different);
+        }
+        let rare: Vec<u64> = words[..2].iter().copied().cycle().take(1000).collect();
+        assert!(after_two_scans(&rare).uppers.is_empty());
     }
 }
