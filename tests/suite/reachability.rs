@@ -278,6 +278,31 @@ fn the_scan_command_tells_leaks_from_caches() {
     }
 }
 
+// Forbids tracing until the next boot: tests/vm/run.sh runs it on its own.
+#[test]
+#[ignore = "forbids ptrace for good: make test-kernels"]
+fn forbidden_ptrace_is_named() {
+    needs!(Feature::Bpf);
+    let scope = Path::new("/proc/sys/kernel/yama/ptrace_scope");
+    if let Err(error) = std::fs::write(scope, "3") {
+        memleak_tests::skip(&format!("this kernel has no ptrace_scope: {error}"));
+        return;
+    }
+    const WHY: &str = "kernel.yama.ptrace_scope is 3";
+    let mut program = Program::start("shapes");
+    let pid = program.pid().to_string();
+    let (_, stdout, stderr) = output_within(memleak_command().args(["doctor", "-p", &pid]));
+    assert!(stdout.contains(WHY), "{stdout}\n{stderr}");
+    let mut command = memleak_command();
+    command.args(["scan", "-p", &pid, "--duration", "8s", "--set", "collector.budget=off"]);
+    let run = std::thread::spawn(move || output_within(&mut command));
+    wait_for_probes(program.pid());
+    program.step("done");
+    let (code, stdout, stderr) = run.join().expect("memleak runs");
+    assert_eq!(code, Some(2), "{stdout}\n{stderr}");
+    assert!(stderr.contains(WHY), "{stdout}\n{stderr}");
+}
+
 /// Waits until breakpoints are in a process: its mapping of them is called `[uprobes]`; at the latest after some seconds.
 fn wait_for_probes(pid: u32) {
     for _ in 0..100 {

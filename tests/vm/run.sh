@@ -102,7 +102,7 @@ summarize() {
                 passed++
             for (name in failed)
                 failures++
-            if (ended < 3) {
+            if (ended < 4) {
                 failures++
                 printf "the tests did not end: code %d\n", code
             }
@@ -133,7 +133,8 @@ code=\$?
 # One after the other: it is the same kernel, and the same module, for all of them.
 "$suite" --include-ignored --nocapture --test-threads=1 --skip locked_down --skip cli:: --skip userspace:: --skip run:: \
     --skip stacks:: --skip interpreted:: ${tests[*]} || code=\$?
-# On its own, because there is no way back.
+# On their own, because there is no way back.
+"$suite" --ignored --nocapture forbidden_ptrace || code=\$?
 mount -t securityfs security /sys/kernel/security
 "$suite" --ignored --nocapture locked_down || code=\$?
 exit \$code
