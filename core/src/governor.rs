@@ -129,7 +129,7 @@ pub struct Reading {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Phase {
     Exact,
-    Waiting { not_before_s: f64 },
+    Waiting { not_before_s: f64, unsaved_s: f64 },
     Open { start: Start, recorded: Option<u64> },
     Stopped { until_s: f64, why: StopReason },
 }
@@ -255,8 +255,7 @@ impl Governor {
     /// When this wants to be asked again at the latest, seconds on the collector's clock.
     pub fn wakeup_s(&self) -> Option<f64> {
         match self.phase {
-            Phase::Exact => None,
-            Phase::Waiting { not_before_s } => Some(not_before_s),
+            Phase::Exact | Phase::Waiting { .. } => None,
             Phase::Open { start, recorded: None } => Some(start.record_until_s),
             Phase::Open { start, .. } => Some(start.end_s),
             Phase::Stopped { until_s, .. } => Some(until_s),
@@ -296,11 +295,11 @@ impl Governor {
         let starved = self.is_starved(reading.now_s, late && reading.waited_s - last.waited_s > elapsed_s / 2.0);
         match self.phase {
             Phase::Exact if starved || late && self.purse_s < 0.0 => self.stop(reading.now_s, StopReason::Starved),
-            Phase::Exact if self.purse_s < 0.0 => self.enter_windows(reading.now_s, budget),
+            Phase::Exact if self.purse_s < 0.0 => self.enter_windows(reading.now_s),
             Phase::Exact => Action::Stay,
             Phase::Stopped { until_s, .. } => {
                 if reading.now_s >= until_s {
-                    self.wait(reading.now_s, budget);
+                    self.wait(reading.now_s);
                 }
                 Action::Stay
             }
@@ -309,13 +308,14 @@ impl Governor {
                 self.discarded += 1;
                 self.stop(reading.now_s, StopReason::Starved)
             }
-            Phase::Waiting { not_before_s }
-                if reading.now_s >= not_before_s && self.purse_s >= PLANNED * self.expected_s =>
-            {
-                self.open_window(reading)
+            Phase::Waiting { not_before_s, unsaved_s } => {
+                let unsaved_s = unsaved_s - budget * elapsed_s;
+                if reading.now_s >= not_before_s && unsaved_s <= 0.0 {
+                    return self.open_window(reading);
+                }
+                self.phase = Phase::Waiting { not_before_s, unsaved_s };
+                Action::Stay
             }
-            // The purse decides; the time was only its forecast.
-            Phase::Waiting { .. } => Action::Stay,
             Phase::Open { start, recorded } => self.in_window(reading, start, recorded, budget),
         }
     }
@@ -360,20 +360,23 @@ impl Governor {
         Action::Stop { why, exact, cool_down_s }
     }
 
-    fn enter_windows(&mut self, now_s: f64, budget: f64) -> Action {
+    fn enter_windows(&mut self, now_s: f64) -> Action {
         self.entered_s = now_s;
         self.recent.clear();
         // The busiest moment of the last second says what a window will cost: in one whose rate has just jumped, the newest.
         let length_s = self.settings.max_window.as_secs_f64();
         let price = self.second.iter().map(|[elapsed_s, cost_s, _]| cost_s / elapsed_s).fold(0.0, f64::max);
         self.expected_s = (price * length_s).min(length_s) + WINDOW_FIXED_S;
-        self.wait(now_s, budget);
+        self.wait(now_s);
         Action::EnterWindows
     }
 
-    /// Waits until the purse can pay for a window, and a little more or less.
-    fn wait(&mut self, now_s: f64, budget: f64) {
-        let debt_s = (self.expected_s - self.purse_s).max(0.0);
+    /// Waits until a window can be paid for, and a little more or less. How long that takes shows: of a target that has just been
+    /// found, or was traced until now, it is not known yet what it uses.
+    fn wait(&mut self, now_s: f64) {
+        // What was overdrawn is known, and paid back with the whole budget.
+        let (overdrawn_s, held_s) = ((-self.purse_s).max(0.0), self.purse_s.max(0.0));
+        let saving_s = (self.expected_s - held_s).max(0.0) / PLANNED;
         let jitter = 1.0 + JITTER * (2.0 * self.random.f64() - 1.0);
         let period_s = if self.settings.latency == Latency::Sensitive {
             // Spreading must not bring them closer together.
@@ -381,8 +384,8 @@ impl Governor {
         } else {
             MIN_PERIOD_S.1
         };
-        let wait_s = (debt_s / (PLANNED * budget)).max(period_s) * jitter;
-        self.phase = Phase::Waiting { not_before_s: now_s + wait_s };
+        self.phase =
+            Phase::Waiting { not_before_s: now_s + period_s * jitter, unsaved_s: (overdrawn_s + saving_s) * jitter };
     }
 
     fn open_window(&mut self, reading: Reading) -> Action {
@@ -429,7 +432,7 @@ impl Governor {
             self.phase = Phase::Exact;
             return Action::LeaveWindows;
         }
-        self.wait(reading.now_s, budget);
+        self.wait(reading.now_s);
         Action::CloseWindow { counts }
     }
 }
