@@ -43,6 +43,25 @@ struct memleak_kept_types {
 /* Nested calls of one allocator stay within this distance below the outermost one; beyond it is another stack. */
 #define NESTED_STACK_BYTES (256 * 1024)
 
+const volatile bool can_hold_preemption = false;
+
+/*
+ * Since Linux 6.13 a program's stack may be one per CPU, and nothing keeps a second task from running the same uprobe program
+ * there while the first one is preempted: each would write over the other's variables, and the kernel follows pointers among
+ * them (a guest with 7.2 died of it). Nothing lies on the stack before and behind these calls.
+ */
+static __always_inline void hold_preemption(void)
+{
+	if (can_hold_preemption)
+		bpf_preempt_disable();
+}
+
+static __always_inline void release_preemption(void)
+{
+	if (can_hold_preemption)
+		bpf_preempt_enable();
+}
+
 /* A session program returns 1 to leave out the return probe of this call. */
 enum { FOLLOW = 0, SKIP = 1 };
 
@@ -429,33 +448,48 @@ static __always_inline int on_return(struct pt_regs *ctx)
 SEC("uprobe.session")
 int alloc_session(struct pt_regs *ctx)
 {
-	return session_is_return(ctx) ? on_return(ctx) : on_enter(ctx, true, true);
+	int next;
+
+	hold_preemption();
+	next = session_is_return(ctx) ? on_return(ctx) : on_enter(ctx, true, true);
+	release_preemption();
+	return next;
 }
 
 SEC("uprobe.multi")
 int alloc_multi_enter(struct pt_regs *ctx)
 {
+	hold_preemption();
 	on_enter(ctx, false, true);
+	release_preemption();
 	return 0;
 }
 
 SEC("uretprobe.multi")
 int alloc_multi_return(struct pt_regs *ctx)
 {
-	return on_return(ctx);
+	hold_preemption();
+	on_return(ctx);
+	release_preemption();
+	return 0;
 }
 
 SEC("uprobe")
 int alloc_perf_enter(struct pt_regs *ctx)
 {
+	hold_preemption();
 	on_enter(ctx, false, false);
+	release_preemption();
 	return 0;
 }
 
 SEC("uretprobe")
 int alloc_perf_return(struct pt_regs *ctx)
 {
-	return on_return(ctx);
+	hold_preemption();
+	on_return(ctx);
+	release_preemption();
+	return 0;
 }
 
 #include "process.bpf.h"

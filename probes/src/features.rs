@@ -110,6 +110,12 @@ pub(crate) fn can_hold_cpu() -> bool {
     *ANSWER.get_or_init(try_to_hold_cpu)
 }
 
+/// Whether a program can hold off preemption, and call global functions meanwhile: the kernels that allow it are those that
+/// allow it with interrupts held off.
+pub(crate) fn can_hold_preemption() -> bool {
+    can_hold_cpu() && has_function("bpf_preempt_disable")
+}
+
 fn try_to_hold_cpu() -> bool {
     // Asked first, because libbpf warns of a program that does not load.
     if !has_function("bpf_local_irq_save") {

@@ -42,6 +42,7 @@ pub(super) fn open(settings: &Settings, backend: Backend) -> Result<OpenUserspac
     rodata.min_size = settings.min_size;
     rodata.sample_bytes = settings.sample_bytes.min(MAX_SAMPLE_BYTES);
     rodata.trace_events = settings.trace_events;
+    rodata.can_hold_preemption = crate::features::can_hold_preemption();
     rodata.hash_seed = seed();
     (rodata.pidns_dev, rodata.pidns_ino) = pid_namespace();
     if backend == Backend::PerfPlain {
