@@ -129,9 +129,19 @@ pub struct Reading {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Phase {
     Exact,
-    Waiting { not_before_s: f64, unsaved_s: f64 },
-    Open { start: Start, recorded: Option<u64> },
-    Stopped { until_s: f64, why: StopReason },
+    /// `unsaved_s` of the budget, CPU seconds, are still to pass before there is a window.
+    Waiting {
+        not_before_s: f64,
+        unsaved_s: f64,
+    },
+    Open {
+        start: Start,
+        recorded: Option<u64>,
+    },
+    Stopped {
+        until_s: f64,
+        why: StopReason,
+    },
 }
 
 /// How a window began.

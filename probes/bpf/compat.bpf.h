@@ -32,7 +32,7 @@ extern int bpf_send_signal_task(struct task_struct *task, int sig, enum pid_type
 extern void bpf_local_irq_save(unsigned long *flags) __ksym __weak;
 extern void bpf_local_irq_restore(unsigned long *flags) __ksym __weak;
 
-/* Preemption can be held off since 6.11, and global functions be called meanwhile since 6.15. */
+/* Preemption can be held off since 6.10, and global functions be called meanwhile since 6.15. */
 extern void bpf_preempt_disable(void) __ksym __weak;
 extern void bpf_preempt_enable(void) __ksym __weak;
 

@@ -16,7 +16,7 @@ use memleak_probes::{Attached, Counters, Event, EventKind, placement::Placement}
 use self::filter::{filter, globs, unknown_caches};
 use super::cohorts::{Generations, SiteCohorts};
 use super::kernel_budget::{Purse, Verdict};
-use super::read::to_totals;
+use super::read::{to_losses, to_totals};
 use super::{Notice, PluginState, PluginStatus};
 use crate::config::{Config, KernelBackend};
 use crate::governor::StopReason;
@@ -528,19 +528,7 @@ impl Kernel {
             }),
             hits: counters.hits,
             unmatched_frees: counters.unmatched_frees,
-            losses: Losses {
-                outstanding_full: counters.outstanding_full,
-                sites_full: counters.sites_full,
-                stacks_full: counters.stacks_full,
-                stacks_failed: counters.stacks_failed,
-                threads_full: counters.threads_full,
-                missed_returns: counters.missed_returns,
-                implicit_frees: counters.implicit_frees,
-                partial_ranges: counters.partial_ranges,
-                pointers_unreadable: counters.pointers_unreadable,
-                missed_events: self.missed_events(),
-                ..Losses::default()
-            },
+            losses: Losses { missed_events: self.missed_events(), ..to_losses(&counters) },
             stacks,
             rss_bytes: Some(self.now.kernel_bytes()),
             cpu_s: Some(machine_cpu_s() - self.cpu_at_start_s),

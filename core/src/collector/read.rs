@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use memleak_probes::{SiteTotals, Tracker};
+use memleak_probes::{Counters, SiteTotals, Tracker};
 
 use super::{Collector, Life, Notice, Purpose, clock_ns};
 use crate::Result;
@@ -140,19 +140,9 @@ impl Collector {
                 hits: counters.hits,
                 unmatched_frees: counters.unmatched_frees,
                 losses: Losses {
-                    outstanding_full: counters.outstanding_full,
-                    sites_full: counters.sites_full,
-                    stacks_full: counters.stacks_full,
-                    stacks_failed: counters.stacks_failed,
-                    threads_full: counters.threads_full,
-                    missed_returns: counters.missed_returns,
                     // Between windows frees are not seen, and this is how that comes out: nothing is lost by it.
                     implicit_frees: if watched.governor.is_exact() { counters.implicit_frees } else { 0 },
-                    partial_ranges: counters.partial_ranges,
-                    pointers_unreadable: counters.pointers_unreadable,
-                    events_dropped: counters.events_dropped,
-                    missed_events: 0,
-                    python_lost: counters.python_lost,
+                    ..to_losses(&counters)
                 },
                 rss_bytes: alive.then_some(watched.usage.rss_bytes),
                 rss_anon_bytes: watched.usage.anon_bytes.filter(|_| alive),
@@ -212,6 +202,24 @@ pub(super) fn to_totals(totals: &SiteTotals) -> Totals {
         allocated_count: totals.allocated_count,
         freed_bytes: totals.freed_bytes,
         freed_count: totals.freed_count,
+    }
+}
+
+/// What was not recorded, as far as the programs have counted it.
+pub(super) fn to_losses(counters: &Counters) -> Losses {
+    Losses {
+        outstanding_full: counters.outstanding_full,
+        sites_full: counters.sites_full,
+        stacks_full: counters.stacks_full,
+        stacks_failed: counters.stacks_failed,
+        threads_full: counters.threads_full,
+        missed_returns: counters.missed_returns,
+        implicit_frees: counters.implicit_frees,
+        partial_ranges: counters.partial_ranges,
+        pointers_unreadable: counters.pointers_unreadable,
+        events_dropped: counters.events_dropped,
+        missed_events: 0,
+        python_lost: counters.python_lost,
     }
 }
 

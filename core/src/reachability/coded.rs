@@ -1,8 +1,8 @@
 //! Pointers that were XOR-ed with a constant before they were stored.
 //!
 //! The addresses of a heap share their upper half. XOR-ed with one key they still share one, which is no longer that of an
-//! address. So the first scan of a series counts the upper halves of words that are no addresses, the next ones keep the
-//! words with frequent ones, and at the end it is tried whether there is one key that turns kept words into the lost blocks
+//! address. So the first scan of a series counts the upper halves of words that are no addresses, those that may be the last
+//! keep the words with frequent ones, and at the end it is tried whether there is one key that turns kept words into the lost blocks
 //! of a site. Such blocks are not lost, and their site is unknown. Keys that leave the upper 17 bits as they are, and other
 //! codes, are not recognised: they show when the program frees what was called lost.
 
